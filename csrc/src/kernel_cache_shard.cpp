@@ -1,0 +1,258 @@
+#include "kernel_cache_shard.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include "esper/errors.h"
+
+namespace esper {
+namespace {
+
+constexpr std::uint8_t kMaxFrequency = 3;
+// The small queue's share of the bytes.
+constexpr std::size_t kSmallDivisor = 10;
+
+}  // namespace
+
+std::optional<CacheHandle> KernelCache::Shard::get(std::string_view key, std::uint64_t now,
+                                                   std::vector<Removed>& removed) {
+  const Queue::iterator entry = find(key, now, removed);
+  if (entry != none_.end()) {
+    touch(*entry);
+    ++counts_.hits;
+    return entry->handle;
+  }
+  ++(is_negative(key, now) ? counts_.negative_hits : counts_.misses);
+  return std::nullopt;
+}
+
+bool KernelCache::Shard::contains(std::string_view key, std::uint64_t now,
+                                  std::vector<Removed>& removed) {
+  return find(key, now, removed) != none_.end();
+}
+
+KernelCache::PutResult KernelCache::Shard::put(std::string_view key, std::size_t hash,
+                                               CacheHandle handle, std::size_t size_bytes,
+                                               bool pinned, std::uint64_t expires,
+                                               std::vector<Removed>& removed) {
+  const auto known = index_.find(key);
+  const bool replaces = known != index_.end();
+  const Entry* old = replaces ? &*known->second : nullptr;
+  const std::uint32_t num_pins = (replaces ? old->num_pins : 0) + (pinned ? 1 : 0);
+  // What must stay beside the new entry: the pinned ones, less the one that it replaces.
+  const bool old_pinned = replaces && old->num_pins > 0;
+  const std::size_t fixed_bytes = pinned_bytes_ - (old_pinned ? old->size_bytes : 0);
+  const std::size_t fixed_entries = pinned_.size() - (old_pinned ? 1 : 0);
+  if (size_bytes > capacity_bytes_) {
+    ++counts_.rejected;
+    return PutResult::TOO_LARGE;
+  }
+  if (size_bytes > capacity_bytes_ - fixed_bytes || fixed_entries + 1 > max_entries_) {
+    ++counts_.rejected;
+    return PutResult::PINNED_FULL;
+  }
+
+  Place place = forget_ghost(hash) ? Place::MAIN : Place::SMALL;
+  if (replaces) {
+    place = known->second->place == Place::PINNED ? Place::MAIN : known->second->place;
+    remove(known->second, CacheRemoval::REPLACED, removed);
+  }
+  while (bytes_ + size_bytes > capacity_bytes_ || index_.size() + 1 > max_entries_) {
+    evict_one(removed);
+  }
+  Queue fresh;
+  fresh.push_front(Entry{std::string(key), hash, handle, size_bytes, expires, num_pins, 0, place});
+  const Queue::iterator entry = fresh.begin();
+  index_.emplace(entry->key, entry);
+  if (num_pins > 0) entry->place = Place::PINNED;
+  Queue& queue = queue_of(entry->place);
+  queue.splice(queue.begin(), fresh);
+  bytes_ += size_bytes;
+  if (entry->place == Place::SMALL) small_bytes_ += size_bytes;
+  if (entry->place == Place::PINNED) pinned_bytes_ += size_bytes;
+  ++(replaces ? counts_.replaced : counts_.inserts);
+  forget_negative(key);
+  return PutResult::STORED;
+}
+
+bool KernelCache::Shard::pin(std::string_view key, std::uint64_t now,
+                             std::vector<Removed>& removed) {
+  const Queue::iterator entry = find(key, now, removed);
+  if (entry == none_.end()) return false;
+  if (entry->num_pins++ == 0) move_to(entry, Place::PINNED);
+  return true;
+}
+
+bool KernelCache::Shard::unpin(std::string_view key) {
+  const auto known = index_.find(key);
+  if (known == index_.end() || known->second->num_pins == 0) return false;
+  if (--known->second->num_pins == 0) move_to(known->second, Place::MAIN);
+  return true;
+}
+
+bool KernelCache::Shard::erase(std::string_view key, std::uint64_t now,
+                               std::vector<Removed>& removed) {
+  const Queue::iterator entry = find(key, now, removed);
+  if (entry == none_.end()) return false;
+  if (entry->num_pins > 0) {
+    throw InvalidState("key must not be pinned when it is erased, got " +
+                       std::to_string(entry->num_pins) + " pins");
+  }
+  remove(entry, CacheRemoval::ERASED, removed);
+  return true;
+}
+
+void KernelCache::Shard::put_negative(std::string_view key, std::uint64_t now,
+                                      std::uint64_t expires, std::vector<Removed>& removed) {
+  if (find(key, now, removed) != none_.end()) {
+    throw InvalidState("key must have no value when it is noted as absent, got a stored key");
+  }
+  forget_negative(key);
+  if (negatives_.size() == max_entries_) {
+    negatives_.erase(negative_order_.back());
+    negative_order_.pop_back();
+  }
+  negative_order_.emplace_front(key);
+  negatives_.emplace(negative_order_.front(), Negative{expires, negative_order_.begin()});
+}
+
+bool KernelCache::Shard::is_negative(std::string_view key, std::uint64_t now) {
+  const auto note = negatives_.find(key);
+  if (note == negatives_.end()) return false;
+  if (now < note->second.expires_ns) return true;
+  forget_negative(key);
+  return false;
+}
+
+std::size_t KernelCache::Shard::clear(std::vector<Removed>& removed) {
+  std::size_t count = 0;
+  for (Queue* queue : {&small_, &main_}) {
+    for (; !queue->empty(); ++count) remove(queue->begin(), CacheRemoval::CLEARED, removed);
+  }
+  negatives_.clear();
+  negative_order_.clear();
+  return count;
+}
+
+void KernelCache::Shard::add_to(CacheStats& total) const {
+  total.hits += counts_.hits;
+  total.misses += counts_.misses;
+  total.negative_hits += counts_.negative_hits;
+  total.inserts += counts_.inserts;
+  total.replaced += counts_.replaced;
+  total.evictions += counts_.evictions;
+  total.expirations += counts_.expirations;
+  total.rejected += counts_.rejected;
+  total.bytes += bytes_;
+  total.entries += index_.size();
+  total.pinned_entries += pinned_.size();
+  total.negative_entries += negatives_.size();
+}
+
+void KernelCache::Shard::for_each_handle(const std::function<void(CacheHandle)>& visit) const {
+  for (const auto& [key, entry] : index_) visit(entry->handle);
+}
+
+KernelCache::Shard::Queue& KernelCache::Shard::queue_of(Place place) noexcept {
+  return place == Place::SMALL ? small_ : place == Place::MAIN ? main_ : pinned_;
+}
+
+void KernelCache::Shard::move_to(Queue::iterator entry, Place place) {
+  if (entry->place == Place::SMALL) small_bytes_ -= entry->size_bytes;
+  if (entry->place == Place::PINNED) pinned_bytes_ -= entry->size_bytes;
+  Queue& target = queue_of(place);
+  target.splice(target.begin(), queue_of(entry->place), entry);
+  entry->place = place;
+  entry->frequency = 0;
+  if (place == Place::SMALL) small_bytes_ += entry->size_bytes;
+  if (place == Place::PINNED) pinned_bytes_ += entry->size_bytes;
+}
+
+// The live entry, or none_.end(); an expired one is removed on the way.
+KernelCache::Shard::Queue::iterator KernelCache::Shard::find(std::string_view key,
+                                                             std::uint64_t now,
+                                                             std::vector<Removed>& removed) {
+  const auto known = index_.find(key);
+  if (known == index_.end()) return none_.end();
+  const Queue::iterator entry = known->second;
+  const bool expired = entry->expires_ns != 0 && now >= entry->expires_ns && entry->num_pins == 0;
+  if (!expired) return entry;
+  remove(entry, CacheRemoval::EXPIRED, removed);
+  ++counts_.expirations;
+  return none_.end();
+}
+
+void KernelCache::Shard::remove(Queue::iterator entry, CacheRemoval removal,
+                                std::vector<Removed>& removed) {
+  removed.reserve(removed.size() + 1);  // the one step that can throw comes first
+  index_.erase(entry->key);
+  bytes_ -= entry->size_bytes;
+  if (entry->place == Place::SMALL) small_bytes_ -= entry->size_bytes;
+  if (entry->place == Place::PINNED) pinned_bytes_ -= entry->size_bytes;
+  removed.push_back({std::move(entry->key), entry->handle, removal});
+  queue_of(entry->place).erase(entry);
+}
+
+// REQUIRES: an entry that is not pinned.
+void KernelCache::Shard::evict_one(std::vector<Removed>& removed) {
+  while (true) {
+    const bool small_first = small_bytes_ > capacity_bytes_ / kSmallDivisor || main_.empty();
+    if (small_first ? evict_from_small(removed) : evict_from_main(removed)) return;
+  }
+}
+
+// Looks at the oldest newcomer: evicts it, or moves it to the main queue if it was asked for again.
+bool KernelCache::Shard::evict_from_small(std::vector<Removed>& removed) {
+  const Queue::iterator oldest = std::prev(small_.end());
+  if (oldest->frequency > 0) {
+    move_to(oldest, Place::MAIN);
+    return false;
+  }
+  remember_ghost(oldest->hash);
+  remove(oldest, CacheRemoval::EVICTED, removed);
+  ++counts_.evictions;
+  return true;
+}
+
+bool KernelCache::Shard::evict_from_main(std::vector<Removed>& removed) {
+  const Queue::iterator oldest = std::prev(main_.end());
+  if (oldest->frequency > 0) {
+    --oldest->frequency;
+    main_.splice(main_.begin(), main_, oldest);
+    return false;
+  }
+  remove(oldest, CacheRemoval::EVICTED, removed);
+  ++counts_.evictions;
+  return true;
+}
+
+// As many ghosts as there are entries: older ones are forgotten.
+void KernelCache::Shard::remember_ghost(std::size_t hash) {
+  ghost_order_.push_back(hash);
+  ++ghosts_[hash];
+  while (ghost_order_.size() > std::max<std::size_t>(index_.size(), 16)) {
+    const auto oldest = ghosts_.find(ghost_order_.front());
+    if (oldest != ghosts_.end() && --oldest->second == 0) ghosts_.erase(oldest);
+    ghost_order_.pop_front();
+  }
+}
+
+bool KernelCache::Shard::forget_ghost(std::size_t hash) {
+  // Its place in ghost_order_ stays until it grows old; see the `find` above.
+  return ghosts_.erase(hash) > 0;
+}
+
+bool KernelCache::Shard::forget_negative(std::string_view key) {
+  const auto note = negatives_.find(key);
+  if (note == negatives_.end()) return false;
+  const auto order = note->second.order;
+  negatives_.erase(note);
+  negative_order_.erase(order);
+  return true;
+}
+
+void KernelCache::Shard::touch(Entry& entry) noexcept {
+  entry.frequency = std::min<std::uint8_t>(kMaxFrequency, static_cast<std::uint8_t>(entry.frequency + 1));
+}
+
+}  // namespace esper

@@ -1,0 +1,1 @@
+"""The six services; they meet over gRPC and NATS only."""
