@@ -1,0 +1,97 @@
+# Every target does its own set-up on a fresh Debian or Ubuntu machine with Python 3.11 and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# What setup installs: "dev" for tests and tools, "demo" for the demo alone.
+EXTRA ?= dev
+export PYTHONPATH :=
+
+.PHONY: setup demo test lint format bench proto proto-check native-test native-asan native-tsan check clean
+
+$(VENV)/.python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "Esper needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and by its exact version: an open range may pull a build of several gigabytes.
+$(VENV)/.torch: constraints.txt | $(VENV)/.python
+	$(PIP_INSTALL) torch
+	@touch $@
+
+$(VENV)/.setup-demo: pyproject.toml constraints.txt $(NATIVE_SOURCES) | $(VENV)/.torch
+	$(PIP_INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.setup-dev: pyproject.toml constraints.txt $(NATIVE_SOURCES) | $(VENV)/.torch
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.setup-demo
+
+setup: $(VENV)/.setup-$(EXTRA)
+
+demo: $(VENV)/.setup-demo
+	$(BIN)/esper demo
+
+test: $(VENV)/.setup-dev
+	$(BIN)/python -m pytest -q -m "not slow and not chaos and not gpu"
+
+# The services live in services/ and are imported as esper.services: the tools read a tree laid out like the installed package.
+build/tree/esper: FORCE
+	@rm -rf build/tree && mkdir -p build/tree && cp -r esper build/tree/esper && cp -r services build/tree/esper/services
+	@cp pyproject.toml build/tree/
+FORCE:
+
+lint: $(VENV)/.setup-dev build/tree/esper
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd build/tree && ../../$(BIN)/mypy --cache-dir ../mypy -p esper
+	cd build/tree && PYTHONPATH=. ../../$(BIN)/lint-imports --config pyproject.toml --no-cache
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	cd proto && ../$(BIN)/buf lint
+
+format: $(VENV)/.setup-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+# Generated code is committed, so that users need no protoc; proto-check proves it fresh.
+PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
+	--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
+proto: $(VENV)/.setup-dev
+	$(PROTOC) --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. proto/esper/v1/*.proto
+
+proto-check: $(VENV)/.setup-dev
+	@rm -rf build/proto && mkdir -p build/proto
+	$(PROTOC) --python_out=build/proto --grpc_python_out=build/proto --mypy_out=quiet:build/proto \
+		--mypy_grpc_out=quiet:build/proto proto/esper/v1/*.proto
+	diff -r -x __init__.py -x __pycache__ build/proto/esper/v1 esper/v1
+
+define native_suite
+	$(BIN)/cmake -S . -B build/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DESPER_BUILD_PYTHON=OFF \
+		-DESPER_BUILD_TESTS=ON -DESPER_SANITIZE=$(2)
+	$(BIN)/cmake --build build/$(1)
+	$(BIN)/ctest --test-dir build/$(1) --output-on-failure
+endef
+
+native-test: $(VENV)/.setup-dev
+	$(call native_suite,native,)
+
+native-asan: $(VENV)/.setup-dev
+	$(call native_suite,asan,address$(comma)undefined)
+
+native-tsan: $(VENV)/.setup-dev
+	$(call native_suite,tsan,thread)
+
+comma := ,
+
+bench: $(VENV)/.setup-dev
+	$(PIP_INSTALL) -e '.[dev,bench]'
+	$(BIN)/esper bench all --quick
+
+# What CI runs.
+check: lint proto-check native-test
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+clean:
+	rm -rf build .venv
