@@ -36,7 +36,8 @@ std::uint64_t deadline(std::uint64_t now, std::uint64_t ttl_ns) noexcept {
   return now + std::min(ttl_ns, room);
 }
 
-// Collects what leaves the cache under a lock and releases it when the lock is gone: declare before the lock.
+// Collects what leaves the cache under a lock and releases it when the lock is gone: declare before
+// the lock.
 class Removals {
  public:
   explicit Removals(const CacheHooks& hooks) : hooks_(hooks) {}
@@ -82,9 +83,7 @@ KernelCache::KernelCache(const CacheConfig& config, CacheHooks hooks)
 }
 
 KernelCache::~KernelCache() {
-  for_each_handle([this](CacheHandle handle) {
-    hooks_.release(std::string(), handle, CacheRemoval::CLEARED);
-  });
+  clear(true);
 }
 
 std::optional<CacheHandle> KernelCache::get(std::string_view key) {
@@ -162,12 +161,12 @@ bool KernelCache::is_negative(std::string_view key) {
   return shard.is_negative(key, now);
 }
 
-std::size_t KernelCache::clear() {
+std::size_t KernelCache::clear(bool pinned_too) {
   std::size_t count = 0;
   for (const std::unique_ptr<Shard>& shard : shards_) {
     Removals removals(hooks_);
     const std::lock_guard lock(shard->mutex);
-    count += shard->clear(removals.list);
+    count += shard->clear(pinned_too, removals.list);
   }
   return count;
 }

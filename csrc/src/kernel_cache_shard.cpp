@@ -9,8 +9,9 @@ namespace esper {
 namespace {
 
 constexpr std::uint8_t kMaxFrequency = 3;
-// The small queue's share of the bytes.
+// The small queue's share of what may be evicted: a tenth.
 constexpr std::size_t kSmallDivisor = 10;
+constexpr std::size_t kMinGhosts = 16;
 
 }  // namespace
 
@@ -57,9 +58,8 @@ KernelCache::PutResult KernelCache::Shard::put(std::string_view key, std::size_t
     place = known->second->place == Place::PINNED ? Place::MAIN : known->second->place;
     remove(known->second, CacheRemoval::REPLACED, removed);
   }
-  while (bytes_ + size_bytes > capacity_bytes_ || index_.size() + 1 > max_entries_) {
-    evict_one(removed);
-  }
+  while (bytes_ + size_bytes > capacity_bytes_) evict_one(true, removed);
+  while (index_.size() + 1 > max_entries_) evict_one(false, removed);
   Queue fresh;
   fresh.push_front(Entry{std::string(key), hash, handle, size_bytes, expires, num_pins, 0, place});
   const Queue::iterator entry = fresh.begin();
@@ -124,9 +124,9 @@ bool KernelCache::Shard::is_negative(std::string_view key, std::uint64_t now) {
   return false;
 }
 
-std::size_t KernelCache::Shard::clear(std::vector<Removed>& removed) {
+std::size_t KernelCache::Shard::clear(bool pinned_too, std::vector<Removed>& removed) {
   std::size_t count = 0;
-  for (Queue* queue : {&small_, &main_}) {
+  for (Queue* queue : {&small_, &main_, pinned_too ? &pinned_ : &none_}) {
     for (; !queue->empty(); ++count) remove(queue->begin(), CacheRemoval::CLEARED, removed);
   }
   negatives_.clear();
@@ -193,10 +193,13 @@ void KernelCache::Shard::remove(Queue::iterator entry, CacheRemoval removal,
   queue_of(entry->place).erase(entry);
 }
 
+// The small queue gives way while it holds more than its share, measured in what is short.
 // REQUIRES: an entry that is not pinned.
-void KernelCache::Shard::evict_one(std::vector<Removed>& removed) {
+void KernelCache::Shard::evict_one(bool by_bytes, std::vector<Removed>& removed) {
   while (true) {
-    const bool small_first = small_bytes_ > capacity_bytes_ / kSmallDivisor || main_.empty();
+    const std::size_t small = by_bytes ? small_bytes_ : small_.size();
+    const std::size_t all = by_bytes ? bytes_ - pinned_bytes_ : small_.size() + main_.size();
+    const bool small_first = main_.empty() || small * kSmallDivisor > all;
     if (small_first ? evict_from_small(removed) : evict_from_main(removed)) return;
   }
 }
@@ -228,17 +231,17 @@ bool KernelCache::Shard::evict_from_main(std::vector<Removed>& removed) {
 
 // As many ghosts as there are entries: older ones are forgotten.
 void KernelCache::Shard::remember_ghost(std::size_t hash) {
-  ghost_order_.push_back(hash);
-  ++ghosts_[hash];
-  while (ghost_order_.size() > std::max<std::size_t>(index_.size(), 16)) {
-    const auto oldest = ghosts_.find(ghost_order_.front());
-    if (oldest != ghosts_.end() && --oldest->second == 0) ghosts_.erase(oldest);
+  ghost_order_.push_back({hash, ++num_ghosts_});
+  ghosts_[hash] = num_ghosts_;
+  while (ghost_order_.size() > std::max<std::size_t>(index_.size(), kMinGhosts)) {
+    const auto known = ghosts_.find(ghost_order_.front().hash);
+    if (known != ghosts_.end() && known->second == ghost_order_.front().number)
+      ghosts_.erase(known);
     ghost_order_.pop_front();
   }
 }
 
 bool KernelCache::Shard::forget_ghost(std::size_t hash) {
-  // Its place in ghost_order_ stays until it grows old; see the `find` above.
   return ghosts_.erase(hash) > 0;
 }
 
@@ -252,7 +255,8 @@ bool KernelCache::Shard::forget_negative(std::string_view key) {
 }
 
 void KernelCache::Shard::touch(Entry& entry) noexcept {
-  entry.frequency = std::min<std::uint8_t>(kMaxFrequency, static_cast<std::uint8_t>(entry.frequency + 1));
+  entry.frequency =
+      std::min<std::uint8_t>(kMaxFrequency, static_cast<std::uint8_t>(entry.frequency + 1));
 }
 
 }  // namespace esper

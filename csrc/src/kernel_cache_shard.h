@@ -1,4 +1,5 @@
-// One shard of the KernelCache; private to the cache's sources. Every member function REQUIRES: `mutex` held by the caller.
+// One shard of the KernelCache; private to the cache's sources. Every member function REQUIRES:
+// `mutex` held by the caller.
 #pragma once
 
 #include <cstddef>
@@ -39,7 +40,7 @@ class KernelCache::Shard {
   void put_negative(std::string_view key, std::uint64_t now, std::uint64_t expires,
                     std::vector<Removed>& removed);
   bool is_negative(std::string_view key, std::uint64_t now);
-  std::size_t clear(std::vector<Removed>& removed);
+  std::size_t clear(bool pinned_too, std::vector<Removed>& removed);
   void add_to(CacheStats& total) const;
   void for_each_handle(const std::function<void(CacheHandle)>& visit) const;
 
@@ -71,7 +72,7 @@ class KernelCache::Shard {
   void move_to(Queue::iterator entry, Place place);
   Queue::iterator find(std::string_view key, std::uint64_t now, std::vector<Removed>& removed);
   void remove(Queue::iterator entry, CacheRemoval removal, std::vector<Removed>& removed);
-  void evict_one(std::vector<Removed>& removed);
+  void evict_one(bool by_bytes, std::vector<Removed>& removed);
   bool evict_from_small(std::vector<Removed>& removed);
   bool evict_from_main(std::vector<Removed>& removed);
   void remember_ghost(std::size_t hash);
@@ -90,9 +91,14 @@ class KernelCache::Shard {
   Queue none_;  // always empty; its end() is "not found"
   // Keys are views of the entries' own strings, which list nodes never move.
   std::unordered_map<std::string_view, Queue::iterator> index_;
-  std::deque<std::size_t> ghost_order_;
-  std::unordered_map<std::size_t, std::size_t> ghosts_;  // hash -> occurrences in ghost_order_
-  std::list<std::string> negative_order_;                // front is newest
+  struct Ghost {
+    std::size_t hash;
+    std::uint64_t number;
+  };
+  std::deque<Ghost> ghost_order_;
+  std::unordered_map<std::size_t, std::uint64_t> ghosts_;  // hash -> number of its latest Ghost
+  std::uint64_t num_ghosts_ = 0;
+  std::list<std::string> negative_order_;  // front is newest
   std::unordered_map<std::string_view, Negative> negatives_;
   CacheStats counts_;
 };

@@ -43,7 +43,8 @@ struct Float16 {
     if (magnitude >= 0x7C00U) {  // infinity and NaN
       return std::bit_cast<float>(sign | 0x7F800000U | (magnitude & 0x3FFU) << 13U);
     }
-    // The half's bits at the place of a float's are 2^112 too small; subnormals come out right as well.
+    // The half's bits at the place of a float's are 2^112 too small; subnormals come out right as
+    // well.
     const float scaled = std::bit_cast<float>(magnitude << 13U) * 0x1p112F;
     return std::bit_cast<float>(std::bit_cast<std::uint32_t>(scaled) | sign);
   }

@@ -13,8 +13,8 @@ namespace {
 constexpr std::size_t kMaxCapacity = std::size_t{1} << 32U;
 constexpr float kNotMeasured = std::numeric_limits<float>::quiet_NaN();
 
-// Data words are stored with release and loaded with acquire, so that the sequence counter brackets them without a fence
-// (fences are invisible to TSan); on x86 both are plain moves.
+// Data words are stored with release and loaded with acquire, so that the sequence counter brackets
+// them without a fence (fences are invisible to TSan); on x86 both are plain moves.
 template <class T>
 void put(T& word, T value) noexcept {
   std::atomic_ref<T>(word).store(value, std::memory_order_release);
@@ -42,7 +42,8 @@ std::size_t lines_of(std::size_t count) noexcept {
   return (count * sizeof(T) + 63) / 64;
 }
 
-// Moves `average` towards `sample`; the first sample is taken as it is, a non-finite one is not taken.
+// Moves `average` towards `sample`; the first sample is taken as it is, a non-finite one is not
+// taken.
 void average_in(float& average, float sample, float weight) noexcept {
   if (!std::isfinite(sample)) return;
   const float old = take(average);
@@ -144,11 +145,11 @@ void StateLayout::record_health(std::size_t seed, const HealthSample& sample) {
   const Writing writing(*this, seed);
   put(columns_.health_counts[seed], count);
   if (std::isfinite(sample.mean) && std::isfinite(sample.variance)) {
-    // The mixture of the old distribution and the sample's, in these weights: variance within plus variance between.
+    // The mixture of the old distribution and the sample's, in these weights: variance within plus
+    // variance between.
     const float shift = std::isfinite(old_mean) ? sample.mean - old_mean : 0.0F;
-    const float within = std::isfinite(old_m2)
-                             ? old_m2 + weight * (sample.variance - old_m2)
-                             : sample.variance;
+    const float within =
+        std::isfinite(old_m2) ? old_m2 + weight * (sample.variance - old_m2) : sample.variance;
     put(columns_.m2s[seed], within + weight * (1.0F - weight) * shift * shift);
   }
   average_in(columns_.means[seed], sample.mean, weight);
@@ -157,9 +158,15 @@ void StateLayout::record_health(std::size_t seed, const HealthSample& sample) {
   average_in(columns_.latencies_ms[seed], sample.latency_ms, weight);
 }
 
-void StateLayout::count_forward(std::size_t seed) { count(columns_.forwards, seed); }
-void StateLayout::count_error(std::size_t seed) { count(columns_.errors, seed); }
-void StateLayout::count_fallback(std::size_t seed) { count(columns_.fallbacks, seed); }
+void StateLayout::count_forward(std::size_t seed) {
+  count(columns_.forwards, seed);
+}
+void StateLayout::count_error(std::size_t seed) {
+  count(columns_.errors, seed);
+}
+void StateLayout::count_fallback(std::size_t seed) {
+  count(columns_.fallbacks, seed);
+}
 
 SeedRecord StateLayout::read(std::size_t seed) const {
   require_seed(seed);

@@ -1,5 +1,5 @@
-// Snapshot format, little-endian: Header, then each column's first `num_seeds` values without padding, in the order of
-// for_each_column. The checksum is XXH64 of the header, whose checksum
+// Snapshot format, little-endian: Header, then each column's first `num_seeds` values without
+// padding, in the order of for_each_column. The checksum is XXH64 of the header, whose checksum
 // field holds meanwhile the XXH64 of everything after the header.
 
 #include <algorithm>

@@ -1,4 +1,5 @@
-// XXH64 (xxHash by Y. Collet, public specification), seed 0: guards snapshots against damage, not against an adversary.
+// XXH64 (xxHash by Y. Collet, public specification), seed 0: guards snapshots against damage, not
+// against an adversary.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,6 @@
-// What the core throws. Every class derives from a standard exception, so that a C++ user needs none of these names;
-// the bindings turn each into one class of esper.contracts.errors, in one place (bindings/module.cpp).
+// What the core throws. Every class derives from a standard exception, so that a C++ user needs
+// none of these names; the bindings turn each into one class of esper.contracts.errors, in one
+// place (bindings/module.cpp).
 #pragma once
 
 #include <stdexcept>
@@ -21,7 +22,8 @@ class InvalidInput : public std::invalid_argument {
   std::string parameter_;
 };
 
-// The call is right but comes at the wrong moment (closed object, pinned entry, a loader that asks for its own key).
+// The call is right but comes at the wrong moment (closed object, pinned entry, a loader that asks
+// for its own key).
 class InvalidState : public std::logic_error {
  public:
   using std::logic_error::logic_error;
@@ -45,7 +47,8 @@ class NotFound : public std::out_of_range {
   using std::out_of_range::out_of_range;
 };
 
-// A device or its driver is not there, or refused a call; the message names the call, file and line.
+// A device or its driver is not there, or refused a call; the message names the call, file and
+// line.
 class DeviceError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;

@@ -1,13 +1,15 @@
 // The first cache tier: opaque handles by key, bounded by bytes and by count.
 //
-// Eviction is S3-FIFO (Yang et al., SOSP 2023) weighted by bytes: a small FIFO takes newcomers, so that a scan passes through
-// it without touching the main FIFO; a ghost list of hashes lets a key that comes back go straight to the main one. Pinned
-// entries leave both queues and are never evicted nor expired. Keys are spread over shards, each with its own lock, its own
-// equal part of both bounds and its own queues.
+// Eviction is S3-FIFO (Yang et al., SOSP 2023) weighted by bytes: a small FIFO takes newcomers, so
+// that a scan passes through it without touching the main FIFO; a ghost list of hashes lets a key
+// that comes back go straight to the main one. Pinned entries leave both queues and are never
+// evicted nor expired. Keys are spread over shards, each with its own lock, its own equal part of
+// both bounds and its own queues.
 //
-// Ownership: a handle stands for one counted reference. `put` takes over the caller's reference when it returns STORED and leaves
-// it with the caller otherwise. `get` gives the caller a reference of its own, made by `Hooks::acquire`. A reference the cache
-// lets go of reaches `Hooks::release`, always after the shard's lock is dropped.
+// Ownership: a handle stands for one counted reference. `put` takes over the caller's reference
+// when it returns STORED and leaves it with the caller otherwise. `get` gives the caller a
+// reference of its own, made by `Hooks::acquire`. A reference the cache lets go of reaches
+// `Hooks::release`, always after the shard's lock is dropped.
 //
 // Thread-safe. Nothing here waits for anything but a shard's lock.
 #pragma once
@@ -30,7 +32,8 @@ enum class CacheRemoval : std::uint8_t { EVICTED, EXPIRED, REPLACED, ERASED, CLE
 [[nodiscard]] std::string_view removal_name(CacheRemoval removal) noexcept;
 
 struct CacheHooks {
-  // Makes one more reference. Runs under the shard's lock: must be short and must not call the cache.
+  // Makes one more reference. Runs under the shard's lock: must be short and must not call the
+  // cache.
   std::function<void(CacheHandle)> acquire = [](CacheHandle) {};
   // Takes back the cache's reference. Runs without any lock; must not throw.
   std::function<void(const std::string& key, CacheHandle, CacheRemoval)> release =
@@ -68,12 +71,13 @@ class KernelCache {
  public:
   enum class PutResult : std::uint8_t {
     STORED,
-    TOO_LARGE,  // larger than one shard's part of the bound: can never fit
+    TOO_LARGE,    // larger than one shard's part of the bound: can never fit
     PINNED_FULL,  // everything that would have to go is pinned
   };
 
   // Throws InvalidInput where a bound is 0 or there are fewer entries or bytes than shards.
   KernelCache(const CacheConfig& config, CacheHooks hooks);
+  // Releases everything, as CLEARED.
   ~KernelCache();
 
   KernelCache(const KernelCache&) = delete;
@@ -85,12 +89,14 @@ class KernelCache {
   // Whether a live entry stands under the key; counts as no access.
   [[nodiscard]] bool contains(std::string_view key);
 
-  // Stores the handle and ends a negative entry of the key. The old entry of the key, its pins included, is replaced only where
-  // the new one fits. `ttl_ns` 0 takes the default. Throws InvalidInput for size_bytes == 0.
+  // Stores the handle and ends a negative entry of the key. The old entry of the key, its pins
+  // included, is replaced only where the new one fits. `ttl_ns` 0 takes the default. Throws
+  // InvalidInput for size_bytes == 0.
   PutResult put(std::string_view key, CacheHandle handle, std::size_t size_bytes,
                 bool pinned = false, std::uint64_t ttl_ns = 0);
 
-  // Pins count: an entry stays as long as one `pin` is not undone. False where the key has no live entry.
+  // Pins count: an entry stays as long as one `pin` is not undone. False where the key has no live
+  // entry.
   bool pin(std::string_view key);
   // False where the key has no entry or no pin.
   bool unpin(std::string_view key);
@@ -98,13 +104,15 @@ class KernelCache {
   // False where the key has no live entry. Throws InvalidState where it is pinned.
   bool erase(std::string_view key);
 
-  // Notes that the key has no value for `ttl_ns`; at most max_entries such notes are kept, the oldest go first.
-  // Throws InvalidInput for ttl_ns == 0, InvalidState where the key has a live entry.
+  // Notes that the key has no value for `ttl_ns`; at most max_entries such notes are kept, the
+  // oldest go first. Throws InvalidInput for ttl_ns == 0, InvalidState where the key has a live
+  // entry.
   void put_negative(std::string_view key, std::uint64_t ttl_ns);
   [[nodiscard]] bool is_negative(std::string_view key);
 
-  // Removes every entry that is not pinned and every negative entry; returns how many entries.
-  std::size_t clear();
+  // Removes every entry that is not pinned, or simply every one, and every negative entry; returns
+  // how many entries.
+  std::size_t clear(bool pinned_too = false);
 
   [[nodiscard]] CacheStats stats() const;
   [[nodiscard]] std::size_t capacity_bytes() const noexcept { return config_.capacity_bytes; }

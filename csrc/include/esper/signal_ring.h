@@ -1,7 +1,8 @@
 // A bounded queue of health records from the training thread to one publisher thread.
 //
-// Threads: one producer calls `push`, which never waits and never allocates: a record that finds the ring full is dropped and
-// counted. Consumers are serialised by a mutex that the producer never touches. The counts may be read from any thread.
+// Threads: one producer calls `push`, which never waits and never allocates: a record that finds
+// the ring full is dropped and counted. Consumers are serialised by a mutex that the producer never
+// touches. The counts may be read from any thread.
 #pragma once
 
 #include <atomic>
@@ -49,7 +50,8 @@ struct SignalColumns {
 
 class SignalRing {
  public:
-  // Holds `capacity` records, rounded up to a power of two. Throws InvalidInput unless 1 <= capacity <= 2^24.
+  // Holds `capacity` records, rounded up to a power of two. Throws InvalidInput unless 1 <=
+  // capacity <= 2^24.
   explicit SignalRing(std::size_t capacity);
 
   SignalRing(const SignalRing&) = delete;

@@ -1,13 +1,16 @@
 // The state of every seed of a model, as a structure of arrays in one allocation.
 //
-// Threads: one writer (the training thread), any number of readers, no lock. Each seed has a sequence counter that is odd
-// while the writer is inside that seed; `read` retries until it saw one even number on both sides, so a record is never
-// torn. All shared words are atomics, so readers race with nothing in the sense of the C++ memory model.
+// Threads: one writer (the training thread), any number of readers, no lock. Each seed has a
+// sequence counter that is odd while the writer is inside that seed; `read` retries until it saw
+// one even number on both sides, so a record is never torn. All shared words are atomics, so
+// readers race with nothing in the sense of the C++ memory model.
 //
-// Memory: columns are aligned to 64 bytes and reserved for `capacity` seeds at birth. `add_seeds` never moves them, so a view
-// of a column stays valid as long as the layout lives. Growing past the capacity is refused.
+// Memory: columns are aligned to 64 bytes and reserved for `capacity` seeds at birth. `add_seeds`
+// never moves them, so a view of a column stays valid as long as the layout lives. Growing past the
+// capacity is refused.
 //
-// Health figures are exponentially weighted averages; a figure that nobody has measured is NaN, never 0.
+// Health figures are exponentially weighted averages; a figure that nobody has measured is NaN,
+// never 0.
 #pragma once
 
 #include <atomic>
@@ -56,7 +59,8 @@ struct SeedRecord {
   float latency_ms;
 };
 
-// One observation of a seed's activations; a non-finite member means "not measured" and leaves its column alone.
+// One observation of a seed's activations; a non-finite member means "not measured" and leaves its
+// column alone.
 struct HealthSample {
   float mean;
   float variance;
@@ -67,7 +71,8 @@ struct HealthSample {
 
 class StateLayout {
  public:
-  // Averages weigh the newest sample by 1/n for the n-th sample until that falls to this weight, then by this weight.
+  // Averages weigh the newest sample by 1/n for the n-th sample until that falls to this weight,
+  // then by this weight.
   static constexpr float kHealthWeight = 0.02F;
 
   // All seeds start DORMANT. `capacity` 0 stands for `num_seeds` with room to double.
@@ -90,7 +95,8 @@ class StateLayout {
 
   // --- Writer only ---
 
-  // Returns the index of the first new seed. Throws CapacityExceeded, InvalidInput for n == 0; nothing changes then.
+  // Returns the index of the first new seed. Throws CapacityExceeded, InvalidInput for n == 0;
+  // nothing changes then.
   std::size_t add_seeds(std::size_t n);
 
   // The one way to change a state. Throws InvalidTransition, InvalidInput.
@@ -110,8 +116,9 @@ class StateLayout {
   // All seeds, as versioned bytes with a checksum (format: state_layout_snapshot.cpp).
   [[nodiscard]] std::vector<std::byte> snapshot() const;
 
-  // Replaces the state of all seeds; grows inside the capacity if the snapshot has more. Throws CorruptData (magic, version,
-  // size, checksum, impossible value), InvalidState if it has fewer seeds, CapacityExceeded; nothing changes then.
+  // Replaces the state of all seeds; grows inside the capacity if the snapshot has more. Throws
+  // CorruptData (magic, version, size, checksum, impossible value), InvalidState if it has fewer
+  // seeds, CapacityExceeded; nothing changes then.
   void restore(std::span<const std::byte> bytes);
 
   // --- Any thread ---
