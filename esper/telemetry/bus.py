@@ -368,7 +368,7 @@ def make_headers(headers: Mapping[str, str] | None, msg_id: str | None, *, durab
     for name, value in (headers or {}).items():
         if not _HEADER_NAME.fullmatch(name):
             raise InvalidInputError.of("header name", "match [A-Za-z0-9-]{1,64}", name)
-        if not isinstance(value, str) or not value.isprintable() or value != value.strip():
+        if not value.isprintable() or value != value.strip():
             raise InvalidInputError.of(f"header {name}", "be printable text with no blank at its ends", value)
         checked[name] = value
     if msg_id is not None:

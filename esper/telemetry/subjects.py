@@ -29,6 +29,7 @@ RESERVED_RUNS: Final = frozenset({"jobs", "dead"})
 
 _RUN = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_ROOT_LAYER = "%"
 _TOKEN = re.compile(r"[A-Za-z0-9_/%-]+")
 
 
@@ -73,9 +74,9 @@ def encode_layer(layer: str) -> str:
         InvalidInputError: The token would be longer than ``MAX_LAYER_TOKEN_BYTES``.
     """
     if not layer:
-        return "%"
+        return _ROOT_LAYER
     try:
-        parts = [quote(part, safe="").replace(".", "%2E").replace("~", "%7E") for part in layer.split(".")]
+        parts = [quote(part, safe="").replace("~", "%7E") for part in layer.split(".")]
     except UnicodeEncodeError as error:
         raise InvalidInputError.of("layer", "be text that UTF-8 can carry", layer) from error
     token = "/".join(parts)
@@ -91,7 +92,7 @@ def decode_layer(token: str) -> str:
     Raises:
         InvalidInputError: No name encodes to this token.
     """
-    if token == "%":
+    if token == _ROOT_LAYER:
         return ""
     try:
         layer = ".".join(unquote_to_bytes(part).decode("utf-8") for part in token.split("/"))
@@ -110,7 +111,7 @@ def check_run_id(run_id: str) -> str:
     Raises:
         InvalidInputError: It does not match ``[a-z0-9][a-z0-9-]{0,63}`` or is reserved.
     """
-    if not isinstance(run_id, str) or not _RUN.fullmatch(run_id):
+    if not _RUN.fullmatch(run_id):
         raise InvalidInputError.of("run_id", "match [a-z0-9][a-z0-9-]{0,63}", run_id)
     if run_id in RESERVED_RUNS:
         raise InvalidInputError.of("run_id", f"not be one of {', '.join(sorted(RESERVED_RUNS))}", run_id)
@@ -123,7 +124,7 @@ def check_name(parameter: str, name: str) -> str:
     Raises:
         InvalidInputError: It does not match ``[A-Za-z0-9_-]{1,64}``.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name):
         raise InvalidInputError.of(parameter, "match [A-Za-z0-9_-]{1,64}", name)
     return name
 
@@ -159,19 +160,14 @@ def parse_subject(subject: str) -> Subject:
     return Subject(run_id, Kind(tokens[3]), layer)
 
 
-def run_pattern(run_id: str | None = None, kind: Kind | str | None = None) -> str:
-    """Give the pattern of everything a run says, or of one kind with and without a layer.
-
-    ``None`` stands for every run, or every kind. A pattern with a kind ends in ``.>`` for kinds that carry a layer in
-    their subject, so ask with ``kind_patterns`` where both forms are wanted.
-    """
-    run_token = "*" if run_id is None else check_run_id(run_id)
-    return f"{PREFIX}.{run_token}.>" if kind is None else f"{PREFIX}.{run_token}.{Kind(kind).value}"
+def run_pattern(run_id: str | None = None) -> str:
+    """Give the pattern of everything a run says; ``None`` stands for every run."""
+    return f"{PREFIX}.{_run_token(run_id)}.>"
 
 
 def kind_patterns(kind: Kind | str, run_id: str | None = None) -> tuple[str, str]:
     """Give the two patterns that together take every message of a kind: without and with a layer."""
-    bare = run_pattern(run_id, kind)
+    bare = f"{PREFIX}.{_run_token(run_id)}.{Kind(kind).value}"
     return bare, f"{bare}.>"
 
 
@@ -209,8 +205,8 @@ def check_pattern(pattern: str) -> str:
     """
     _check_length("subject pattern", pattern)
     tokens = pattern.split(".")
-    for place, token in enumerate(tokens):
-        legal = token == "*" or (token == ">" and place == len(tokens) - 1) or _TOKEN.fullmatch(token)
+    for place, part in enumerate(tokens):
+        legal = part == "*" or (part == ">" and place == len(tokens) - 1) or _TOKEN.fullmatch(part)
         if not legal:
             raise InvalidInputError.of("subject pattern", "be tokens joined by dots, * or a last >", pattern)
     return pattern
@@ -219,10 +215,10 @@ def check_pattern(pattern: str) -> str:
 def matches(pattern: str, subject: str) -> bool:
     """Say whether a subject falls under a pattern."""
     wanted, given = pattern.split("."), subject.split(".")
-    for place, token in enumerate(wanted):
-        if token == ">":
+    for place, part in enumerate(wanted):
+        if part == ">":
             return len(given) > place
-        if place >= len(given) or token not in ("*", given[place]):
+        if place >= len(given) or part not in ("*", given[place]):
             return False
     return len(wanted) == len(given)
 
@@ -240,6 +236,10 @@ def overlaps(first: str, second: str) -> bool:
     return len(left) == len(right) or (len(longer) == shorter and longer[-1] == ">")
 
 
+def _run_token(run_id: str | None) -> str:
+    return "*" if run_id is None else check_run_id(run_id)
+
+
 def _check_length(parameter: str, text: str) -> None:
-    if not isinstance(text, str) or not text or len(text) > MAX_SUBJECT_BYTES:
+    if not text or len(text) > MAX_SUBJECT_BYTES:
         raise InvalidInputError.of(parameter, f"be 1 to {MAX_SUBJECT_BYTES} characters", text)
