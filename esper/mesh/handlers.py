@@ -19,15 +19,15 @@ class HandlerTable:
 
     def __init__(self) -> None:
         self._services: dict[str, dict[str, Any]] = {}
-        self._generic: list[grpc.GenericRpcHandler] = []
+        self._generic: list[Any] = []
 
     def add_servicer(self, registrar: Registrar, servicer: object) -> tuple[str, ...]:
-        """Register one servicer and give the full names of the services it brought, e.g. ``("esper.v1.UrzaService",)``."""
+        """Register one servicer and give the full names of the services it brought."""
         before = set(self.service_names)
         registrar(servicer, self)
         return tuple(name for name in self.service_names if name not in before)
 
-    def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[Any]) -> None:
         """Remember handlers of the older registration form."""
         self._generic.extend(generic_rpc_handlers)
 

@@ -1,7 +1,7 @@
 """What surrounds every RPC on the server: span, deadline, admission, the error table, metrics and the access log.
 
-One interceptor does all of it in one coroutine per call, so that each of the four kinds of RPC, an error, a cancellation
-and a stream left early take the same way out. `InProcessChannel` uses the very same object, with no socket in between.
+One interceptor does all of it in one coroutine per call, so that each of the four kinds of RPC, an error, a
+cancellation and a stream left early take the same way out. `InProcessChannel` uses the very same object.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from typing import Any, Final
 import grpc
 from opentelemetry.trace import TracerProvider
 
-from esper.contracts.errors import CapacityExceededError, DeadlineExceededError, EsperError, InternalError, InvalidInputError
+from esper.contracts.errors import (
+    CapacityExceededError,
+    DeadlineExceededError,
+    EsperError,
+    InternalError,
+    InvalidInputError,
+)
 from esper.mesh.deadline import deadline_scope
 from esper.mesh.rpc_metrics import RpcMetrics
 from esper.mesh.rpc_tracing import mesh_tracer, server_span, set_outcome, split_method
@@ -132,9 +138,7 @@ class RpcEnvelope(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
         }
-        behaviour = (
-            handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
-        )
+        behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
         async def answer_once(request: Any, context: Any) -> Any:
             return await self._run(info, context, lambda: _call(behaviour, request, context))
@@ -191,16 +195,16 @@ class RpcEnvelope(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             expired = left_s is not None and left_s <= 0
             outcome.code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
             raise
-        except NotImplementedError:
-            # The generated base class raises this, with the code set, for a method the servicer lacks.
-            outcome.code = grpc.StatusCode.UNIMPLEMENTED
-            await context.abort(outcome.code, f"{info.path.lstrip('/')} is not offered by this server")
         except EsperError as error:
-            _note(outcome, error)
+            _note(info, outcome, error)
         except Exception as error:  # noqa: BLE001 -- the last border: its text must not reach the caller
+            # The generated base class sets this code, then raises, for a method that the servicer lacks.
+            if isinstance(error, NotImplementedError) and _set_code(context) is grpc.StatusCode.UNIMPLEMENTED:
+                outcome.code = grpc.StatusCode.UNIMPLEMENTED
+                await context.abort(outcome.code, f"{info.path.lstrip('/')} is not offered by this server")
             _note_defect(info, outcome, error)
         assert outcome.error is not None
-        await context.abort_with_status(to_grpc_status(outcome.error, incident_id=outcome.incident_id))
+        return await context.abort_with_status(to_grpc_status(outcome.error, incident_id=outcome.incident_id))
 
     async def _admitted(self, info: RpcInfo, context: Any, body: _Body) -> Any:
         if info.exempt:
@@ -233,7 +237,7 @@ class RpcEnvelope(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     raise
                 whose = "the server's default" if left_s is None else "the caller's"
                 raise DeadlineExceededError(
-                    f"{info.path.lstrip('/')} must finish within {whose} deadline of {budget_s:.3f} s, got no result in time"
+                    f"{info.path.lstrip('/')} must finish within {whose} deadline, got no result in {budget_s:.3f} s"
                 ) from error
 
 
@@ -267,24 +271,31 @@ def _set_code(context: Any) -> grpc.StatusCode:
     return next((code for code in grpc.StatusCode if code.value[0] == number), grpc.StatusCode.UNKNOWN)
 
 
-def _note(outcome: _Outcome, error: EsperError) -> None:
+def _note(info: RpcInfo, outcome: _Outcome, error: EsperError) -> None:
     outcome.error = error
     outcome.code = code_of(type(error))
     if outcome.code is grpc.StatusCode.INTERNAL:
-        outcome.incident_id = secrets.token_hex(8)
+        outcome.incident_id = _report_defect(info, error)
 
 
 def _note_defect(info: RpcInfo, outcome: _Outcome, error: Exception) -> None:
     """Keep the exception in the log and hand only an incident id to the caller."""
-    incident_id = secrets.token_hex(8)
-    outcome.incident_id = incident_id
+    outcome.incident_id = _report_defect(info, error)
     outcome.code = grpc.StatusCode.INTERNAL
-    outcome.error = InternalError(f"{info.path.lstrip('/')} hit a defect of the service; incident {incident_id}")
+    outcome.error = InternalError(
+        f"{info.path.lstrip('/')} hit a defect of the service; incident {outcome.incident_id}"
+    )
+
+
+def _report_defect(info: RpcInfo, error: Exception) -> str:
+    """Log the exception with its traceback under a fresh incident id, and give the id."""
+    incident_id = secrets.token_hex(8)
     log.error(
         "rpc_defect",
         exc_info=error,
         extra={"service": info.service, "method": info.method, "incident_id": incident_id},
     )
+    return incident_id
 
 
 def _log_access(info: RpcInfo, context: Any, outcome: _Outcome, duration_s: float) -> None:

@@ -1,8 +1,8 @@
 """Keyset page tokens: the place where the next page starts, opaque to callers and safe to take back.
 
-A token names the sort key of the last row given. It is bound to one query by ``scope`` (the method with its filters), so
-that a token of one listing cannot be used with another, and carries a BLAKE2 checksum. With a secret ``key`` the checksum
-is a signature; without one it finds accidents, and a forged token can do no more than start a page elsewhere.
+A token names the sort key of the last row given. It is bound to one query by ``scope`` (the method with its filters),
+so that a token of one listing cannot be used with another, and carries a BLAKE2 checksum. With a secret ``key`` the
+checksum is a signature; without one it finds accidents, and a forged token can do no more than start a page elsewhere.
 
 Layout, before base64url: version (1 byte), checksum (12 bytes), UTF-8 canonical JSON array of the key's columns.
 """

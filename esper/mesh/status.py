@@ -87,7 +87,7 @@ def code_of(error_type: type[EsperError]) -> grpc.StatusCode:
 
 
 def to_status(error: EsperError, *, incident_id: str | None = None) -> status_pb2.Status:
-    """Build the ``google.rpc.Status`` of an error: code, bounded message, ``ErrorInfo`` and, where it helps, ``RetryInfo``."""
+    """Build the ``google.rpc.Status``: code, bounded message, ``ErrorInfo`` and, where it helps, ``RetryInfo``."""
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN)
     if error.parameter is not None:
         info.metadata["parameter"] = _bounded(error.parameter, 256)
@@ -143,7 +143,7 @@ def rich_status(error: grpc.RpcError) -> status_pb2.Status | None:
 
 
 def retry_delay_s(error: BaseException) -> float | None:
-    """Give the seconds the server asked to wait, from a gRPC error or an Esper error mapped from one; ``None`` if unsaid."""
+    """Give the seconds the server asked to wait, from a gRPC error or one mapped from it; ``None`` if unsaid."""
     source = error if isinstance(error, grpc.RpcError) else error.__cause__
     if not isinstance(source, grpc.RpcError):
         return None
