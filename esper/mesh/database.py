@@ -22,7 +22,7 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-import asyncpg
+import asyncpg  # type: ignore[import-untyped]
 from sqlalchemy import Connection, MetaData, event, exc, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
@@ -33,7 +33,6 @@ from esper.contracts.errors import ConfigError, CorruptDataError, EsperError, St
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sqlalchemy.sql.dml import Insert
     from sqlalchemy.sql.schema import Table
 
 log = logging.getLogger(__name__)
@@ -195,8 +194,12 @@ class Database:
             async with AsyncSession(self._engine, expire_on_commit=False) as session:
                 with self._translated(connecting=True):
                     await session.connection(execution_options=options)
-                async with session.begin() if not session.in_transaction() else _finishing(session):
+                try:
                     yield session
+                except BaseException:
+                    await session.rollback()
+                    raise
+                await session.commit()
 
     @contextmanager
     def _translated(self, *, connecting: bool = False) -> Iterator[None]:
@@ -225,17 +228,6 @@ class Database:
         if lost or isinstance(error, asyncpg.InterfaceError) or _is(origin, _SQLITE_AWAY, _POSTGRES_AWAY):
             return UnavailableError(f"store {self.url} cannot be used: {reason}")
         return None
-
-
-@asynccontextmanager
-async def _finishing(session: AsyncSession) -> AsyncIterator[None]:
-    """Commit the transaction that the session is in, or roll it back on an error."""
-    try:
-        yield
-    except BaseException:
-        await session.rollback()
-        raise
-    await session.commit()
 
 
 def _is(origin: BaseException, sqlite_codes: set[int], postgres_prefixes: tuple[str, ...]) -> bool:
