@@ -1,0 +1,1 @@
+"""The training side: wrapping, growing, and what a run says of itself."""

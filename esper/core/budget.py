@@ -1,0 +1,101 @@
+"""What growth may cost, and the ledger that never lets it cost more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esper.contracts.blueprint import BlueprintCost
+from esper.contracts.errors import BudgetExceededError, InvalidInputError
+from esper.contracts.run import BudgetStatus
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """Bounds on growth: an ``int`` is absolute, a ``float`` a share of the host, ``None`` no bound.
+
+    Raises:
+        InvalidInputError: A bound is negative, not finite, or a share where only a count makes sense.
+    """
+
+    added_params: int | float | None = None
+    """Parameters that may be added over the run, live seeds included."""
+    added_flops: int | float | None = None
+    """Forward FLOPs per example that may be added."""
+    max_adaptations: int | None = None
+    """Adaptations that may be begun."""
+
+    def __post_init__(self) -> None:
+        for name in ("added_params", "added_flops"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not 0 <= value < float("inf")):
+                raise InvalidInputError.of(f"budget.{name}", "be a finite count or share >= 0", value)
+        count = self.max_adaptations
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+            raise InvalidInputError.of("budget.max_adaptations", "be a whole number >= 0", count)
+
+
+class BudgetLedger:
+    """Books what live seeds cost against a :class:`Budget`; belongs to the training thread."""
+
+    def __init__(self, budget: Budget, *, host_parameters: int, host_flops: int | None) -> None:
+        self._max_parameters = _absolute(budget.added_params, host_parameters)
+        if isinstance(budget.added_flops, float) and host_flops is None:
+            raise InvalidInputError.of(
+                "budget.added_flops", "be a count: the host's FLOPs are unknown", budget.added_flops
+            )
+        self._max_flops = _absolute(budget.added_flops, host_flops or 0)
+        self._max_adaptations = budget.max_adaptations
+        self._booked: dict[str, BlueprintCost] = {}
+        self._adaptations = 0
+
+    def refusal(self, cost: BlueprintCost) -> str | None:
+        """Say why ``cost`` does not fit in what is left, or ``None`` when it does."""
+        status = self.status()
+        if status.max_adaptations is not None and status.adaptations >= status.max_adaptations:
+            return f"{status.adaptations} of {status.max_adaptations} adaptations are used"
+        bounds = (
+            ("parameters", cost.parameters, status.added_parameters, status.max_added_parameters),
+            ("FLOPs", cost.flops, status.added_flops, status.max_added_flops),
+        )
+        for what, wanted, used, bound in bounds:
+            if bound is not None and used + wanted > bound:
+                return f"{wanted} {what} do not fit: {used} of {bound} are used"
+        return None
+
+    def book(self, adaptation_id: str, cost: BlueprintCost) -> None:
+        """Reserve ``cost`` for an adaptation and count it as begun.
+
+        Raises:
+            BudgetExceededError: It does not fit; nothing was booked.
+        """
+        reason = self.refusal(cost)
+        if reason is not None:
+            raise BudgetExceededError(f"budget must not be exceeded: {reason}", parameter="budget")
+        self._booked[adaptation_id] = cost
+        self._adaptations += 1
+
+    def release(self, adaptation_id: str) -> None:
+        """Give back what an adaptation had reserved; unknown ids are already free."""
+        self._booked.pop(adaptation_id, None)
+
+    def restore(self, booked: dict[str, BlueprintCost], adaptations: int) -> None:
+        """Take over the entries of a checkpoint."""
+        self._booked = dict(booked)
+        self._adaptations = adaptations
+
+    def status(self) -> BudgetStatus:
+        """Give bounds and use as the state packet shows them."""
+        return BudgetStatus(
+            max_added_parameters=self._max_parameters,
+            added_parameters=sum(cost.parameters for cost in self._booked.values()),
+            max_added_flops=self._max_flops,
+            added_flops=sum(cost.flops for cost in self._booked.values()),
+            max_adaptations=self._max_adaptations,
+            adaptations=self._adaptations,
+        )
+
+
+def _absolute(bound: int | float | None, host: int) -> int | None:
+    if bound is None:
+        return None
+    return int(bound * host) if isinstance(bound, float) else bound

@@ -1,0 +1,102 @@
+"""Evaluation on the control split: the held-out data that decisions see, and the sealed test never is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from esper.contracts.errors import InvalidInputError
+from esper.core.losses import PerExampleLoss, accuracy_of
+from esper.core.randomness import untouched_randomness
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Inputs and targets, the batch dimension first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ControlFigures:
+    """What one pass over the control split gives."""
+
+    losses: torch.Tensor
+    """Loss of every example in order, float64, shape (examples,)."""
+    accuracy: float | None
+    """Share of right answers; ``None`` where it has no meaning."""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss."""
+        return float(self.losses.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of the mean over examples; 0 for a single example."""
+        count = len(self.losses)
+        return float(self.losses.std()) / math.sqrt(count) if count > 1 else 0.0
+
+
+class ControlSplit:
+    """The control split in memory, so that every pass sees the same examples in the same order.
+
+    Raises:
+        InvalidInputError: The loader is empty, or a batch is not a pair of tensors of equal length.
+    """
+
+    def __init__(self, loader: Iterable[Any], *, device: torch.device) -> None:
+        with untouched_randomness():
+            self._batches: list[Batch] = [_pair(batch, device) for batch in loader]
+        self.num_examples = sum(len(inputs) for inputs, _ in self._batches)
+        if self.num_examples == 0:
+            raise InvalidInputError.of("control_loader", "hold at least one example", "an empty loader")
+
+    @property
+    def batches(self) -> Sequence[Batch]:
+        """Every batch, in order."""
+        return self._batches
+
+    def example_inputs(self) -> torch.Tensor:
+        """Give the first example with its batch dimension."""
+        return self._batches[0][0][:1]
+
+    def evaluate(self, model: nn.Module, loss: PerExampleLoss) -> ControlFigures:
+        """Give losses and accuracy of the model as it stands; model and random streams stay untouched."""
+        losses: list[torch.Tensor] = []
+        right, counted = 0.0, 0
+        with evaluating(model):
+            for inputs, targets in self._batches:
+                outputs = model(inputs)
+                losses.append(loss(outputs, targets).double())
+                accuracy = accuracy_of(outputs, targets)
+                if accuracy is not None:
+                    right += accuracy * len(inputs)
+                    counted += len(inputs)
+        return ControlFigures(losses=torch.cat(losses), accuracy=right / counted if counted else None)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run code in eval mode without gradients; training flags and random streams are as before afterwards."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), untouched_randomness():
+            yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+def _pair(batch: Any, device: torch.device) -> Batch:
+    if not isinstance(batch, list | tuple) or len(batch) != 2 or not all(isinstance(x, torch.Tensor) for x in batch):
+        raise InvalidInputError.of("control_loader", "yield pairs of tensors (inputs, targets)", type(batch).__name__)
+    inputs, targets = batch
+    if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets):
+        raise InvalidInputError.of(
+            "control_loader", "yield as many targets as inputs", (tuple(inputs.shape), tuple(targets.shape))
+        )
+    return inputs.to(device), targets.to(device)

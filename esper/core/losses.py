@@ -1,0 +1,55 @@
+"""Per-example losses from whatever loss function a user trains with."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from esper.contracts.errors import InvalidInputError
+
+LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Takes outputs and targets with the batch first and gives the mean loss, a scalar."""
+PerExampleLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Takes outputs and targets with the batch first and gives one loss per example, shape (batch,)."""
+
+
+def per_example(loss_fn: LossFunction) -> PerExampleLoss:
+    """Give the per-example form of a mean loss.
+
+    Losses with a ``reduction`` (``torch.nn`` modules and functionals) are asked for ``"none"`` and averaged over all
+    dimensions but the first; any other callable is asked one example at a time.
+    """
+    if isinstance(loss_fn, nn.Module) and isinstance(getattr(loss_fn, "reduction", None), str):
+        unreduced = copy.copy(loss_fn)
+        unreduced.reduction = "none"
+        return lambda outputs, targets: _rows(unreduced(outputs, targets), outputs)
+    if not isinstance(loss_fn, nn.Module) and _takes_reduction(loss_fn):
+        return lambda outputs, targets: _rows(loss_fn(outputs, targets, reduction="none"), outputs)  # type: ignore[call-arg]
+    return lambda outputs, targets: torch.stack(
+        [loss_fn(outputs[i : i + 1], targets[i : i + 1]).reshape(()) for i in range(len(outputs))]
+    )
+
+
+def accuracy_of(outputs: torch.Tensor, targets: torch.Tensor) -> float | None:
+    """Give the share of examples whose largest output is the target class; ``None`` when targets are no classes."""
+    if outputs.ndim != targets.ndim + 1 or targets.is_floating_point() or targets.dtype == torch.bool:
+        return None
+    dim = 1 if outputs.ndim > 1 else 0
+    return float((outputs.argmax(dim) == targets).double().mean())
+
+
+def _takes_reduction(loss_fn: Callable[..., object]) -> bool:
+    try:
+        return "reduction" in inspect.signature(loss_fn).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def _rows(losses: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    if losses.ndim == 0 or len(losses) != len(outputs):
+        raise InvalidInputError.of("loss_fn", f"give {len(outputs)} losses for {len(outputs)} examples", losses.shape)
+    return losses.flatten(1).mean(1) if losses.ndim > 1 else losses

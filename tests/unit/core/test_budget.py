@@ -1,0 +1,62 @@
+"""The budget is never exceeded, and what leaves gives back."""
+
+from __future__ import annotations
+
+import pytest
+
+from esper.contracts.blueprint import BlueprintCost
+from esper.contracts.errors import BudgetExceededError, InvalidInputError
+from esper.core.budget import Budget, BudgetLedger
+
+
+def cost(parameters: int, flops: int = 0) -> BlueprintCost:
+    return BlueprintCost(parameters=parameters, flops=flops, activation_bytes=0)
+
+
+def ledger(budget: Budget, host_flops: int | None = 1000) -> BudgetLedger:
+    return BudgetLedger(budget, host_parameters=100, host_flops=host_flops)
+
+
+def test_a_float_is_a_share_of_the_host_and_an_int_a_count() -> None:
+    status = ledger(Budget(added_params=0.5, added_flops=7)).status()
+    assert (status.max_added_parameters, status.max_added_flops) == (50, 7)
+
+
+def test_what_does_not_fit_is_refused_and_not_booked() -> None:
+    books = ledger(Budget(added_params=50))
+    books.book("a", cost(40))
+    with pytest.raises(BudgetExceededError, match="20 parameters do not fit: 40 of 50 are used"):
+        books.book("b", cost(20))
+    assert books.status().added_parameters == 40
+    assert books.status().adaptations == 1
+
+
+def test_release_gives_parameters_back_but_not_the_attempt() -> None:
+    books = ledger(Budget(added_params=50, max_adaptations=1))
+    books.book("a", cost(40))
+    books.release("a")
+    assert books.status().added_parameters == 0
+    assert books.refusal(cost(1)) == "1 of 1 adaptations are used"
+
+
+def test_flops_are_bounded_too() -> None:
+    assert ledger(Budget(added_flops=0.1)).refusal(cost(0, 101)) == "101 FLOPs do not fit: 0 of 100 are used"
+
+
+def test_a_share_of_unknown_flops_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match=r"budget\.added_flops must be a count"):
+        ledger(Budget(added_flops=0.1), host_flops=None)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"added_params": -1}, r"budget\.added_params must be a finite count or share >= 0, got -1"),
+        ({"added_params": float("nan")}, r"budget\.added_params"),
+        ({"added_flops": True}, r"budget\.added_flops"),
+        ({"max_adaptations": 1.5}, r"budget\.max_adaptations must be a whole number >= 0, got 1\.5"),
+    ],
+)
+def test_bad_bounds_are_refused(bounds: dict[str, float], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        Budget(**bounds)  # type: ignore[arg-type]
