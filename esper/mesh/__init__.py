@@ -10,6 +10,8 @@ from esper.mesh.in_process import InProcessChannel
 from esper.mesh.interceptors import RpcEnvelope, RpcPolicy
 from esper.mesh.page_token import PageKey, decode_page_token, encode_page_token
 from esper.mesh.ports import LOOPBACK, free_port, free_ports, host_port, is_loopback, require_free
+from esper.mesh.process_state import MeshState, ProcessRecord, read_state, stop_recorded
+from esper.mesh.processes import ProcessSpec, ProcessSupervisor, Readiness
 from esper.mesh.rpc_metrics import RpcMetrics
 from esper.mesh.server import MeshServer, ServerConfig
 from esper.mesh.status import (
@@ -46,7 +48,12 @@ __all__ = [
     "MeshCall",
     "MeshChannel",
     "MeshServer",
+    "MeshState",
     "PageKey",
+    "ProcessRecord",
+    "ProcessSpec",
+    "ProcessSupervisor",
+    "Readiness",
     "ReadinessProbe",
     "RpcEnvelope",
     "RpcMetrics",
@@ -67,6 +74,7 @@ __all__ = [
     "is_loopback",
     "open_channel",
     "probe",
+    "read_state",
     "remaining_s",
     "require_enum",
     "require_free",
@@ -78,6 +86,7 @@ __all__ = [
     "require_tags",
     "retry_delay_s",
     "service_config",
+    "stop_recorded",
     "to_grpc_status",
     "to_status",
 ]
