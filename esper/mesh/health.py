@@ -36,7 +36,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._probe_deadline_s = probe_deadline_s
         self._probes: dict[str, tuple[ReadinessProbe, ...]] = {}
         self._by_hand: dict[str, bool] = {}
-        self._probed: dict[str, bool] = {}
+        self._reasons: dict[str, str] = {}
         self._draining = False
         self._changed = asyncio.Event()
 
@@ -44,7 +44,8 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         """Add a service with its probes; it is NOT_SERVING until they were asked once."""
         self._probes[service] = (*self._probes.get(service, ()), *probes)
         self._by_hand[service] = True
-        self._probed[service] = not self._probes[service]
+        if self._probes[service]:
+            self._reasons[service] = "its readiness probes were not asked yet"
 
     def set_ready(self, service: str, ready: bool) -> None:
         """Set a service aside, or let its probes decide again.
@@ -61,7 +62,12 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     def is_serving(self, service: str) -> bool:
         """Tell whether a service, or the whole server for the empty name, takes calls now."""
         names = self._by_hand if service == OVERALL else (service,)
-        return not self._draining and all(self._by_hand[name] and self._probed[name] for name in names)
+        return not self._draining and all(self._by_hand[name] and name not in self._reasons for name in names)
+
+    @property
+    def not_ready_reasons(self) -> dict[str, str]:
+        """Why services are not ready, by name, as their probes said last; empty when all are."""
+        return dict(self._reasons)
 
     def enter_drain(self) -> None:
         """Answer NOT_SERVING from now on, and end every watch after saying so."""
@@ -72,14 +78,12 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         """Ask every probe of every service, all at once, and take the answers over."""
         names = list(self._probes)
         answers = await asyncio.gather(*(self._ask_all(name) for name in names))
-        changed = False
-        for name, reason in zip(names, answers, strict=True):
-            ready = reason is None
-            if self._probed[name] != ready:
-                changed = True
-                log.info("readiness_changed", extra={"service": name, "ready": ready, "reason": reason})
-            self._probed[name] = ready
-        if changed:
+        before = dict(self._reasons)
+        self._reasons = {name: reason for name, reason in zip(names, answers, strict=True) if reason is not None}
+        for name in before.keys() ^ self._reasons.keys():
+            reason = self._reasons.get(name)
+            log.info("readiness_changed", extra={"rpc_service": name, "ready": reason is None, "reason": reason})
+        if before.keys() != self._reasons.keys():
             self._announce()
 
     async def probe_forever(self) -> None:

@@ -293,7 +293,7 @@ def _report_defect(info: RpcInfo, error: Exception) -> str:
     log.error(
         "rpc_defect",
         exc_info=error,
-        extra={"service": info.service, "method": info.method, "incident_id": incident_id},
+        extra={"rpc_service": info.service, "rpc_method": info.method, "incident_id": incident_id},
     )
     return incident_id
 
@@ -303,8 +303,8 @@ def _log_access(info: RpcInfo, context: Any, outcome: _Outcome, duration_s: floa
     if not log.isEnabledFor(level):
         return
     extra: dict[str, Any] = {
-        "service": info.service,
-        "method": info.method,
+        "rpc_service": info.service,
+        "rpc_method": info.method,
         "code": outcome.code.name,
         "duration_ms": round(duration_s * 1e3, 3),
         "peer": context.peer(),

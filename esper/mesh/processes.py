@@ -209,7 +209,7 @@ class ProcessSupervisor:
         finally:
             await _cancel_all(waiting)
         for child in started:
-            log.info("process_ready", extra={"service": child.spec.name, "pid": child.record.pid})
+            log.info("process_ready", extra={"process_name": child.spec.name, "pid": child.record.pid})
             child.watcher = asyncio.create_task(self._watch(child), name=f"esper-watch-{child.spec.name}")
 
     def _spawn(self, spec: ProcessSpec, *, restarts: int) -> _Child:
@@ -249,19 +249,21 @@ class ProcessSupervisor:
             if self._stopping or self._disowned(child):
                 return
             code = child.popen.returncode
-            log.warning("process_ended", extra={"service": child.spec.name, "pid": child.record.pid, "code": code})
+            log.warning("process_ended", extra={"process_name": child.spec.name, "pid": child.record.pid, "code": code})
             if time.monotonic() - child.started_s > 60.0:
                 child.failures = 0
             if child.failures >= child.spec.max_restarts:
                 self._given_up.add(child.spec.name)
-                log.error("process_given_up", extra={"service": child.spec.name, "restarts": child.record.restarts})
+                log.error(
+                    "process_given_up", extra={"process_name": child.spec.name, "restarts": child.record.restarts}
+                )
                 return
             await asyncio.sleep(self._pause_s(child.failures))
             try:
                 self._restart(child)
                 await _wait_ready(child)
             except UnavailableError as error:
-                log.warning("process_restart_failed", extra={"service": child.spec.name, "error": str(error)})
+                log.warning("process_restart_failed", extra={"process_name": child.spec.name, "error": str(error)})
 
     def _disowned(self, child: _Child) -> bool:
         """Tell whether somebody else took the mesh down, or even started another one in its place."""
@@ -284,14 +286,14 @@ class ProcessSupervisor:
         child.popen, child.record, child.started_s = fresh.popen, fresh.record, fresh.started_s
         self._children[child.spec.name] = child
         self._save()
-        log.info("process_restarted", extra={"service": child.spec.name, "pid": child.record.pid})
+        log.info("process_restarted", extra={"process_name": child.spec.name, "pid": child.record.pid})
 
     async def _end(self, child: _Child, deadline_s: float) -> None:
         try:
             async with asyncio.timeout(max(0.0, deadline_s - time.monotonic())):
                 await wait_exit(child.popen)
         except TimeoutError:
-            log.warning("process_killed", extra={"service": child.spec.name, "pid": child.record.pid})
+            log.warning("process_killed", extra={"process_name": child.spec.name, "pid": child.record.pid})
             _send(child.popen, signal.SIGKILL)
             async with asyncio.timeout(_KILL_DEADLINE_S):
                 await wait_exit(child.popen)
@@ -348,7 +350,7 @@ async def _ask_until_ready(spec: ProcessSpec) -> None:
         try:
             await spec.ready()
         except Exception as error:  # noqa: BLE001 -- whatever a probe raises means not yet; the deadline bounds it
-            log.debug("process_not_ready", extra={"service": spec.name, "error": str(error)})
+            log.debug("process_not_ready", extra={"process_name": spec.name, "error": str(error)})
             await asyncio.sleep(wait_s)
             wait_s = min(_LONGEST_WAIT_S, wait_s * 1.5)
         else:

@@ -176,6 +176,11 @@ class MeshServer:
         """RPCs running now, health and reflection not counted."""
         return self._envelope.num_running
 
+    @property
+    def not_ready_reasons(self) -> dict[str, str]:
+        """Why services are not ready, by name, as their probes said last; empty when all are."""
+        return self._health.not_ready_reasons
+
     def set_ready(self, service: str, ready: bool) -> None:
         """Set a service aside (NOT_SERVING) or let its probes decide again."""
         self._health.set_ready(service, ready)

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import grpc
 from google.protobuf import duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -137,7 +138,7 @@ def rich_status(error: grpc.RpcError) -> status_pb2.Status | None:
         if key == DETAILS_KEY:
             try:
                 return status_pb2.Status.FromString(value)
-            except ValueError:  # protobuf's DecodeError; a garbled detail leaves the code to speak
+            except DecodeError:  # a garbled detail leaves the code to speak
                 return None
     return None
 
@@ -178,7 +179,10 @@ def _detail(status: status_pb2.Status | None, kind: Any) -> Any:
     for detail in () if status is None else status.details:
         if detail.Is(kind.DESCRIPTOR):
             found = kind()
-            detail.Unpack(found)
+            try:
+                detail.Unpack(found)
+            except DecodeError:
+                return None
             return found
     return None
 

@@ -61,10 +61,13 @@ class Echo:
     stream_closed: asyncio.Event = field(default_factory=asyncio.Event)
     metadata: dict[str, Any] = field(default_factory=dict)
     last_request: Any = None
+    say: Callable[..., Any] | None = None
     last_response: Any = None
 
     async def Say(self, request: Any, context: Any) -> Any:
         self.calls += 1
+        if self.say is not None:
+            return await self.say(request, context)
         self.metadata = dict(context.invocation_metadata())
         context.set_trailing_metadata((("echo", "done"),))
         self.last_request, self.last_response = request, Text(value=request.value)

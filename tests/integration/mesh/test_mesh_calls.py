@@ -209,5 +209,5 @@ async def test_access_log_names_the_outcome(mesh: Any, text: Any, caplog: pytest
     with pytest.raises(EsperError, match="NOT_FOUND"):
         await mesh.stub.Fail(text(value="NOT_FOUND"), timeout=5)
     (record,) = [record for record in caplog.records if record.message == "rpc_finished"]
-    assert (record.method, record.code, record.reason) == ("Fail", "NOT_FOUND", "NOT_FOUND")  # type: ignore[attr-defined]
+    assert (record.rpc_method, record.code, record.reason) == ("Fail", "NOT_FOUND", "NOT_FOUND")  # type: ignore[attr-defined]
     assert record.duration_ms > 0  # type: ignore[attr-defined]
