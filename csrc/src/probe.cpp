@@ -6,13 +6,19 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
+#include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "esper/errors.h"
+#include "esper/probe_moments.h"
 
 namespace esper {
 namespace {
+
+constexpr float kNotMeasured = std::numeric_limits<float>::quiet_NaN();
 
 struct Float32 {
   using Storage = float;
@@ -50,99 +56,105 @@ struct Float16 {
   }
 };
 
-template <class Value>
-struct Gathered {
-  std::vector<Value>& finite;
-  std::size_t num_dead = 0;
-};
-
 // One buffer per thread and type, so that probing allocates once.
 template <class Value>
 std::vector<Value>& buffer(std::size_t count) {
   thread_local std::vector<Value> values;
-  values.resize(count);
+  if (values.size() < count) values.resize(count);
   return values;
 }
 
+// The finite values of the sample; counts the others and the zeros.
 template <class Type>
-Gathered<typename Type::Value> gather(const std::byte* data, std::size_t numel, std::size_t count) {
+std::span<const typename Type::Value> gather(const std::byte* data, std::size_t numel,
+                                             ProbeMoments& moments) {
   using Storage = typename Type::Storage;
   using Value = typename Type::Value;
-  std::vector<Value>& finite = buffer<Value>(count);
+  Value* const values = buffer<Value>(moments.count).data();
   std::size_t num_finite = 0;
   std::size_t num_dead = 0;
-  for (std::size_t i = 0; i < count; ++i) {
+  for (std::size_t i = 0; i < moments.count; ++i) {
     Storage stored;
-    std::memcpy(&stored, data + probe_index(i, count, numel) * sizeof(Storage), sizeof stored);
+    std::memcpy(&stored, data + probe_index(i, moments.count, numel) * sizeof(Storage),
+                sizeof stored);
     const Value value = Type::widen(stored);
-    finite[num_finite] = value;
-    num_finite += std::isfinite(value) ? 1 : 0;
+    values[num_finite] = value;
+    num_finite += std::abs(value) <= std::numeric_limits<Value>::max() ? 1 : 0;
     num_dead += value == Value{0} ? 1 : 0;
   }
-  finite.resize(num_finite);
-  return {finite, num_dead};
+  moments.num_finite = num_finite;
+  moments.num_dead = num_dead;
+  return {values, num_finite};
+}
+
+// Independent sums hide the latency of one addition; their order is fixed, so the figure is too.
+template <class Value, class Term>
+double sum_of(std::span<const Value> values, Term&& term) {
+  constexpr std::size_t kLanes = 8;
+  std::array<double, kLanes> sums{};
+  std::size_t i = 0;
+  for (; i + kLanes <= values.size(); i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) sums[lane] += term(values[i + lane]);
+  }
+  for (; i < values.size(); ++i) sums[0] += term(values[i]);
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
+// The least and the greatest value, in lanes as above.
+template <class Value>
+std::pair<Value, Value> range_of(std::span<const Value> values) {
+  constexpr std::size_t kLanes = 8;
+  std::array<Value, kLanes> low;
+  low.fill(values.front());
+  std::array<Value, kLanes> high = low;
+  std::size_t i = 0;
+  for (; i + kLanes <= values.size(); i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      low[lane] = values[i + lane] < low[lane] ? values[i + lane] : low[lane];
+      high[lane] = values[i + lane] > high[lane] ? values[i + lane] : high[lane];
+    }
+  }
+  for (; i < values.size(); ++i) {
+    low[0] = std::min(low[0], values[i]);
+    high[0] = std::max(high[0], values[i]);
+  }
+  return {*std::min_element(low.begin(), low.end()), *std::max_element(high.begin(), high.end())};
 }
 
 template <class Value>
-double entropy_of(const std::vector<Value>& values, Value low, Value high) {
-  // Halved before subtracting: the range of finite values may itself overflow.
-  const double half_range = static_cast<double>(high) / 2 - static_cast<double>(low) / 2;
-  if (!(half_range > 0)) return 0;
-  std::array<std::uint32_t, kProbeBins> bins{};
-  const double scale = static_cast<double>(kProbeBins) / 2 / half_range;
-  if (!std::isfinite(scale)) return 0;
-  const double offset = static_cast<double>(low) * scale;
-  for (const Value value : values) {
-    const auto bin = static_cast<std::size_t>(
-        std::clamp(static_cast<double>(value) * scale - offset, 0.0, kProbeBins - 1.0));
-    ++bins[bin];
+void fill_bins(std::span<const Value> values, ProbeMoments& moments) {
+  const auto [low, high] = range_of(values);
+  const ProbeBinning binning =
+      ProbeBinning::of(static_cast<double>(low), static_cast<double>(high));
+  // Neighbours often share a bin; two histograms keep the second increment from waiting for the
+  // first.
+  std::array<std::uint32_t, kProbeBins> odd{};
+  std::size_t i = 0;
+  for (; i + 2 <= values.size(); i += 2) {
+    ++moments.bins[binning.bin(static_cast<double>(values[i]))];
+    ++odd[binning.bin(static_cast<double>(values[i + 1]))];
   }
-  const auto n = static_cast<double>(values.size());
-  double entropy = 0;
-  double occupied = 0;
-  for (const std::uint32_t in_bin : bins) {
-    if (in_bin == 0) continue;
-    const double share = in_bin / n;
-    entropy -= share * std::log(share);
-    occupied += 1;
-  }
-  return std::min(entropy + (occupied - 1) / (2 * n), std::log(static_cast<double>(kProbeBins)));
+  if (i < values.size()) ++odd[binning.bin(static_cast<double>(values[i]))];
+  for (std::size_t bin = 0; bin < kProbeBins; ++bin) moments.bins[bin] += odd[bin];
 }
 
 template <class Type>
 ProbeResult measure(const std::byte* data, std::size_t numel, std::size_t count) {
-  using Value = typename Type::Value;
-  const auto [values, num_dead] = gather<Type>(data, numel, count);
-  constexpr float kNotMeasured = std::numeric_limits<float>::quiet_NaN();
-  const auto n = static_cast<float>(count);
-  ProbeResult result{
-      .count = count,
-      .mean = kNotMeasured,
-      .variance = kNotMeasured,
-      .entropy = kNotMeasured,
-      .dead_share = static_cast<float>(num_dead) / n,
-      .nonfinite_share = static_cast<float>(count - values.size()) / n,
-  };
-  if (values.empty()) return result;
-
-  double sum = 0;
-  Value low = values.front();
-  Value high = values.front();
-  for (const Value value : values) {
-    sum += static_cast<double>(value);
-    low = std::min(low, value);
-    high = std::max(high, value);
+  ProbeMoments moments{};
+  moments.count = count;
+  const auto values = gather<Type>(data, numel, moments);
+  if (!values.empty()) {
+    using Value = typename Type::Value;
+    const double mean = sum_of(values, [](Value value) { return static_cast<double>(value); }) /
+                        static_cast<double>(values.size());
+    moments.mean = mean;
+    moments.squares = sum_of(values, [mean](Value value) {
+      const double deviation = static_cast<double>(value) - mean;
+      return deviation * deviation;
+    });
+    fill_bins(values, moments);
   }
-  const double mean = sum / static_cast<double>(values.size());
-  double squares = 0;
-  for (const Value value : values) {
-    const double deviation = static_cast<double>(value) - mean;
-    squares += deviation * deviation;
-  }
-  result.mean = static_cast<float>(mean);
-  result.variance = static_cast<float>(squares / static_cast<double>(values.size()));
-  result.entropy = static_cast<float>(entropy_of(values, low, high));
-  return result;
+  return summarize(moments);
 }
 
 }  // namespace
@@ -156,18 +168,50 @@ DType dtype_of(std::string_view name) {
                      "'" + std::string(name) + "'");
 }
 
-ProbeResult probe(const std::byte* data, std::size_t numel, DType dtype, std::size_t max_samples) {
+std::size_t size_of(DType dtype) noexcept {
+  return dtype == DType::FLOAT64 ? 8 : dtype == DType::FLOAT32 ? 4 : 2;
+}
+
+std::size_t checked_sample_size(const void* data, std::size_t numel, std::size_t max_samples) {
   if (max_samples == 0 || max_samples > kProbeMaxSamples) {
     throw InvalidInput("max_samples", "be between 1 and 2^20", std::to_string(max_samples));
   }
-  constexpr float kNotMeasured = std::numeric_limits<float>::quiet_NaN();
-  if (numel == 0) {
+  if (data == nullptr && numel > 0)
+    throw InvalidInput("data_ptr", "not be null for numel > 0", "0");
+  return std::min(numel, max_samples);
+}
+
+ProbeResult summarize(const ProbeMoments& moments) noexcept {
+  const auto count = static_cast<float>(moments.count);
+  ProbeResult result{
+      .count = moments.count,
+      .mean = kNotMeasured,
+      .variance = kNotMeasured,
+      .entropy = kNotMeasured,
+      .dead_share = static_cast<float>(moments.num_dead) / count,
+      .nonfinite_share = static_cast<float>(moments.count - moments.num_finite) / count,
+  };
+  if (moments.num_finite == 0) return result;
+  const auto n = static_cast<double>(moments.num_finite);
+  double entropy = 0;
+  double occupied = 0;
+  for (const std::uint32_t in_bin : moments.bins) {
+    if (in_bin == 0) continue;
+    entropy -= in_bin / n * std::log(in_bin / n);
+    occupied += 1;
+  }
+  entropy += (occupied - 1) / (2 * n);
+  result.mean = static_cast<float>(moments.mean);
+  result.variance = static_cast<float>(moments.squares / n);
+  result.entropy = static_cast<float>(std::min(entropy, std::log(static_cast<double>(kProbeBins))));
+  return result;
+}
+
+ProbeResult probe(const std::byte* data, std::size_t numel, DType dtype, std::size_t max_samples) {
+  const std::size_t count = checked_sample_size(data, numel, max_samples);
+  if (count == 0) {
     return {0, kNotMeasured, kNotMeasured, kNotMeasured, kNotMeasured, kNotMeasured};
   }
-  if (data == nullptr) {
-    throw InvalidInput("data_ptr", "not be null for numel > 0", "0");
-  }
-  const std::size_t count = std::min(numel, max_samples);
   switch (dtype) {
     case DType::FLOAT32:
       return measure<Float32>(data, numel, count);

@@ -24,7 +24,9 @@ enum class SeedState : std::uint8_t {
   EMBARGOED = 8,
 };
 
-inline constexpr std::array<std::string_view, 9> kSeedStateNames{
+inline constexpr std::size_t kNumSeedStates = 9;
+
+inline constexpr std::array<std::string_view, kNumSeedStates> kSeedStateNames{
     "UNSPECIFIED", "DORMANT", "LOADING", "ACTIVE",   "EVALUATING",
     "FOSSILIZED",  "ERROR",   "CULLED",  "EMBARGOED"};
 

@@ -46,17 +46,4 @@ inline constexpr std::size_t kProbeMaxSamples = std::size_t{1} << 20U;
 [[nodiscard]] ProbeResult probe(const std::byte* data, std::size_t numel, DType dtype,
                                 std::size_t max_samples = kProbeDefaultSamples);
 
-// The index of the sample's `stratum`-th element; shared with the CUDA kernel, so both look at the
-// same elements.
-[[nodiscard]] constexpr std::size_t probe_index(std::size_t stratum, std::size_t count,
-                                                std::size_t numel) noexcept {
-  const std::size_t length = numel / count;
-  const std::size_t longer = numel % count;  // the first strata have one element more
-  const std::size_t begin = stratum * length + (stratum < longer ? stratum : longer);
-  const std::size_t width = length + (stratum < longer ? 1 : 0);
-  // Fibonacci hashing: the top 32 bits of stratum * 2^64/phi, scaled to the width.
-  const std::uint64_t hash = ((stratum + 1) * 0x9E3779B97F4A7C15ULL) >> 32U;
-  return begin + static_cast<std::size_t>((hash * width) >> 32U);
-}
-
 }  // namespace esper
