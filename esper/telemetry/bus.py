@@ -314,7 +314,7 @@ class Bus(abc.ABC):
         self,
         stream: str,
         durable_name: str,
-        subject_filter: str | None = None,
+        subject_filter: str | Sequence[str] | None = None,
         *,
         ack_wait_s: float = 30.0,
         max_deliver: int = 5,
@@ -322,6 +322,7 @@ class Bus(abc.ABC):
     ) -> Consumer:
         """Consume a stream under a durable name, from where that name stopped (a new name: from the start).
 
+        ``subject_filter`` is one pattern or several that do not overlap; ``None`` takes the whole stream.
         A delivery not settled within ``ack_wait_s`` seconds comes again. ``batch`` messages at most are fetched
         ahead; their clock runs while they wait, so take 1 where work is slow.
 

@@ -30,7 +30,7 @@ from esper.telemetry.bus import (
 )
 from esper.telemetry.memory_streams import DurablePlace, MemoryStream, Streams
 from esper.telemetry.streams import EVENTS, STREAMS, StreamSpec
-from esper.telemetry.subjects import check_name, check_pattern, check_subject, matches
+from esper.telemetry.subjects import check_name, check_pattern, check_subject, matches, overlaps
 
 DEFAULT_MAX_PAYLOAD_BYTES: Final = 8 * 1024 * 1024
 """Largest payload, as the embedded NATS server is configured."""
@@ -275,17 +275,17 @@ class MemoryBus(Bus):
         self,
         stream: str,
         durable_name: str,
-        subject_filter: str | None = None,
+        subject_filter: str | Sequence[str] | None = None,
         *,
         ack_wait_s: float = 30.0,
         max_deliver: int = 5,
         batch: int = 16,
     ) -> Consumer:
         self.check_open()
-        check_consume(durable_name, subject_filter, ack_wait_s, max_deliver, batch)
+        filters = check_consume(durable_name, subject_filter, ack_wait_s, max_deliver, batch)
         with self.broker.lock:
             held = self.broker.streams.get(stream)
-            place = held.place(durable_name, subject_filter)
+            place = held.place(durable_name, filters)
             consumer = _MemoryConsumer(self, held, place, (ack_wait_s, max_deliver))
         with self._guard:
             self._open.add(consumer)
@@ -364,14 +364,24 @@ class MemoryBus(Bus):
                 self._gone_dead += one.num_dead if isinstance(one, Consumer) else 0
 
 
-def check_consume(name: str, subject_filter: str | None, ack_wait_s: float, max_deliver: int, batch: int) -> None:
-    """Raise ``InvalidInputError`` unless the arguments of ``Bus.consume`` keep their rules."""
+def check_consume(
+    name: str, subject_filter: str | Sequence[str] | None, ack_wait_s: float, max_deliver: int, batch: int
+) -> tuple[str, ...]:
+    """Give the filters of ``Bus.consume`` as patterns, none for everything, once every argument keeps its rule.
+
+    Raises:
+        InvalidInputError: An argument breaks its rule.
+    """
     check_name("durable_name", name)
-    if subject_filter is not None:
-        check_pattern(subject_filter)
+    filters = (subject_filter,) if isinstance(subject_filter, str) else tuple(subject_filter or ())
+    for place, pattern in enumerate(filters):
+        check_pattern(pattern)
+        if any(overlaps(pattern, other) for other in filters[:place]):
+            raise InvalidInputError.of("subject_filter", "be patterns that do not overlap", filters)
     if ack_wait_s <= 0:
         raise InvalidInputError.of("ack_wait_s", "be > 0 seconds", ack_wait_s)
     if max_deliver < 1:
         raise InvalidInputError.of("max_deliver", "be >= 1", max_deliver)
     if not 1 <= batch <= 1024:
         raise InvalidInputError.of("batch", "be 1 to 1024", batch)
+    return filters

@@ -64,8 +64,8 @@ class DurablePlace:
 
     name: str
     """The durable name."""
-    subject_filter: str | None
-    """Pattern of what it takes; ``None`` takes all."""
+    filters: tuple[str, ...]
+    """Patterns of what it takes; none takes all."""
     next_sequence: int = 1
     """First sequence never delivered to it."""
     pending: dict[int, _Pending] = field(default_factory=dict)
@@ -75,7 +75,11 @@ class DurablePlace:
 
     def wants(self, subject: str) -> bool:
         """Say whether it takes messages of this subject."""
-        return self.subject_filter is None or matches(self.subject_filter, subject)
+        return not self.filters or any(matches(pattern, subject) for pattern in self.filters)
+
+    def shares_with(self, filters: tuple[str, ...]) -> bool:
+        """Say whether it and these filters would take some subject both."""
+        return any(overlaps(mine, theirs) for mine in self.filters or (">",) for theirs in filters or (">",))
 
     def due_at(self, sequence: int, due_s: float) -> None:
         """Set when an unacknowledged message comes again; nothing when it is acknowledged already."""
@@ -120,17 +124,14 @@ class MemoryStream:
             if place.wants(subject):
                 yield from place.wakers
 
-    def place(self, name: str, subject_filter: str | None) -> DurablePlace:
-        """Give the durable place of a name, made on first use; a new filter takes the place of the old one."""
+    def place(self, name: str, filters: tuple[str, ...]) -> DurablePlace:
+        """Give the durable place of a name, made on first use; new filters take the place of the old ones."""
         if self.spec.retention is Retention.WORK_QUEUE:
             for other in self._places.values():
-                if other.name != name and overlaps(other.subject_filter or ">", subject_filter or ">"):
-                    raise AlreadyExistsError(
-                        f"consumer {name} of work queue {self.spec.name} must take subjects that nobody else takes, "
-                        f"got {subject_filter or '>'} beside {other.name} with {other.subject_filter or '>'}"
-                    )
-        place = self._places.setdefault(name, DurablePlace(name, subject_filter))
-        place.subject_filter = subject_filter
+                if other.name != name and other.shares_with(filters):
+                    raise queue_overlap(self.spec.name, name, filters)
+        place = self._places.setdefault(name, DurablePlace(name, filters))
+        place.filters = filters
         return place
 
     def forget(self, name: str) -> None:
@@ -256,3 +257,11 @@ def stream_mismatch(spec: StreamSpec, existing: str) -> AlreadyExistsError:
 def no_stream(subject: str) -> NotFoundError:
     """Give the error of a durable message that no stream keeps."""
     return NotFoundError(f"subject must belong to a stream, got {subject}", parameter="subject")
+
+
+def queue_overlap(stream: str, name: str, filters: tuple[str, ...]) -> AlreadyExistsError:
+    """Give the error of a second name that wants the same jobs."""
+    return AlreadyExistsError(
+        f"consumer {name} of work queue {stream} must take subjects that nobody else takes, "
+        f"got {', '.join(filters) or '>'}"
+    )

@@ -31,7 +31,7 @@ from esper.contracts.errors import (
 )
 from esper.telemetry.bus import Bus, BusMessage, BusStats, Consumer, PublishAck, Subscription, make_headers
 from esper.telemetry.memory_bus import check_consume
-from esper.telemetry.memory_streams import no_stream, stream_mismatch
+from esper.telemetry.memory_streams import no_stream, queue_overlap, stream_mismatch
 from esper.telemetry.nats_connection import Connection, Link, NatsOptions
 from esper.telemetry.nats_consumer import NatsConsumer, PullFeed, message_of
 from esper.telemetry.streams import EVENTS, STREAMS, Retention, StreamSpec, WhenFull
@@ -121,16 +121,17 @@ class NatsBus(Bus):
         self,
         stream: str,
         durable_name: str,
-        subject_filter: str | None = None,
+        subject_filter: str | Sequence[str] | None = None,
         *,
         ack_wait_s: float = 30.0,
         max_deliver: int = 5,
         batch: int = 16,
     ) -> Consumer:
-        check_consume(durable_name, subject_filter, ack_wait_s, max_deliver, batch)
+        filters = check_consume(durable_name, subject_filter, ack_wait_s, max_deliver, batch)
         config = js_api.ConsumerConfig(
             durable_name=durable_name,
-            filter_subject=subject_filter,
+            filter_subject=filters[0] if len(filters) == 1 else None,
+            filter_subjects=list(filters) if len(filters) > 1 else None,
             ack_wait=ack_wait_s,
             max_deliver=-1,  # the limit is ours: after the server's own limit a message would stay in a work queue
             max_ack_pending=max(1000, batch),
@@ -188,8 +189,9 @@ class NatsBus(Bus):
 
     @override
     def stats(self) -> BusStats:
-        dropped = sum(one.dropped for one in self._open if isinstance(one, _NatsSubscription))
-        dead = sum(one.num_dead for one in self._open if isinstance(one, NatsConsumer))
+        open_now = list(self._open)  # one step: other threads ask too
+        dropped = sum(one.dropped for one in open_now if isinstance(one, _NatsSubscription))
+        dead = sum(one.num_dead for one in open_now if isinstance(one, NatsConsumer))
         return BusStats(
             connected=self._conn.link is not None,
             published=self._published,
@@ -372,10 +374,8 @@ async def _make_consumer(link: Link, stream: str, config: js_api.ConsumerConfig)
                 f"no stream is named {stream}; ensure_streams creates it", parameter="stream"
             ) from error
         if getattr(cause, "err_code", None) in _WORK_QUEUE_OVERLAP_CODES:
-            raise AlreadyExistsError(
-                f"consumer {config.durable_name} of work queue {stream} must take subjects that nobody else takes, "
-                f"got {config.filter_subject or '>'}"
-            ) from error
+            wanted = tuple(config.filter_subjects or ([config.filter_subject] if config.filter_subject else []))
+            raise queue_overlap(stream, str(config.durable_name), wanted) from error
         raise
     return info.name, info.num_pending or 0
 

@@ -31,7 +31,7 @@ from esper.telemetry.bus import (
     PublishAck,
 )
 from esper.telemetry.streams import COMPILE, DEAD, EVENTS, StreamSpec, WhenFull
-from esper.telemetry.subjects import build_subject, compile_job_subject, dead_subject, run_pattern
+from esper.telemetry.subjects import build_subject, compile_job_subject, dead_subject, kind_patterns, run_pattern
 
 T = TypeVar("T")
 OpenBus = Callable[[], Awaitable[Bus]]
@@ -328,6 +328,19 @@ class ConsumerContract:
         await bus.consume(COMPILE.name, "workers")
         with pytest.raises(AlreadyExistsError, match="consumer others of work queue COMPILE must take subjects"):
             await bus.consume(COMPILE.name, "others")
+
+    async def test_a_consumer_may_take_several_patterns(self, open_bus: OpenBus) -> None:
+        """One place in the stream for all of them; patterns that overlap are refused."""
+        bus = await open_bus()
+        await bus.ensure_streams()
+        for subject in (STATE, SEED, build_subject("run-1", "alert")):
+            await keep(bus, subject, subject.encode())
+        consumer = await bus.consume(EVENTS.name, "nissa", [*kind_patterns("seed"), "esper.v1.*.alert"])
+        got = [delivery.message.subject for delivery in await take(consumer, 2)]
+        assert got == [SEED, build_subject("run-1", "alert")]
+        assert await nothing_more(consumer)
+        with pytest.raises(InvalidInputError, match="subject_filter must be patterns that do not overlap"):
+            await bus.consume(EVENTS.name, "nissa", [run_pattern(), SEED])
 
     async def test_an_unsettled_message_comes_again_after_ack_wait(self, open_bus: OpenBus) -> None:
         """A consumer that died loses nothing."""
