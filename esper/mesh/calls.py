@@ -1,4 +1,4 @@
-"""Client-side calls of the mesh: a default deadline, a client span, and Esper errors in the place of ``RpcError``.
+"""Client-side calls of the mesh: default deadline, span, circuit breaker, and Esper errors instead of ``RpcError``.
 
 `MeshChannel` wraps any channel of ``grpc.aio``'s shape, a real one or the one within the process, so that a generated
 stub built on it behaves the same over both.
@@ -15,6 +15,7 @@ import grpc
 from opentelemetry.trace import Span, TracerProvider
 
 from esper.contracts.errors import EsperError
+from esper.mesh.breaker import CircuitBreaker
 from esper.mesh.deadline import effective_timeout_s
 from esper.mesh.rpc_tracing import client_span, inject, mesh_tracer, set_outcome
 from esper.mesh.status import from_rpc_error
@@ -23,18 +24,24 @@ END_OF_STREAM: Final = grpc.aio.EOF  # type: ignore[attr-defined]
 """What `StreamCall.read` gives after the last message."""
 
 
-class _CallSpan:
-    """The span of one call; ended exactly once, whichever end comes first."""
+class _Ending:
+    """What is told of the end of one call, exactly once, whichever end comes first."""
 
-    def __init__(self, span: Span) -> None:
+    def __init__(self, span: Span, breaker: CircuitBreaker) -> None:
         self._span = span
+        self._breaker = breaker
         self._ended = False
 
+    def answered(self) -> None:
+        """Let the breaker know that the other side lives, though the call goes on."""
+        self._breaker.record(grpc.StatusCode.OK)
+
     def end(self, code: grpc.StatusCode, error: EsperError | None = None) -> None:
-        """End the span with the status of the call."""
+        """End the span with the status of the call, and let the breaker know."""
         if self._ended:
             return
         self._ended = True
+        self._breaker.record(code)
         set_outcome(self._span, code, None if error is None else error.reason, server=False)
         self._span.end()
 
@@ -42,16 +49,16 @@ class _CallSpan:
 class MeshCall:
     """A running call; everything that ``grpc.aio.Call`` has, with Esper's errors."""
 
-    def __init__(self, inner: Any, method: str, span: Span) -> None:
+    def __init__(self, inner: Any, method: str, ending: _Ending) -> None:
         self._inner = inner
         self._method = method
-        self._span = _CallSpan(span)
+        self._ending = ending
 
     def cancel(self) -> bool:
         """Cancel the call; false when it was over already."""
         cancelled = bool(self._inner.cancel())
         if cancelled:
-            self._span.end(grpc.StatusCode.CANCELLED)
+            self._ending.end(grpc.StatusCode.CANCELLED)
         return cancelled
 
     def cancelled(self) -> bool:
@@ -96,8 +103,8 @@ class MeshCall:
         inner = getattr(self, "_inner", None)
         if inner is not None and not inner.done():
             inner.cancel()
-        if hasattr(self, "_span"):
-            self._span.end(grpc.StatusCode.CANCELLED)
+        if hasattr(self, "_ending"):
+            self._ending.end(grpc.StatusCode.CANCELLED)
 
     async def _guard(self, step: Any) -> Any:
         """Await one step of the call; an error ends the span and leaves as an Esper error."""
@@ -106,10 +113,10 @@ class MeshCall:
         except grpc.RpcError as error:
             mapped = from_rpc_error(error, method=self._method.lstrip("/"))
             code = error.code() if isinstance(error, grpc.aio.AioRpcError) else grpc.StatusCode.UNKNOWN
-            self._span.end(code, mapped)
+            self._ending.end(code, mapped)
             raise mapped from error
         except asyncio.CancelledError:
-            self._span.end(grpc.StatusCode.CANCELLED)
+            self._ending.end(grpc.StatusCode.CANCELLED)
             raise
 
 
@@ -121,7 +128,7 @@ class UnaryCall(MeshCall):
 
     async def _response(self) -> Any:
         response = await self._guard(self._inner)
-        self._span.end(grpc.StatusCode.OK)
+        self._ending.end(grpc.StatusCode.OK)
         return response
 
 
@@ -140,16 +147,20 @@ class StreamCall(MeshCall):
         if self._iterator is None:
             self._iterator = self._inner.__aiter__()
         try:
-            return await self._guard(self._iterator.__anext__())
+            message = await self._guard(self._iterator.__anext__())
         except StopAsyncIteration:
-            self._span.end(grpc.StatusCode.OK)
+            self._ending.end(grpc.StatusCode.OK)
             raise
+        self._ending.answered()
+        return message
 
     async def read(self) -> Any:
         """Give the next response, or `END_OF_STREAM`."""
         message = await self._guard(self._inner.read())
         if message is END_OF_STREAM:
-            self._span.end(grpc.StatusCode.OK)
+            self._ending.end(grpc.StatusCode.OK)
+        else:
+            self._ending.answered()
         return message
 
 
@@ -184,6 +195,14 @@ class CallDefaults(Protocol):
     def default_stream_deadline_s(self) -> float | None:
         """Seconds for a stream of responses that names no timeout; ``None`` for no bound of the client's own."""
 
+    @property
+    def breaker_failures(self) -> int:
+        """Failures in a row that open the circuit breaker; 0 for none."""
+
+    @property
+    def breaker_cooldown_s(self) -> float:
+        """Seconds the breaker stays open."""
+
 
 class MeshChannel(grpc.aio.Channel):
     """A channel for generated stubs whose calls are `MeshCall` objects. Belongs to one event loop."""
@@ -195,6 +214,9 @@ class MeshChannel(grpc.aio.Channel):
         self._target = target
         self._defaults = defaults
         self._tracer = mesh_tracer(tracer_provider)
+        self._breaker = CircuitBreaker(
+            target, failures=defaults.breaker_failures, cooldown_s=defaults.breaker_cooldown_s
+        )
 
     @property
     def target(self) -> str:
@@ -250,11 +272,17 @@ class MeshChannel(grpc.aio.Channel):
         def start(
             request: Any = None, *, timeout: float | None = None, metadata: Any = None, **kwargs: Any
         ) -> MeshCall:
+            self._breaker.admit()
             defaults = self._defaults
             default_s = defaults.default_stream_deadline_s if streams else defaults.default_deadline_s
             span = client_span(self._tracer, method, self._target)
+            ending = _Ending(span, self._breaker)
             sent = inject(span, tuple(metadata or ()))
-            call = inner(request, timeout=effective_timeout_s(timeout, default_s), metadata=sent, **kwargs)
-            return kind(call, method, span)
+            try:
+                call = inner(request, timeout=effective_timeout_s(timeout, default_s), metadata=sent, **kwargs)
+            except BaseException:
+                ending.end(grpc.StatusCode.CANCELLED)
+                raise
+            return kind(call, method, ending)
 
         return start

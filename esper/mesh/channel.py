@@ -29,6 +29,8 @@ _POSITIVE: Final = (
     "default_deadline_s",
     "retry_initial_backoff_s",
     "retry_max_backoff_s",
+    "breaker_cooldown_s",
+    "connect_timeout_s",
     "keepalive_interval_s",
     "keepalive_timeout_s",
     "max_message_bytes",
@@ -58,6 +60,15 @@ class ChannelConfig:
     """``package.Service`` or ``package.Service/Method`` that may be retried; ``None`` is all, since mutations carry a
     ``request_id`` and are idempotent."""
 
+    breaker_failures: int = 10
+    """Calls in a row that end UNAVAILABLE or past their deadline, after which calls fail at once; 0 for never."""
+
+    breaker_cooldown_s: float = 1.0
+    """Seconds they fail at once before one may try again. Above 0."""
+
+    connect_timeout_s: float = 5.0
+    """Seconds one attempt to connect may take, TLS included. Above 0."""
+
     keepalive_interval_s: float = 30.0
     """Seconds of silence after which the connection is pinged while calls run. Above 0."""
 
@@ -80,6 +91,8 @@ class ChannelConfig:
         stream_s = self.default_stream_deadline_s
         if stream_s is not None and not stream_s > 0:
             raise InvalidInputError.of("default_stream_deadline_s", "be above 0 seconds or None", stream_s)
+        if self.breaker_failures < 0:
+            raise InvalidInputError.of("breaker_failures", "be at least 0", self.breaker_failures)
         if not 1 <= self.retry_attempts <= 5:
             raise InvalidInputError.of("retry_attempts", "be within [1, 5]", self.retry_attempts)
 
@@ -158,7 +171,8 @@ def _raw_channel(target: str, config: ChannelConfig) -> Any:
         ("grpc.max_send_message_length", config.max_message_bytes),
         # Reconnect quickly after a restart on this machine; gRPC's own first wait is a second.
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
+        # Not a wait, for all its name: the bound of one attempt to connect.
+        ("grpc.min_reconnect_backoff_ms", int(config.connect_timeout_s * 1e3)),
         ("grpc.max_reconnect_backoff_ms", 5_000),
     ]
     if config.tls is None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import grpc
+from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from grpc_reflection.v1alpha._async import ReflectionServicer
@@ -70,6 +71,9 @@ class ServerConfig:
     probe_deadline_s: float = 2.0
     """Seconds one readiness probe may take. Above 0."""
 
+    channelz: bool = False
+    """Whether ``grpc.channelz.v1`` is served too, for looking at connections; on loopback only."""
+
     tls: TlsConfig | None = None
     """Certificate and authority; ``None`` is plain text, which is for loopback."""
 
@@ -91,6 +95,8 @@ class ServerConfig:
                 f"tls must be set to listen beyond loopback (or allow_plaintext said), got host {self.host!r}",
                 parameter="tls",
             )
+        if self.channelz and not is_loopback(self.host):
+            raise ConfigError(f"channelz must be off beyond loopback, got host {self.host!r}", parameter="channelz")
         self.policy()
 
     def policy(self) -> RpcPolicy:
@@ -198,7 +204,10 @@ class MeshServer:
         server = grpc.aio.server(interceptors=(self._envelope,), options=self._options())
         self._handlers.copy_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (*self._handlers.service_names, _HEALTH_NAME, reflection.SERVICE_NAME)
+        names = [*self._handlers.service_names, _HEALTH_NAME, reflection.SERVICE_NAME]
+        if self._config.channelz:
+            channelz.add_channelz_servicer(server)  # type: ignore[arg-type]
+            names.append("grpc.channelz.v1.Channelz")
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(ReflectionServicer(names), server)
         self._port = self._bind(server)
         self._server = server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -260,6 +262,54 @@ asyncio.run(main())
 
 
 # ------------------------------------------------------------------ ports and limits
+
+
+async def test_restarted_server_is_found_again_quickly(serve: Any, text: Any) -> None:
+    first = await serve(None, ChannelConfig(retry_attempts=1))
+    port = int(first.server.address.rpartition(":")[2])
+    await first.stub.Say(text(value="before"), timeout=5)
+    await first.server.drain(0.1)
+    with pytest.raises(UnavailableError):
+        await first.stub.Say(text(value="gone"), timeout=5)
+    await serve(ServerConfig(port=port))
+    async with asyncio.timeout(5):
+        while True:
+            with contextlib.suppress(UnavailableError):
+                await first.stub.Say(text(value="after"), timeout=5)
+                break
+            await asyncio.sleep(0.01)
+
+
+async def test_frozen_server_costs_a_row_of_deadlines_then_nothing(serve: Any, text: Any) -> None:
+    config = ChannelConfig(breaker_failures=2, breaker_cooldown_s=0.2, retry_attempts=1)
+    mesh = await serve(None, config)
+    for _ in range(2):
+        with pytest.raises(DeadlineExceededError, match=r"(?i)deadline"):
+            await mesh.stub.Hold(text(), timeout=0.05)
+    with pytest.raises(UnavailableError, match=r"must answer again before it is called, got 2 failures in a row"):
+        await mesh.stub.Hold(text(), timeout=30)
+    assert mesh.servicer.calls == 2
+    mesh.servicer.release.set()
+    async with asyncio.timeout(5):
+        while True:
+            with contextlib.suppress(UnavailableError):
+                assert (await mesh.stub.Hold(text(), timeout=5)).value == "held"
+                break
+            await asyncio.sleep(0.01)
+    assert (await mesh.stub.Say(text(value="closed again"), timeout=5)).value == "closed again"
+
+
+async def test_channelz_tells_of_calls_when_asked_for(serve: Any, text: Any) -> None:
+    mesh = await serve(ServerConfig(channelz=True))
+    await mesh.stub.Say(text(value="hi"), timeout=5)
+    stub = channelz_pb2_grpc.ChannelzStub(mesh.channel)
+    response = await stub.GetServers(channelz_pb2.GetServersRequest(start_server_id=0), timeout=5)
+    assert sum(server.data.calls_started for server in response.server) >= 1
+
+
+def test_channelz_stays_on_loopback() -> None:
+    with pytest.raises(ConfigError, match="channelz must be off beyond loopback"):
+        ServerConfig(host="0.0.0.0", allow_plaintext=True, channelz=True)
 
 
 async def test_port_taken_by_another_is_named() -> None:

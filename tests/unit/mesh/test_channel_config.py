@@ -49,6 +49,8 @@ def test_names_that_resolve_to_many_are_balanced_with_health_checks() -> None:
         ({"default_stream_deadline_s": -1.0}, "default_stream_deadline_s must be above 0 seconds or None"),
         ({"retry_attempts": 6}, r"retry_attempts must be within \[1, 5\], got 6"),
         ({"keepalive_interval_s": float("nan")}, "keepalive_interval_s must be above 0, got nan"),
+        ({"breaker_failures": -1}, "breaker_failures must be at least 0, got -1"),
+        ({"breaker_cooldown_s": 0.0}, "breaker_cooldown_s must be above 0, got 0.0"),
         ({"max_message_bytes": 0}, "max_message_bytes must be above 0, got 0"),
     ],
 )
