@@ -28,13 +28,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.blueprints.build import build_plan
 from esper.blueprints.cost import plan_cost
 from esper.blueprints.plan import Plan, plan
-from esper.blueprints.types import larger_site
 from esper.contracts.blueprint import BlueprintIR, Site
 from esper.contracts.errors import InvalidBlueprintError
 from esper.contracts.kernel import ValidationCheck
@@ -50,6 +49,8 @@ _BATCH: Final = 4
 _BATCHES: Final = (1, 2, 5)
 _STEP_SIZE: Final = 0.02
 _LARGE: Final = 1e3
+_POSITIONS: Final = 8
+_MORE_POSITIONS: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,13 +82,15 @@ def check_blueprint(
 ) -> CheckReport:
     """Run the contract test of a blueprint at a site, on the CPU; torch's random state is left alone.
 
+    A graph that serves every size is run on few positions, whatever the site's; its features are never cut.
+
     Raises:
         InvalidBlueprintError: The graph is not legal at the site, so there is nothing to run.
     """
     layout = plan(ir, site)
     probe = _Probe(layout, seed)
-    rows = [probe.identity(), *probe.learning(), probe.batches(), probe.positions()]
-    rows += [*probe.cost(), *(probe.finite(dtype) for dtype in dtypes), probe.determinism()]
+    rows = [probe.identity(), *probe.learning(), probe.batches(), probe.positions(), *probe.cost(), probe.determinism()]
+    rows += probe.finite(dtypes)
     return CheckReport(checks=tuple(rows))
 
 
@@ -105,50 +108,50 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], *_: Any, **__: An
     return 4 * math.prod(query) * key[-2]
 
 
-class _Probe:
-    """The module under test with its inputs; each method gives one row or two, and ``learning`` must come early.
+def _small(layout: Plan) -> Plan:
+    """Give the plan for fewer positions where the module is the same."""
+    largest = max(layout.h.positions, default=0)
+    if largest <= _POSITIONS or not layout.is_size_free:
+        return layout
+    return layout.resized(_POSITIONS - largest) or layout
 
-    ``module`` stays as it was born; ``trained`` (float64) and ``twin`` (float32) take two steps, so that what is
-    measured on them is not the zero of birth.
+
+class _Probe:
+    """The module under test with its inputs; each method gives one row or more, in the order of ``check_blueprint``.
+
+    ``born`` stays as it was built; ``trained`` takes two steps, so that what is measured on it later is not the zero
+    of birth.
     """
 
     def __init__(self, layout: Plan, seed: int) -> None:
         self.layout = layout
-        self.seed = seed
+        self.run_on = _small(layout)
         self.generator = torch.Generator().manual_seed(seed)
-        self.module = build_plan(layout, seed=seed)
-        self.trained = build_plan(layout, seed=seed).double()
-        self.twin = build_plan(layout, seed=seed)
+        self.born = build_plan(layout, seed=seed)
+        twin = build_plan(layout, seed=seed)
+        pairs = zip(self.born.parameters(), twin.parameters(), strict=True)
+        self.same_builds = all(torch.equal(mine, other) for mine, other in pairs)
+        self.trained = twin.double()
 
-    def inputs(self, batch: int, dtype: torch.dtype = torch.float32, site: Site | None = None) -> list[torch.Tensor]:
-        site = site or self.layout.site
+    def inputs(self, batch: int, dtype: torch.dtype = torch.float64, site: Site | None = None) -> list[torch.Tensor]:
+        site = site or self.run_on.site
         shapes = (site.input_shape, site.output_shape)
         return [torch.randn(batch, *shape, generator=self.generator, dtype=dtype) for shape in shapes]
 
     def identity(self) -> ValidationCheck:
-        x, h = self.inputs(_BATCH)
+        x, h = self.inputs(_BATCH, torch.float32)
         with torch.no_grad():
-            figure = float(self.module(x, h).abs().max() / h.abs().max())
+            figure = float(self.born(x, h).abs().max() / h.abs().max())
         return _row("identity", figure, IDENTITY_LIMIT, figure <= IDENTITY_LIMIT, "largest delta at birth over h")
 
     def learning(self) -> list[ValidationCheck]:
-        x, h = self.inputs(_BATCH, torch.float64)
+        x, h = self.inputs(_BATCH)
         target = torch.randn(h.shape, generator=self.generator, dtype=h.dtype)
-        parameters = dict(self.trained.named_parameters())
-        strongest = dict.fromkeys(parameters, 0.0)
-        finite = True
-        before, after = self.trained(x, h).detach(), h
-        for step in range(2):
-            gradients = _gradients(self.trained, x, h, target)
-            finite = finite and all(math.isfinite(size) for size in _sizes(gradients).values())
-            scale = max(_sizes(gradients).values(), default=0.0) or 1.0
-            for name, size in _sizes(gradients).items():
-                strongest[name] = max(strongest[name], size / scale)
-            _descend(parameters, gradients)
-            if step == 0:
-                after = self.trained(x, h).detach()
-        self.twin.load_state_dict(self.trained.state_dict())
-        change = float((after - before).abs().max() / h.abs().max())
+        strongest: dict[str, float] = {name: 0.0 for name, _ in self.trained.named_parameters()}
+        before = self.trained(x, h).detach()
+        finite = _step(self.trained, (x, h, target), strongest)
+        change = float((self.trained(x, h).detach() - before).abs().max() / h.abs().max())
+        finite = _step(self.trained, (x, h, target), strongest) and finite
         weakest = min(strongest, key=lambda name: strongest[name], default=None)
         figure = strongest[weakest] if weakest is not None else 0.0
         detail = "no parameters" if weakest is None else f"weakest parameter {weakest}"
@@ -159,20 +162,20 @@ class _Probe:
         ]
 
     def batches(self) -> ValidationCheck:
-        return self._shapes("batch", self.layout.site, _BATCHES)
+        return self._shapes("batch", self.run_on.site, _BATCHES)
 
     def positions(self) -> ValidationCheck:
-        site = larger_site(self.layout.site)
-        if site is None:
+        if not self.layout.h.positions:
             return _row("positions", None, None, True, "the site has no positions")
-        if not self.layout.is_size_free:
+        larger = self.run_on.resized(_MORE_POSITIONS)
+        if larger is None:
             return _row("positions", None, None, True, "the graph is tied to the site's positions")
-        return self._shapes("positions", site, (2,))
+        return self._shapes("positions", larger.site, (2,))
 
     def _shapes(self, name: str, site: Site, batches: Sequence[int]) -> ValidationCheck:
         wrong: list[str] = []
         for batch in batches:
-            x, h = self.inputs(batch, torch.float64, site)
+            x, h = self.inputs(batch, site=site)
             try:
                 with torch.no_grad():
                     got = tuple(self.trained(x, h).shape)
@@ -184,64 +187,73 @@ class _Probe:
         return _row(name, float(len(wrong)), 0.0, not wrong, "; ".join(wrong) or "delta has the shape of h")
 
     def cost(self) -> list[ValidationCheck]:
-        declared = plan_cost(self.layout)
-        parameters = sum(parameter.numel() for parameter in self.module.parameters())
-        x, h = self.inputs(1)
+        declared, run_cost = plan_cost(self.layout), plan_cost(self.run_on)
+        parameters = sum(parameter.numel() for parameter in self.born.parameters())
+        x, h = self.inputs(1, torch.float32)
         with torch.no_grad():
-            flops = measured_flops(lambda: self.module(x, h))
+            flops = measured_flops(lambda: self.born(x, h))
         return [
             _row("parameters", parameters, declared.parameters, parameters == declared.parameters, "counted", "1"),
-            _row("flops", flops, declared.flops, flops == declared.flops, "counted for one example", "1"),
+            _row("flops", flops, run_cost.flops, flops == run_cost.flops, "counted for one example", "1"),
         ]
 
-    def finite(self, dtype: torch.dtype) -> ValidationCheck:
-        wrong: list[str] = []
-        for name, factor in (("random", 1.0), ("zero", 0.0), ("large", _LARGE)):
-            x, h = ((factor * tensor).requires_grad_() for tensor in self.inputs(2))
-            with _autocast(dtype):
-                delta = self.twin(x, h)
-            wanted = [*self.twin.parameters(), x, h]
-            gradients = torch.autograd.grad(delta.float().mean(), wanted, allow_unused=True)
-            tensors = [delta, *filter(torch.is_tensor, gradients)]
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-                wrong.append(name)
-        label = str(dtype).removeprefix("torch.")
-        detail = f"not finite on {', '.join(wrong)} inputs" if wrong else "random, zero and large inputs"
-        return _row(f"finite_{label}", float(len(wrong)), 0.0, not wrong, detail)
-
     def determinism(self) -> ValidationCheck:
-        twin = build_plan(self.layout, seed=self.seed)
-        pairs = zip(self.module.parameters(), twin.parameters(), strict=True)
-        same = all(torch.equal(mine, other) for mine, other in pairs)
-        x, h = self.inputs(_BATCH, torch.float64)
+        x, h = self.inputs(_BATCH)
         with torch.no_grad():
-            same = same and torch.equal(self.trained(x, h), self.trained(x, h))
+            same = self.same_builds and torch.equal(self.trained(x, h), self.trained(x, h))
         return _row("determinism", None, None, same, "two builds and two runs, bit by bit")
 
+    def finite(self, dtypes: Sequence[torch.dtype]) -> list[ValidationCheck]:
+        self.trained.float()
+        return [self._finite(dtype) for dtype in dtypes]
 
-def _gradients(
-    module: fx.GraphModule, x: torch.Tensor, h: torch.Tensor, target: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Give the gradients of a regression to a random target; a parameter that is not reached has none."""
+    def _finite(self, dtype: torch.dtype) -> ValidationCheck:
+        factors = torch.tensor([1.0, 0.0, _LARGE])
+        x, h = (
+            (tensor * factors.view(-1, *(1,) * (tensor.dim() - 1))).requires_grad_()
+            for tensor in self.inputs(len(factors), torch.float32)
+        )
+        with _autocast(dtype):
+            delta = self.trained(x, h)
+        gradients: Sequence[torch.Tensor | None] = ()
+        if delta.requires_grad:
+            wanted = [*self.trained.parameters(), x, h]
+            gradients = torch.autograd.grad(delta.float().mean(), wanted, allow_unused=True)
+        kinds = zip(("random", "zero", "large"), delta, strict=True)
+        wrong = [f"delta on {name} inputs" for name, part in kinds if not _is_finite(part)]
+        if not all(_is_finite(gradient) for gradient in gradients if gradient is not None):
+            wrong.append("gradients")
+        label = str(dtype).removeprefix("torch.")
+        detail = f"not finite: {', '.join(wrong)}" if wrong else "random, zero and large inputs"
+        return _row(f"finite_{label}", float(len(wrong)), 0.0, not wrong, detail)
+
+
+def _step(
+    module: fx.GraphModule, data: tuple[torch.Tensor, torch.Tensor, torch.Tensor], strongest: dict[str, float]
+) -> bool:
+    """Take one step of sign descent on a regression to a target, and note each parameter's relative gradient.
+
+    Sign descent, since the size of a gradient must not matter here and a zero one must move nothing. Gives whether
+    every gradient was finite.
+    """
+    x, h, target = data
     named = dict(module.named_parameters())
-    if not named:
-        return {}
     loss = ((h + module(x, h) - target) ** 2).mean()
-    if not loss.requires_grad:
-        return {}
+    if not named or not loss.requires_grad:
+        return True
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {name: found[index] for index, name in enumerate(named) if torch.is_tensor(found[index])}
-
-
-def _sizes(gradients: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {name: float(gradient.abs().max()) for name, gradient in gradients.items()}
-
-
-def _descend(parameters: dict[str, nn.Parameter], gradients: dict[str, torch.Tensor]) -> None:
-    """Take one step of sign descent: the size of a gradient does not matter, a zero one moves nothing."""
+    gradients = {name: found[index] for index, name in enumerate(named) if torch.is_tensor(found[index])}
+    sizes = {name: float(torch.linalg.vector_norm(gradient, math.inf)) for name, gradient in gradients.items()}
+    scale = max(sizes.values(), default=0.0) or 1.0
     with torch.no_grad():
         for name, gradient in gradients.items():
-            parameters[name].sub_(_STEP_SIZE * gradient.sign())
+            strongest[name] = max(strongest[name], sizes[name] / scale)
+            named[name].sub_(gradient.sign_(), alpha=_STEP_SIZE)
+    return all(math.isfinite(size) for size in sizes.values())
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from esper.blueprints.dims import evaluate, site_dims
 from esper.blueprints.ir import check_structure, refuse
 from esper.blueprints.operator_base import Resolved
 from esper.blueprints.operators import OPERATORS, Call, Operator, Work
-from esper.blueprints.types import Mixing, TensorType, larger_site, site_types
+from esper.blueprints.types import Mixing, TensorType, resized_site, site_types
 from esper.contracts.blueprint import BlueprintIR, Expression, IRNode, Site
 from esper.contracts.errors import InvalidBlueprintError
 
@@ -69,17 +69,22 @@ class Plan:
     @cached_property
     def is_size_free(self) -> bool:
         """Whether one module serves every height and width, or every sequence length."""
-        site = larger_site(self.site)
+        return not self.h.positions or self.resized(4) is not None
+
+    def resized(self, extra: int) -> Plan | None:
+        """Give the plan for ``extra`` more output positions per axis, where this plan's module serves it too."""
+        site = resized_site(self.site, extra)
         if site is None:
-            return True
+            return None
         try:
-            larger = plan(self.ir, site)
+            other = plan(self.ir, site)
         except InvalidBlueprintError:
-            return False
-        return all(
-            mine.operator.constants(mine.call, mine.output) == other.operator.constants(other.call, other.output)
-            for mine, other in zip(self.steps, larger.steps, strict=True)
+            return None
+        same = all(
+            mine.operator.constants(mine.call, mine.output) == theirs.operator.constants(theirs.call, theirs.output)
+            for mine, theirs in zip(self.steps, other.steps, strict=True)
         )
+        return other if same else None
 
 
 def plan(ir: BlueprintIR, site: Site) -> Plan:

@@ -120,21 +120,24 @@ def _type(kind: SiteKind, shape: tuple[int, ...]) -> TensorType:
     return TensorType(layout, shape[0], shape[1:])
 
 
-def larger_site(site: Site, extra: int = 4) -> Site | None:
-    """Give the same site with ``extra`` more output positions per axis; ``None`` for a site without positions."""
+def resized_site(site: Site, extra: int) -> Site | None:
+    """Give the same site with ``extra`` more output positions per axis (fewer when negative).
+
+    A map of tokens changes along its first axis only. ``None`` for a site without positions, and where nothing
+    would be left of one.
+    """
     x, h = site_types(site)
     if not h.positions:
         return None
-    stride = max(1, round(x.positions[0] / h.positions[0]))
     if site.kind in _FEATURES_LAST:
         grown = (site.output_shape[0] + extra, *site.output_shape[1:-1])
-        return Site(
-            kind=site.kind,
-            input_shape=(*grown, site.input_shape[-1]),
-            output_shape=(*grown, site.output_shape[-1]),
+        shapes = (*grown, x.features), (*grown, h.features)
+    else:
+        stride = max(1, round(x.positions[0] / h.positions[0]))
+        shapes = (
+            (x.features, *(size + extra * stride for size in x.positions)),
+            (h.features, *(size + extra for size in h.positions)),
         )
-    return Site(
-        kind=site.kind,
-        input_shape=(x.features, *(size + extra * stride for size in x.positions)),
-        output_shape=(h.features, *(size + extra for size in h.positions)),
-    )
+    if min(*shapes[0], *shapes[1]) < 1:
+        return None
+    return Site(kind=site.kind, input_shape=shapes[0], output_shape=shapes[1])
