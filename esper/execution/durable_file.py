@@ -42,7 +42,7 @@ def link_new(path: Path, data: bytes, *, mode: int = 0o600) -> bool:
     return True
 
 
-def _write(path: Path, data: bytes, mode: int, publish: Callable[[Path], None]) -> None:
+def _write(path: Path, data: bytes, mode: int, publish: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)

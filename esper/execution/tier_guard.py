@@ -1,0 +1,119 @@
+"""One slower tier with its breaker, its time limit and its counts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from esper.contracts.errors import CapacityExceededError, CorruptDataError, EsperError, NotFoundError, UnavailableError
+from esper.contracts.run import CacheTierStatus
+from esper.execution.tier_port import CircuitBreaker, KernelReader
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, slots=True)
+class TierCounts:
+    """Counts of one tier since it was made."""
+
+    hits: int = 0
+    """Lookups that found a kernel that verified."""
+    misses: int = 0
+    """Lookups that found nothing."""
+    corrupt: int = 0
+    """Entries that did not verify."""
+    errors: int = 0
+    """Calls that failed or were held off by the breaker."""
+
+    def status(self, tier: str, bytes_held: int | None) -> CacheTierStatus:
+        """Give the counts as a value."""
+        return CacheTierStatus(
+            tier=tier,
+            hits=self.hits,
+            misses=self.misses,
+            corrupt=self.corrupt,
+            errors=self.errors,
+            bytes_held=bytes_held,
+        )
+
+
+class GuardedTier:
+    """Calls one tier within its time, and not at all while it is known to be away."""
+
+    def __init__(self, name: str, reader: KernelReader, timeout_s: float, breaker: CircuitBreaker) -> None:
+        self.name = name
+        self.reader = reader
+        self.breaker = breaker
+        self.counts = TierCounts()
+        self._timeout_s = timeout_s
+
+    async def read(self, artifact_id: str) -> bytes:
+        """Give an entry's bytes.
+
+        Raises:
+            NotFoundError: The tier has no such entry.
+            CorruptDataError: It arrived damaged.
+            UnavailableError: The tier failed, took too long, or is held off by its breaker.
+        """
+        if not self.breaker.allow():
+            self.counts.errors += 1
+            raise UnavailableError(f"cache tier {self.name} is held off after failures")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                data = await self.reader.read(artifact_id)
+        except NotFoundError:
+            self.counts.misses += 1
+            self.breaker.succeeded()
+            raise
+        except CorruptDataError:
+            self.breaker.succeeded()
+            raise
+        except (EsperError, TimeoutError) as error:
+            self._failed("read", artifact_id, error)
+            raise UnavailableError(f"cache tier {self.name} failed: {str(error) or 'timed out'}") from error
+        except BaseException:
+            self.breaker.abandoned()
+            raise
+        self.breaker.succeeded()
+        return data
+
+    async def attempt(self, work: Coroutine[Any, Any, None], action: str, artifact_id: str) -> bool:
+        """Run a write or removal whose failure only costs speed; say whether it was done."""
+        if not self.breaker.allow():
+            work.close()
+            self.counts.errors += 1
+            return False
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await work
+        except CapacityExceededError as error:
+            self.counts.errors += 1
+            self.breaker.succeeded()
+            extra = {"tier": self.name, "artifact_id": artifact_id, "error": str(error)}
+            log.warning("cache_tier_full", extra=extra)
+            return False
+        except (EsperError, TimeoutError) as error:
+            self._failed(action, artifact_id, error)
+            return False
+        except BaseException:
+            self.breaker.abandoned()
+            raise
+        self.breaker.succeeded()
+        return True
+
+    def _failed(self, action: str, artifact_id: str, error: BaseException) -> None:
+        self.counts.errors += 1
+        opened = self.breaker.failed()
+        log.warning(
+            "cache_tier_failed",
+            extra={
+                "tier": self.name,
+                "action": action,
+                "artifact_id": artifact_id,
+                "error": str(error) or "timed out",
+                "breaker_opened": opened,
+            },
+        )

@@ -1,0 +1,124 @@
+"""The third cache tier: kernels in the library, fetched and sent in checksummed chunks over gRPC."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, Final, Protocol
+
+import grpc
+
+from esper.contracts.chunks import MAX_CHUNK_BYTES, Assembler, split
+from esper.contracts.errors import (
+    CapacityExceededError,
+    CorruptDataError,
+    DeadlineExceededError,
+    InvalidInputError,
+    UnavailableError,
+)
+from esper.execution.artifact import MAX_ARTIFACT_BYTES, require_artifact_id
+from esper.mesh import from_rpc_error
+from esper.v1 import urza_service_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+
+class KernelTransfer(Protocol):
+    """The part of ``UrzaServiceStub`` (its async form) that moves kernels."""
+
+    @property
+    def UploadKernel(self) -> Any:  # noqa: N802 - the rpc's name
+        """Call with a stream of chunks and one response."""
+
+    @property
+    def DownloadKernel(self) -> Any:  # noqa: N802 - the rpc's name
+        """Call with a stream of chunks as its response."""
+
+
+class UrzaTier:
+    """Reads kernels from the library; belongs to the event loop of its stub."""
+
+    bytes_held: Final[int | None] = None
+
+    def __init__(self, stub: KernelTransfer, *, timeout_s: float = 30.0, attempts: int = 4) -> None:
+        """Read through a stub.
+
+        Args:
+            stub: ``UrzaServiceStub`` on an async channel, one of ``esper.mesh`` or a plain one.
+            timeout_s: Longest time for one attempt, in seconds.
+            attempts: Attempts in a row that bring nothing before a fetch is given up, at least 1.
+        """
+        if attempts < 1:
+            raise InvalidInputError.of("attempts", "be >= 1", attempts)
+        if not timeout_s > 0:
+            raise InvalidInputError.of("timeout_s", "be > 0 seconds", timeout_s)
+        self._stub = stub
+        self._timeout_s = timeout_s
+        self._attempts = attempts
+
+    async def read(self, artifact_id: str) -> bytes:
+        """Give the serialised artefact; a transfer that breaks goes on where it broke.
+
+        Raises:
+            NotFoundError: The library has no such kernel.
+            CorruptDataError: It arrived damaged.
+            UnavailableError: The library cannot be reached.
+        """
+        require_artifact_id(artifact_id)
+        assembler = Assembler(max_bytes=MAX_ARTIFACT_BYTES)
+        attempts_left = self._attempts
+        while True:
+            begun_at = assembler.offset
+            attempts_left -= 1
+            try:
+                return await self._receive(artifact_id, assembler)
+            except (UnavailableError, DeadlineExceededError) as error:
+                if assembler.offset == begun_at and attempts_left <= 0:
+                    raise
+                if assembler.offset > begun_at:
+                    attempts_left = self._attempts
+                log.info(
+                    "kernel_download_resumed",
+                    extra={"artifact_id": artifact_id, "offset_bytes": assembler.offset, "error": str(error)},
+                )
+
+    async def close(self) -> None:
+        """The stub's channel belongs to whoever made it."""
+
+    async def _receive(self, artifact_id: str, assembler: Assembler) -> bytes:
+        request = pb.DownloadKernelRequest(artifact_id=artifact_id, offset=assembler.offset)
+        try:
+            async for chunk in self._stub.DownloadKernel(request, timeout=self._timeout_s):
+                _add(assembler, chunk, artifact_id)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, method="UrzaService/DownloadKernel") from error
+        return assembler.finish()
+
+
+async def upload_kernel(stub: KernelTransfer, data: bytes, *, timeout_s: float = 60.0) -> tuple[str, bool]:
+    """Send a serialised artefact to the library; give its id and whether it was new there. Idempotent.
+
+    Raises:
+        CorruptDataError: The library does not trust the signature, or a digest does not hold.
+        UnavailableError: The library cannot be reached.
+        DeadlineExceededError: It took longer than ``timeout_s`` seconds.
+    """
+    try:
+        response = await stub.UploadKernel(_requests(data), timeout=timeout_s)
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, method="UrzaService/UploadKernel") from error
+    return response.artifact_id, response.created
+
+
+def _add(assembler: Assembler, chunk: pb.DownloadKernelResponse, artifact_id: str) -> None:
+    try:
+        assembler.add(chunk)
+    except (InvalidInputError, CapacityExceededError) as error:
+        raise CorruptDataError(f"kernel {artifact_id} arrived damaged: {error}") from error
+
+
+async def _requests(data: bytes) -> AsyncIterator[pb.UploadKernelRequest]:
+    for chunk in split(data, chunk_bytes=MAX_CHUNK_BYTES):
+        yield pb.UploadKernelRequest(
+            total_bytes=chunk.total_bytes, sha256=chunk.sha256, offset=chunk.offset, data=chunk.data, crc32=chunk.crc32
+        )

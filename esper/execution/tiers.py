@@ -1,0 +1,277 @@
+"""Kernels from the nearest cache tier that has them, verified on the way, and kept nearer for the next time.
+
+    l1   native cache of verified kernels in this process
+    l2   directory or Redis of signed artefact bytes
+    l3   the library (Urza)
+
+What comes from a tier is proven before anyone sees it. Trouble with a tier is counted, held off by a breaker and makes
+a fetch slower; the training step asks `TieredKernelSource.cached` alone, which never waits and never raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from esper.contracts.errors import (
+    CapacityExceededError,
+    CorruptDataError,
+    EsperError,
+    InvalidInputError,
+    InvalidStateError,
+    NotFoundError,
+)
+from esper.contracts.run import CacheTierStatus
+from esper.execution._native import KernelCache
+from esper.execution.artifact import ARTIFACT_ID, VerifiedKernel, require_artifact_id, verify
+from esper.execution.keys import KeyRing
+from esper.execution.tier_guard import GuardedTier, TierCounts
+from esper.execution.tier_port import BreakerState, CircuitBreaker, KernelReader, KernelTier
+
+log = logging.getLogger(__name__)
+
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,127}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TierConfig:
+    """Bounds of a tiered source."""
+
+    l2_timeout_s: float = 2.0
+    """Longest wait for the second tier, in seconds."""
+    l3_timeout_s: float = 60.0
+    """Longest wait for the third tier, in seconds."""
+    failures_to_open: int = 3
+    """Failures in a row that open a tier's breaker."""
+    open_s: float = 1.0
+    """First time that a breaker stays open, in seconds; doubles while the tier stays away."""
+    max_open_s: float = 30.0
+    """Longest time that a breaker stays open, in seconds."""
+    negative_ttl_s: float = 2.0
+    """How long a kernel that no tier has is not asked for again, in seconds."""
+    warm_concurrency: int = 4
+    """Kernels fetched at once while warming."""
+
+    def __post_init__(self) -> None:
+        for name in ("l2_timeout_s", "l3_timeout_s", "open_s", "max_open_s", "negative_ttl_s"):
+            if not getattr(self, name) > 0:
+                raise InvalidInputError.of(name, "be > 0 seconds", getattr(self, name))
+        for name in ("failures_to_open", "warm_concurrency"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError.of(name, "be >= 1", getattr(self, name))
+
+
+class TieredKernelSource:
+    """The three tiers as one. Coroutines belong to one event loop; `cached`, `name` and `stats` to any thread."""
+
+    def __init__(
+        self,
+        l1: KernelCache,
+        l2: KernelTier | None,
+        l3: KernelReader | None,
+        ring: KeyRing,
+        config: TierConfig | None = None,
+    ) -> None:
+        """Join the tiers.
+
+        Args:
+            l1: Cache of ``VerifiedKernel`` values.
+            l2: Directory or Redis; ``None`` goes without.
+            l3: The library; ``None`` goes without.
+            ring: Keys whose kernels are trusted.
+            config: Bounds.
+        """
+        self._config = config or TierConfig()
+        self._l1 = l1
+        self._ring = ring
+        self._l2 = None if l2 is None else GuardedTier("l2", l2, self._config.l2_timeout_s, self._breaker())
+        self._l3 = None if l3 is None else GuardedTier("l3", l3, self._config.l3_timeout_s, self._breaker())
+        self._l2_writer = l2
+        self._l1_counts = TierCounts()
+        self._flights: dict[str, asyncio.Task[VerifiedKernel]] = {}
+        self._names: dict[str, str] = {}
+
+    def name(self, name: str, artifact_id: str) -> None:
+        """Let a kernel be fetched by a name of one's own, e.g. ``kernel_123``; a name may move.
+
+        Raises:
+            InvalidInputError: The name or the id is not well formed.
+        """
+        if not _NAME.fullmatch(name) or ARTIFACT_ID.fullmatch(name):
+            raise InvalidInputError.of("name", "match [a-z0-9][a-z0-9_.-]{0,127} and be no artefact id", name)
+        self._names[name] = require_artifact_id(artifact_id)
+
+    def cached(self, artifact_id: str) -> VerifiedKernel | None:
+        """Give a kernel that is in the first tier now; neither waits nor raises for one that is not."""
+        found: VerifiedKernel | None = self._l1.get(self._names.get(artifact_id, artifact_id))
+        if found is None:
+            self._l1_counts.misses += 1
+        else:
+            self._l1_counts.hits += 1
+        return found
+
+    async def fetch(self, artifact_id: str) -> VerifiedKernel:
+        """Give a kernel from the nearest tier that has it; callers that ask at once share one fetch.
+
+        Raises:
+            InvalidInputError: The id is not well formed.
+            NotFoundError: No tier has it.
+            CorruptDataError: The library's own copy does not verify.
+            UnavailableError: The tiers that may have it cannot be reached.
+        """
+        artifact_id = self._resolve(artifact_id)
+        found = self.cached(artifact_id)
+        if found is not None:
+            return found
+        if self._l1.is_negative(artifact_id):
+            raise NotFoundError(f"no cache tier has kernel {artifact_id}", parameter="artifact_id")
+        return await self._shared(artifact_id)
+
+    async def warm(self, artifact_ids: Iterable[str]) -> tuple[str, ...]:
+        """Bring kernels into the first tier; give the ids that are there now. Failures are logged, never raised."""
+        gate = asyncio.Semaphore(self._config.warm_concurrency)
+
+        async def bring(asked: str) -> str | None:
+            async with gate:
+                try:
+                    artifact_id = self._resolve(asked)
+                    if artifact_id not in self._l1:
+                        await self._shared(artifact_id)
+                except EsperError as error:
+                    log.info("kernel_not_warmed", extra={"artifact_id": asked, "error": str(error)})
+                    return None
+            return artifact_id
+
+        ready = await asyncio.gather(*(bring(artifact_id) for artifact_id in dict.fromkeys(artifact_ids)))
+        return tuple(artifact_id for artifact_id in ready if artifact_id is not None)
+
+    async def put(self, data: bytes) -> VerifiedKernel:
+        """Verify an artefact and write it through to the first and second tier.
+
+        Raises:
+            CorruptDataError: It does not verify; nothing was kept.
+        """
+        kernel = await asyncio.to_thread(verify, data, self._ring)
+        self._keep_in_l1(kernel)
+        await self._write_l2(kernel.artifact_id, data)
+        return kernel
+
+    def stats(self) -> tuple[CacheTierStatus, ...]:
+        """Give the counts of every tier there is, nearest first."""
+        held = self._l1.stats()["bytes"]
+        first = self._l1_counts.status("l1", held)
+        slower = (tier.counts.status(tier.name, tier.reader.bytes_held) for tier in self._slower())
+        return (first, *slower)
+
+    def breakers(self) -> Mapping[str, BreakerState]:
+        """Give the breaker state of every slower tier by its name."""
+        return {tier.name: tier.breaker.state for tier in self._slower()}
+
+    async def close(self) -> None:
+        """End running fetches and let go of the tiers."""
+        flights = list(self._flights.values())
+        for flight in flights:
+            flight.cancel()
+        await asyncio.gather(*flights, return_exceptions=True)
+        for tier in self._slower():
+            await tier.reader.close()
+
+    def _breaker(self) -> CircuitBreaker:
+        config = self._config
+        return CircuitBreaker(
+            failures_to_open=config.failures_to_open, open_s=config.open_s, max_open_s=config.max_open_s
+        )
+
+    def _slower(self) -> tuple[GuardedTier, ...]:
+        return tuple(tier for tier in (self._l2, self._l3) if tier is not None)
+
+    def _resolve(self, artifact_id: str) -> str:
+        known = self._names.get(artifact_id)
+        if known is not None:
+            return known
+        if _NAME.fullmatch(artifact_id) and not ARTIFACT_ID.fullmatch(artifact_id):
+            raise NotFoundError(f"no kernel is named {artifact_id}", parameter="artifact_id")
+        return require_artifact_id(artifact_id)
+
+    async def _shared(self, artifact_id: str) -> VerifiedKernel:
+        """Join the fetch that runs for this id, or begin one; a caller that goes away does not end it."""
+        flight = self._flights.get(artifact_id)
+        if flight is None:
+            flight = asyncio.create_task(self._load(artifact_id), name=f"kernel-fetch-{artifact_id}")
+            self._flights[artifact_id] = flight
+            flight.add_done_callback(lambda done: self._landed(artifact_id, done))
+        return await asyncio.shield(flight)
+
+    def _landed(self, artifact_id: str, flight: asyncio.Task[VerifiedKernel]) -> None:
+        del self._flights[artifact_id]
+        if not flight.cancelled():
+            flight.exception()  # seen here, so that a fetch whose callers all left does not complain
+
+    async def _load(self, artifact_id: str) -> VerifiedKernel:
+        trouble: EsperError | None = None
+        for tier in self._slower():
+            try:
+                data, kernel = await self._take(tier, artifact_id)
+            except NotFoundError:
+                trouble = None if tier is self._l3 else trouble
+            except EsperError as error:
+                trouble = error
+            else:
+                self._keep_in_l1(kernel)
+                if tier is self._l3:
+                    await self._write_l2(artifact_id, data)
+                return kernel
+        if trouble is not None:
+            raise trouble
+        self._note_absent(artifact_id)
+        raise NotFoundError(f"no cache tier has kernel {artifact_id}", parameter="artifact_id")
+
+    async def _take(self, tier: GuardedTier, artifact_id: str) -> tuple[bytes, VerifiedKernel]:
+        """Read and verify; a damaged entry of the second tier is dropped, one of the library is read once more."""
+        try:
+            return await self._read_verified(tier, artifact_id)
+        except CorruptDataError as error:
+            log.warning("cache_entry_corrupt", extra={"artifact_id": artifact_id, "tier": tier.name})
+            if tier is self._l3:
+                return await self._read_verified(tier, artifact_id)
+            await self._erase_l2(artifact_id)
+            raise NotFoundError(f"the entry of {artifact_id} was damaged and is gone") from error
+
+    async def _read_verified(self, tier: GuardedTier, artifact_id: str) -> tuple[bytes, VerifiedKernel]:
+        try:
+            data = await tier.read(artifact_id)
+            kernel = await asyncio.to_thread(verify, data, self._ring, artifact_id=artifact_id)
+        except (CorruptDataError, CapacityExceededError) as error:
+            tier.counts.corrupt += 1
+            if isinstance(error, CorruptDataError):
+                raise
+            raise CorruptDataError(f"kernel {artifact_id} does not verify: {error}") from error
+        tier.counts.hits += 1
+        return data, kernel
+
+    def _keep_in_l1(self, kernel: VerifiedKernel) -> None:
+        try:
+            kept = self._l1.put(kernel.artifact_id, kernel, kernel.size_bytes)
+        except CapacityExceededError:
+            kept = False
+        if not kept:
+            extra = {"artifact_id": kernel.artifact_id, "size_bytes": kernel.size_bytes}
+            log.warning("kernel_does_not_fit_l1", extra=extra)
+
+    def _note_absent(self, artifact_id: str) -> None:
+        try:
+            self._l1.put_negative(artifact_id, self._config.negative_ttl_s)
+        except InvalidStateError:
+            log.debug("kernel_arrived_meanwhile", extra={"artifact_id": artifact_id})
+
+    async def _write_l2(self, artifact_id: str, data: bytes) -> None:
+        if self._l2 is not None and self._l2_writer is not None:
+            await self._l2.attempt(self._l2_writer.write(artifact_id, data), "write", artifact_id)
+
+    async def _erase_l2(self, artifact_id: str) -> None:
+        if self._l2 is not None and self._l2_writer is not None:
+            await self._l2.attempt(self._l2_writer.erase(artifact_id), "erase", artifact_id)

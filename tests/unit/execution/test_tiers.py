@@ -1,0 +1,330 @@
+"""The three tiers as one: promotion, proof on the way, one fetch for many, and trouble that only costs time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from esper.blueprints.ir import canonical_bytes
+from esper.contracts.blueprint import BlueprintCost, BlueprintIR, IRNode, Site, SiteKind
+from esper.contracts.errors import (
+    CorruptDataError,
+    EsperError,
+    InternalError,
+    InvalidInputError,
+    NotFoundError,
+    SignatureError,
+    StorageFullError,
+    UnavailableError,
+)
+from esper.contracts.kernel import CompileTarget, DeviceKind, ValidationCheck
+from esper.contracts.run import CacheTierStatus
+from esper.execution._native import KernelCache
+from esper.execution.artifact import KernelContent, artifact_bytes, pack, verify
+from esper.execution.keys import SigningKey
+from esper.execution.tier_directory import DirectoryTier
+from esper.execution.tier_port import BreakerState
+from esper.execution.tiers import TierConfig, TieredKernelSource
+
+KEY = SigningKey.generate()
+RING = KEY.ring()
+IR = BlueprintIR(nodes=(IRNode(name="map", op="linear", inputs=("h",)),), output="map")
+
+
+def kernel_bytes(number: int = 0, key: SigningKey = KEY) -> tuple[str, bytes]:
+    """Give the id and bytes of a signed kernel; another number, another kernel."""
+    content = KernelContent(
+        content_key=f"{number:064x}",
+        site=Site(kind=SiteKind.LINEAR, input_shape=(3,), output_shape=(2,)),
+        target=CompileTarget.EAGER,
+        device=DeviceKind.CPU,
+        ir=canonical_bytes(IR),
+        weights={"w": torch.full((4,), float(number))},
+        binary=b"",
+        cost=BlueprintCost(parameters=4, flops=8, activation_bytes=8),
+        checks=(ValidationCheck(name="shapes", passed=True),),
+        compilation_time=timedelta(milliseconds=1),
+    )
+    data = artifact_bytes(pack(content, key))
+    return verify(data, key.ring()).artifact_id, data
+
+
+class Shelf:
+    """A tier in memory that can be told to fail, damage or wait; counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, bytes] = {}
+        self.reads = 0
+        self.failure: EsperError | None = None
+        self.gate: asyncio.Event | None = None
+        self.asked = asyncio.Event()
+        self.closed = False
+
+    @property
+    def bytes_held(self) -> int | None:
+        return sum(map(len, self.entries.values()))
+
+    async def read(self, artifact_id: str) -> bytes:
+        self.reads += 1
+        self.asked.set()
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.failure is not None:
+            raise self.failure
+        if artifact_id not in self.entries:
+            raise NotFoundError(f"no {artifact_id}")
+        return self.entries[artifact_id]
+
+    async def write(self, artifact_id: str, data: bytes) -> None:
+        if self.failure is not None:
+            raise self.failure
+        self.entries[artifact_id] = data
+
+    async def erase(self, artifact_id: str) -> None:
+        self.entries.pop(artifact_id, None)
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class Tiers:
+    """A source over two shelves."""
+
+    def __init__(self, **config: float) -> None:
+        self.l1 = KernelCache(64 << 20)
+        self.l2, self.l3 = Shelf(), Shelf()
+        self.source = TieredKernelSource(self.l1, self.l2, self.l3, RING, TierConfig(**config))  # type: ignore[arg-type]
+
+    def status(self, tier: str) -> CacheTierStatus:
+        return next(status for status in self.source.stats() if status.tier == tier)
+
+
+@pytest.fixture
+async def tiers() -> AsyncIterator[Tiers]:
+    made = Tiers()
+    yield made
+    await made.source.close()
+
+
+ID, DATA = kernel_bytes()
+
+
+async def test_a_kernel_of_the_library_is_promoted_to_every_tier(tiers: Tiers) -> None:
+    tiers.l3.entries[ID] = DATA
+    assert (await tiers.source.fetch(ID)).artifact_id == ID
+    assert tiers.l2.entries[ID] == DATA
+    assert tiers.source.cached(ID) is await tiers.source.fetch(ID)
+    assert (tiers.l2.reads, tiers.l3.reads) == (1, 1)
+    assert (tiers.status("l3").hits, tiers.status("l2").misses, tiers.status("l1").hits) == (1, 1, 2)
+
+
+async def test_the_second_tier_spares_the_library(tiers: Tiers) -> None:
+    tiers.l2.entries[ID] = DATA
+    await tiers.source.fetch(ID)
+    assert tiers.l3.reads == 0
+    assert tiers.status("l1").bytes_held == len(DATA)
+
+
+async def test_callers_that_ask_at_once_share_one_fetch(tiers: Tiers) -> None:
+    tiers.l3.entries[ID] = DATA
+    tiers.l3.gate = asyncio.Event()
+    asking = [asyncio.create_task(tiers.source.fetch(ID)) for _ in range(20)]
+    await tiers.l3.asked.wait()
+    tiers.l3.gate.set()
+    kernels = await asyncio.gather(*asking)
+    assert tiers.l3.reads == 1
+    assert len({id(kernel) for kernel in kernels}) == 1
+
+
+async def test_a_caller_that_leaves_does_not_end_the_fetch_of_others(tiers: Tiers) -> None:
+    tiers.l3.entries[ID] = DATA
+    tiers.l3.gate = asyncio.Event()
+    leaver, stayer = (asyncio.create_task(tiers.source.fetch(ID)) for _ in range(2))
+    await tiers.l3.asked.wait()
+    leaver.cancel()
+    tiers.l3.gate.set()
+    assert (await stayer).artifact_id == ID
+    with pytest.raises(asyncio.CancelledError):
+        await leaver
+
+
+async def test_missing_everywhere_is_not_found_and_not_asked_again_at_once(tiers: Tiers) -> None:
+    for _ in range(3):
+        with pytest.raises(NotFoundError, match=f"no cache tier has kernel {ID}"):
+            await tiers.source.fetch(ID)
+    assert (tiers.l2.reads, tiers.l3.reads) == (1, 1)
+
+
+async def test_a_kernel_announced_after_a_miss_is_found(tiers: Tiers) -> None:
+    with pytest.raises(NotFoundError):
+        await tiers.source.fetch(ID)
+    tiers.l3.entries[ID] = DATA
+    assert await tiers.source.warm([ID]) == (ID,)
+    assert (await tiers.source.fetch(ID)).artifact_id == ID
+
+
+async def test_all_slower_tiers_away_is_unavailable(tiers: Tiers) -> None:
+    tiers.l2.failure = tiers.l3.failure = UnavailableError("gone")
+    with pytest.raises(UnavailableError, match="cache tier l3 failed: gone"):
+        await tiers.source.fetch(ID)
+    assert not tiers.l1.is_negative(ID)
+
+
+async def test_the_library_alone_says_that_a_kernel_is_missing(tiers: Tiers) -> None:
+    tiers.l3.failure = UnavailableError("gone")
+    with pytest.raises(UnavailableError):
+        await tiers.source.fetch(ID)
+    tiers.l2.failure, tiers.l3.failure = UnavailableError("gone"), None
+    with pytest.raises(NotFoundError):
+        await tiers.source.fetch(ID)
+
+
+async def test_a_second_tier_that_is_away_costs_nothing_but_time(tiers: Tiers) -> None:
+    tiers.l2.failure = InternalError("garbage")
+    tiers.l3.entries[ID] = DATA
+    assert (await tiers.source.fetch(ID)).artifact_id == ID
+    assert tiers.status("l2").errors == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", DATA[:-1], DATA[:100] + b"\x01" + DATA[101:]])
+async def test_a_damaged_entry_is_dropped_counted_and_fetched_anew(tiers: Tiers, damage: bytes) -> None:
+    tiers.l2.entries[ID] = damage
+    tiers.l3.entries[ID] = DATA
+    assert (await tiers.source.fetch(ID)).artifact_id == ID
+    assert tiers.status("l2").corrupt == 1
+    assert tiers.l2.entries[ID] == DATA
+
+
+async def test_a_damaged_entry_that_no_tier_can_replace_is_not_found(tiers: Tiers) -> None:
+    tiers.l2.entries[ID] = b"garbage"
+    with pytest.raises(NotFoundError):
+        await tiers.source.fetch(ID)
+    assert ID not in tiers.l2.entries
+
+
+async def test_a_kernel_signed_by_a_stranger_is_never_given(tiers: Tiers) -> None:
+    stranger_id, stranger = kernel_bytes(key=SigningKey.generate())
+    tiers.l3.entries[stranger_id] = stranger
+    with pytest.raises(SignatureError, match="trusted one"):
+        await tiers.source.fetch(stranger_id)
+    assert tiers.status("l3").corrupt == 2
+    assert tiers.source.cached(stranger_id) is None
+    assert stranger_id not in tiers.l2.entries
+
+
+async def test_a_kernel_under_a_false_id_is_refused(tiers: Tiers) -> None:
+    other_id, _ = kernel_bytes(1)
+    tiers.l3.entries[other_id] = DATA
+    with pytest.raises(CorruptDataError, match=f"artefact must be {other_id}, got {ID}"):
+        await tiers.source.fetch(other_id)
+
+
+async def test_a_broken_tier_is_held_off_and_tried_again() -> None:
+    tiers = Tiers(failures_to_open=2, open_s=0.05)
+    tiers.l3.failure = UnavailableError("gone")
+    for _ in range(5):
+        with pytest.raises(UnavailableError):
+            await tiers.source.fetch(ID)
+    assert tiers.l3.reads == 2
+    assert tiers.source.breakers() == {"l2": BreakerState.CLOSED, "l3": BreakerState.OPEN}
+    assert tiers.status("l3").errors == 5
+    tiers.l3.failure, tiers.l3.entries = None, {ID: DATA}
+    async with asyncio.timeout(5):
+        while tiers.source.breakers()["l3"] is BreakerState.OPEN:  # noqa: ASYNC110 - nothing signals passing time
+            await asyncio.sleep(0.005)
+    assert (await tiers.source.fetch(ID)).artifact_id == ID
+    assert tiers.source.breakers()["l3"] is BreakerState.CLOSED
+
+
+async def test_a_tier_that_hangs_is_given_up_in_time() -> None:
+    tiers = Tiers(l2_timeout_s=0.05)
+    tiers.l2.gate = asyncio.Event()
+    tiers.l3.entries[ID] = DATA
+    async with asyncio.timeout(2):
+        assert (await tiers.source.fetch(ID)).artifact_id == ID
+    assert tiers.status("l2").errors == 1
+
+
+async def test_a_full_second_tier_stays_readable(tiers: Tiers) -> None:
+    tiers.l2.failure = StorageFullError("no room")
+    assert (await tiers.source.put(DATA)).artifact_id == ID
+    assert tiers.status("l2").errors == 1
+    assert tiers.source.breakers()["l2"] is BreakerState.CLOSED
+
+
+async def test_write_through_verifies_first(tiers: Tiers) -> None:
+    with pytest.raises(CorruptDataError):
+        await tiers.source.put(DATA[:-1])
+    assert tiers.l2.entries == {}
+    await tiers.source.put(DATA)
+    assert tiers.l2.entries == {ID: DATA}
+    assert tiers.source.cached(ID) is not None
+
+
+async def test_a_kernel_larger_than_the_first_tier_is_given_all_the_same() -> None:
+    tiers = Tiers()
+    tiers.source = TieredKernelSource(KernelCache(64), tiers.l2, tiers.l3, RING)
+    tiers.l3.entries[ID] = DATA
+    assert (await tiers.source.fetch(ID)).artifact_id == ID
+    assert tiers.source.cached(ID) is None
+
+
+async def test_warming_brings_what_it_can(tiers: Tiers) -> None:
+    made = dict(kernel_bytes(number) for number in range(6))
+    tiers.l3.entries = made
+    missing = "k" + "0" * 32
+    assert set(await tiers.source.warm([*made, missing, "../evil", *made])) == set(made)
+    assert all(tiers.source.cached(artifact_id) for artifact_id in made)
+
+
+async def test_a_name_of_ones_own(tiers: Tiers) -> None:
+    tiers.l3.entries[ID] = DATA
+    with pytest.raises(NotFoundError, match="no kernel is named kernel_123"):
+        await tiers.source.fetch("kernel_123")
+    tiers.source.name("kernel_123", ID)
+    assert (await tiers.source.fetch("kernel_123")).artifact_id == ID
+    assert tiers.source.cached("kernel_123") is not None
+    with pytest.raises(InvalidInputError, match="name must match"):
+        tiers.source.name(ID, ID)
+
+
+@pytest.mark.parametrize("bad", ["../../etc/passwd", "K" + "0" * 32, "a/b", ""])
+async def test_ids_are_checked_before_any_tier_is_asked(tiers: Tiers, bad: str) -> None:
+    with pytest.raises(InvalidInputError, match="artifact_id must match"):
+        await tiers.source.fetch(bad)
+    assert (tiers.l2.reads, tiers.l3.reads) == (0, 0)
+
+
+async def test_closing_ends_fetches_and_tiers() -> None:
+    tiers = Tiers()
+    tiers.l3.gate = asyncio.Event()
+    asking = asyncio.create_task(tiers.source.fetch(ID))
+    await tiers.l3.asked.wait()
+    await tiers.source.close()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert tiers.l2.closed
+    assert tiers.l3.closed
+
+
+async def test_without_slower_tiers_only_the_first_one_counts(tmp_path: Path) -> None:
+    alone = TieredKernelSource(KernelCache(1 << 20), DirectoryTier(tmp_path), None, RING)
+    await alone.put(DATA)
+    assert (await alone.fetch(ID)).artifact_id == ID
+    assert [status.tier for status in alone.stats()] == ["l1", "l2"]
+    with pytest.raises(NotFoundError):
+        await alone.fetch("k" + "0" * 32)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [({"open_s": 0}, "open_s must be > 0 seconds, got 0"), ({"warm_concurrency": 0}, "warm_concurrency must be >= 1")],
+)
+def test_bad_bounds_are_refused(bad: dict[str, float], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        TierConfig(**bad)  # type: ignore[arg-type]
