@@ -53,6 +53,7 @@ from esper.services.urza.rules import (
     BlueprintQuery,
     Page,
     PageRequest,
+    fitting,
     require_blueprint_name,
     require_content_id,
     require_text,
@@ -153,8 +154,9 @@ class BlueprintStore:
             statement = statement.where(tuple_(BlueprintRow.name, BlueprintRow.version) > place)
         async with self._database.reading() as session:
             found = [tuple(row) for row in (await session.execute(statement)).all()]
-        items = tuple(_blueprint(row) for row in found[: page.limit])
-        more = len(found) > page.limit
+        shown = found[: fitting([len(row[0].ir) for row in found[: page.limit]])]
+        items = tuple(_blueprint(row) for row in shown)
+        more = len(found) > len(items)
         key = (items[-1].name, items[-1].version) if more else ()
         token = encode_page_token(key, scope=query.scope, key=self._token_key) if more else ""
         return Page(items=items, next_token=token)
@@ -167,7 +169,7 @@ class BlueprintStore:
         Raises:
             InvalidInputError: The id is none, or the depth is out of range.
             NotFoundError: The blueprint is not stored.
-            CapacityExceededError: There are more than 1,000 relatives.
+            CapacityExceededError: There are more than 1,000 relatives, or more than one message holds.
         """
         require_content_id("blueprint_id", blueprint_id)
         if not 0 <= max_depth <= MAX_LINEAGE_DEPTH:
@@ -177,9 +179,10 @@ class BlueprintStore:
         async with self._database.reading() as session:
             await _require(session, blueprint_id)
             rows = (await session.execute(statement)).all()
-        if len(rows) > MAX_RELATIVES:
+        if len(rows) > MAX_RELATIVES or fitting([len(row.ir) for row, _, _ in rows]) < len(rows):
             raise CapacityExceededError(
-                f"lineage must hold at most {MAX_RELATIVES} relatives, got more; ask with a smaller max_depth",
+                f"lineage must hold at most {MAX_RELATIVES} relatives and fit one message, got more; "
+                "ask with a smaller max_depth",
                 parameter="max_depth",
             )
         return tuple(Relative(blueprint=_blueprint((row, stats)), depth=depth) for row, stats, depth in rows)
@@ -203,7 +206,8 @@ class BlueprintStore:
                 row.state = int(state)
                 await _add_change(session, blueprint_id, before, state, actor=actor, reason=reason)
                 await session.flush()
-        log.info("blueprint_state", extra={"blueprint_id": blueprint_id, "state": state.name, "actor": actor})
+        if state is not before:
+            log.info("blueprint_state", extra={"blueprint_id": blueprint_id, "state": state.name, "actor": actor})
         return _blueprint((row, statistics))
 
     async def _insert(self, draft: BlueprintDraft, blueprint_id: str, ir_bytes: bytes) -> tuple[Blueprint, bool]:
@@ -307,7 +311,7 @@ def _mask(kinds: tuple[SiteKind, ...]) -> int:
     return sum(1 << kind for kind in kinds)
 
 
-def _with_statistics() -> Select[Any]:
+def _with_statistics() -> Select[*tuple[Any, ...]]:
     joined = select(BlueprintRow, StatisticsRow)
     return joined.outerjoin(StatisticsRow, StatisticsRow.blueprint_id == BlueprintRow.id)
 
@@ -394,7 +398,7 @@ async def _add_change(
     )
 
 
-def _matching(query: BlueprintQuery) -> Select[Any]:
+def _matching(query: BlueprintQuery) -> Select[*tuple[Any, ...]]:
     statement = _with_statistics()
     for tag in query.all_tags:
         statement = statement.where(_tagged((tag,)))
@@ -416,7 +420,7 @@ def _tagged(tags: tuple[str, ...]) -> Any:
     return exists().where(TagRow.blueprint_id == BlueprintRow.id, TagRow.tag.in_(tags))
 
 
-def _relatives(blueprint_id: str, direction: LineageDirection, max_depth: int) -> Select[Any]:
+def _relatives(blueprint_id: str, direction: LineageDirection, max_depth: int) -> Select[*tuple[Any, ...]]:
     """Give the query that walks the edges; UNION keeps one row per relative and depth, however many ways lead there."""
     from_column, to_column = LineageRow.child_id, LineageRow.parent_id
     if direction is LineageDirection.DESCENDANTS:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Select, delete, func, literal, select, tuple_
+from sqlalchemy import Select, delete, func, insert, literal, select, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -22,7 +22,7 @@ from esper.mesh.database import Database
 from esper.mesh.page_token import decode_page_token, encode_page_token
 from esper.services.urza.clock import moment_of, now_us
 from esper.services.urza.models import KernelChunkRow, KernelRow
-from esper.services.urza.rules import Page, PageRequest, require_artifact_id, require_content_id
+from esper.services.urza.rules import Page, PageRequest, fitting, require_artifact_id, require_content_id
 from esper.services.urza.verification import ProvenKernel, prove_kernel
 
 log = logging.getLogger(__name__)
@@ -138,9 +138,9 @@ class KernelStore:
             statement = statement.where(tuple_(KernelRow.stored_at_us, KernelRow.artifact_id) < place)
         async with self._database.reading() as session:
             rows = (await session.scalars(statement)).all()
-        shown = rows[: page.limit]
+        shown = rows[: fitting([len(row.manifest) for row in rows[: page.limit]])]
         token = ""
-        if len(rows) > page.limit:
+        if len(rows) > len(shown):
             key = (shown[-1].stored_at_us, shown[-1].artifact_id)
             token = encode_page_token(key, scope=scope, key=self._token_key)
         return Page(items=tuple(_record(row) for row in shown), next_token=token)
@@ -227,12 +227,12 @@ class KernelStore:
 async def _write_chunks(session: AsyncSession, artifact_id: str, payload: bytes) -> None:
     batch: list[dict[str, Any]] = []
     for index, chunk in enumerate(split(payload, chunk_bytes=_CHUNK_BYTES)):
-        batch.append({"artifact_id": artifact_id, "chunk_index": index, "data": chunk.data, "crc32": chunk.crc32})
+        batch.append({"artifact_id": artifact_id, "index": index, "data": chunk.data, "crc32": chunk.crc32})
         if len(batch) == _ROWS_PER_INSERT:
-            await session.execute(KernelChunkRow.__table__.insert(), batch)
+            await session.execute(insert(KernelChunkRow), batch)
             batch = []
     if batch:
-        await session.execute(KernelChunkRow.__table__.insert(), batch)
+        await session.execute(insert(KernelChunkRow), batch)
 
 
 async def _delete(session: AsyncSession, artifact_id: str) -> bool:
@@ -243,13 +243,13 @@ async def _delete(session: AsyncSession, artifact_id: str) -> bool:
     return gone.first() is not None
 
 
-def _same_request(proven: ProvenKernel) -> Select[tuple[KernelRow]]:
+def _same_request(proven: ProvenKernel) -> Select[KernelRow]:
     manifest = proven.manifest
     same_id = KernelRow.artifact_id == manifest.artifact_id
     return select(KernelRow).where(same_id | (KernelRow.content_key == manifest.content_key))
 
 
-def _newest_first(blueprint_id: str) -> Select[tuple[KernelRow]]:
+def _newest_first(blueprint_id: str) -> Select[KernelRow]:
     statement = select(KernelRow)
     if blueprint_id:
         statement = statement.where(KernelRow.blueprint_id == blueprint_id)

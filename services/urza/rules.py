@@ -17,10 +17,14 @@ T = TypeVar("T")
 MAX_TAGS: Final = 32
 MAX_PAGE_SIZE: Final = 500
 DEFAULT_PAGE_SIZE: Final = 50
+MAX_PAGE_BYTES: Final = 12 * 1024 * 1024
+"""Most bytes of entries in one answer; a gRPC message holds 16 MiB."""
 MAX_LINEAGE_DEPTH: Final = 100
 MAX_PARENTS: Final = 16
 MAX_ACTOR_CHARS: Final = 128
 MAX_REASON_CHARS: Final = 500
+_ENTRY_OVERHEAD_BYTES: Final = 8 * 1024
+"""Allowance for what an entry holds beside its largest part, in bytes."""
 
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,127}", re.ASCII)
 """Name of a blueprint."""
@@ -132,6 +136,16 @@ class Page(Generic[T]):
     """Its entries, in the listing's order."""
     next_token: str
     """Token of the next page; empty at the end."""
+
+
+def fitting(sizes_bytes: Sequence[int]) -> int:
+    """Give how many entries from the start fit one message; at least one where there is one."""
+    held = 0
+    for count, size in enumerate(sizes_bytes):
+        held += size + _ENTRY_OVERHEAD_BYTES
+        if count and held > MAX_PAGE_BYTES:
+            return count
+    return len(sizes_bytes)
 
 
 def require_blueprint_name(parameter: str, value: str) -> str:

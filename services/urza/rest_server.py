@@ -1,0 +1,108 @@
+"""Serves the REST face within the service's own process and event loop, on a port of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from esper.contracts.errors import ConfigError, InvalidStateError, PortInUseError
+from esper.mesh.ports import host_port
+
+log = logging.getLogger(__name__)
+
+_DRAIN_S = 5
+
+
+class RestServer:
+    """One HTTP server. Construct, `start`, `close`; all within one event loop."""
+
+    def __init__(self, app: FastAPI, *, host: str, port: int, max_concurrent_requests: int = 128) -> None:
+        self._host = host
+        self._port = port
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=max_concurrent_requests,
+            timeout_graceful_shutdown=_DRAIN_S,
+        )
+        self._server = _QuietServer(config)
+        self._serving: asyncio.Task[None] | None = None
+        self._bound_port: int | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens, e.g. ``http://127.0.0.1:8081``.
+
+        Raises:
+            InvalidStateError: It was not started.
+        """
+        if self._bound_port is None:
+            raise InvalidStateError("the REST server must be started to have an address, got one that was not")
+        return f"http://{host_port(self._host, self._bound_port)}"
+
+    async def start(self) -> str:
+        """Listen, and give the address.
+
+        Raises:
+            PortInUseError: Another process holds the port.
+            ConfigError: The host is no address of this machine.
+        """
+        sock = _listening_socket(self._host, self._port)
+        self._bound_port = int(sock.getsockname()[1])
+        self._serving = asyncio.create_task(self._server.serve(sockets=[sock]), name="urza-rest")
+        await self._server.ready.wait()
+        log.info("rest_started", extra={"url": self.url})
+        return self.url
+
+    async def close(self) -> None:
+        """Take no more requests, let what runs finish within 5 seconds, and close. Idempotent."""
+        if self._serving is None:
+            return
+        self._server.should_exit = True
+        await self._serving
+        self._serving = None
+        log.info("rest_stopped", extra={"url": self.url})
+
+
+class _QuietServer(uvicorn.Server):
+    """A server that leaves the process's signals alone and says when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready.set()
+
+
+def _listening_socket(host: str, port: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host.strip("[]"), port))
+        sock.listen(128)
+    except OSError as error:
+        sock.close()
+        where = host_port(host, port)
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUseError(f"{where} is in use by another process; choose another port or stop it") from error
+        raise ConfigError(
+            f"rest_host and rest_port must name an address this process may listen on, got {where}: {error}",
+            parameter="rest_host",
+        ) from error
+    return sock
