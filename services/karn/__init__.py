@@ -1,0 +1,1 @@
+"""Karn: generates blueprints within constraints and learns which of them pay."""

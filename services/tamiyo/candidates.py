@@ -1,0 +1,223 @@
+"""Where a run could grow and with what: blueprints of the library and of Karn that are legal at its layers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from esper.blueprints import Mixing, content_id, plan
+from esper.blueprints.cost import plan_cost
+from esper.contracts.blueprint import Blueprint, BlueprintCost, BlueprintState, Site, SiteKind
+from esper.contracts.errors import EsperError, InvalidBlueprintError, InvalidInputError
+from esper.contracts.run import SystemStatePacket
+from esper.contracts.wire import from_wire, to_wire
+from esper.v1 import blueprint_pb2, karn_service_pb2, urza_service_pb2
+
+log = logging.getLogger(__name__)
+
+_PAGE_SIZE: Final = 200
+_FEATURES_LAST: Final = frozenset({SiteKind.LINEAR, SiteKind.ATTENTION, SiteKind.LAYER_NORM})
+_MAX_BLUEPRINTS: Final = 2_000
+_MAX_COSTS: Final = 50_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A blueprint that could stand at a layer."""
+
+    layer: str
+    """Dotted module name."""
+    site: Site
+    """Kind and dims of the layer."""
+    blueprint: Blueprint
+    """The blueprint."""
+    cost: BlueprintCost
+    """Exact cost at the site, for one example."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CandidateConfig:
+    """How fresh the candidates are."""
+
+    refresh_s: float = 20.0
+    """Age at which the library is asked again, in seconds. >= 0."""
+    proposals: int = 4
+    """Designs asked of Karn per site, 0 to 32; 0 asks for none."""
+    call_timeout_s: float = 5.0
+    """Seconds one call may take. > 0."""
+
+    def __post_init__(self) -> None:
+        if not self.refresh_s >= 0:
+            raise InvalidInputError.of("refresh_s", "be >= 0 seconds", self.refresh_s)
+        if not 0 <= self.proposals <= 32:
+            raise InvalidInputError.of("proposals", "be within [0, 32]", self.proposals)
+        if not self.call_timeout_s > 0:
+            raise InvalidInputError.of("call_timeout_s", "be > 0 seconds", self.call_timeout_s)
+
+
+class CandidateSource:
+    """Asks Urza and Karn, keeps their answers for a while, and tells what fits where. Belongs to one event loop.
+
+    With a service away the last answers stand; the failure is logged once per attempt and shows in ``failures``.
+    """
+
+    def __init__(
+        self,
+        urza: Any | None,
+        karn: Any | None = None,
+        config: CandidateConfig | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Make a source over stubs; ``None`` leaves that service out.
+
+        Args:
+            urza: ``UrzaServiceStub``.
+            karn: ``KarnServiceStub``.
+            config: How fresh the answers are.
+            clock: Seconds that only go forward.
+        """
+        self._urza = urza
+        self._karn = karn
+        self._config = config or CandidateConfig()
+        self._clock = clock
+        self._library: dict[SiteKind, _Answer] = {}
+        self._designs: OrderedDict[Site, _Answer] = OrderedDict()
+        self._costs: OrderedDict[tuple[str, Site], BlueprintCost | None] = OrderedDict()
+        self._gate = asyncio.Lock()
+        self._names: dict[str, str] = {}
+        self.failures: dict[str, int] = {"urza": 0, "karn": 0}
+
+    async def candidates(self, packet: SystemStatePacket) -> list[Candidate]:
+        """Give every legal (layer, blueprint) of a packet, by layer in the model's order, then blueprint."""
+        found: list[Candidate] = []
+        async with self._gate:
+            for layer in packet.layers:
+                if layer.site is not None:
+                    for blueprint in await self._blueprints(layer.site, packet.random_seed):
+                        price = self._cost(blueprint, layer.site)
+                        if price is not None:
+                            found.append(Candidate(layer=layer.layer, site=layer.site, blueprint=blueprint, cost=price))
+        return found
+
+    def name_of(self, blueprint_id: str) -> str:
+        """Give the name of a blueprint that was offered before; empty for any other."""
+        return self._names.get(blueprint_id, "")
+
+    async def blueprints(self, site: Site, random_seed: int = 0) -> list[Blueprint]:
+        """Give the blueprints that are legal at one site."""
+        async with self._gate:
+            return [one for one in await self._blueprints(site, random_seed) if self._cost(one, site) is not None]
+
+    async def _blueprints(self, site: Site, random_seed: int) -> list[Blueprint]:
+        designs = {one.id: one for one in await self._of_library(site.kind)}
+        for one in await self._of_karn(site, random_seed):
+            designs.setdefault(one.id, one)
+        self._names.update((one.id, one.name) for one in designs.values())
+        return [designs[key] for key in sorted(designs)]
+
+    async def _of_library(self, kind: SiteKind) -> Sequence[Blueprint]:
+        held = self._library.get(kind)
+        if self._urza is None or (held is not None and held.fresh(self._clock(), self._config.refresh_s)):
+            return held.blueprints if held else ()
+        try:
+            found: Sequence[Blueprint] = await self._search(kind)
+        except EsperError as error:
+            self._note_failure("urza", error)
+            found = held.blueprints if held else ()
+        self._library[kind] = _Answer(found, self._clock())
+        return found
+
+    async def _search(self, kind: SiteKind) -> tuple[Blueprint, ...]:
+        assert self._urza is not None
+        found: list[Blueprint] = []
+        token = ""
+        while len(found) < _MAX_BLUEPRINTS:
+            request = urza_service_pb2.SearchBlueprintsRequest(
+                states=[blueprint_pb2.BLUEPRINT_STATE_ACTIVE],
+                site_kind=blueprint_pb2.SiteKind.ValueType(int(kind)),
+                page_size=_PAGE_SIZE,
+                page_token=token,
+            )
+            answer = await self._urza.SearchBlueprints(request, timeout=self._config.call_timeout_s)
+            found.extend(from_wire(one, Blueprint) for one in answer.blueprints)
+            token = answer.next_page_token
+            if not token:
+                break
+        return tuple(one for one in found if one.state is BlueprintState.ACTIVE)
+
+    async def _of_karn(self, site: Site, random_seed: int) -> Sequence[Blueprint]:
+        held = self._designs.get(site)
+        wanted = self._karn is not None and self._config.proposals > 0
+        if not wanted or (held is not None and held.fresh(self._clock(), self._config.refresh_s)):
+            return held.blueprints if held else ()
+        assert self._karn is not None
+        request = karn_service_pb2.ProposeBlueprintsRequest(count=self._config.proposals, random_seed=random_seed)
+        request.site.CopyFrom(to_wire(site))  # type: ignore[arg-type]
+        found: Sequence[Blueprint]
+        try:
+            answer = await self._karn.ProposeBlueprints(request, timeout=self._config.call_timeout_s)
+            found = tuple(from_wire(one.blueprint, Blueprint) for one in answer.proposals)
+        except EsperError as error:
+            self._note_failure("karn", error)
+            found = held.blueprints if held else ()
+        self._designs[site] = _Answer(found, self._clock())
+        while len(self._designs) > 256:
+            self._designs.popitem(last=False)
+        return found
+
+    def _cost(self, blueprint: Blueprint, site: Site) -> BlueprintCost | None:
+        """Give the exact cost, or ``None`` where the blueprint is not legal or not what its id says."""
+        key = (blueprint.id, site)
+        if key not in self._costs:
+            self._costs[key] = _legal_cost(blueprint, site)
+            while len(self._costs) > _MAX_COSTS:
+                self._costs.popitem(last=False)
+        return self._costs[key]
+
+    def _note_failure(self, service: str, error: EsperError) -> None:
+        self.failures[service] += 1
+        log.warning("candidates_stale", extra={"service": service, "reason": error.reason, "error": str(error)})
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """Blueprints as they were answered, and when."""
+
+    blueprints: Sequence[Blueprint]
+    asked_at_s: float
+
+    def fresh(self, now_s: float, refresh_s: float) -> bool:
+        """Say whether the answer may still be used without asking again."""
+        return now_s - self.asked_at_s < refresh_s
+
+
+def _legal_cost(blueprint: Blueprint, site: Site) -> BlueprintCost | None:
+    kinds = blueprint.metadata.site_kinds
+    if kinds and site.kind not in kinds:
+        return None
+    try:
+        layout = plan(blueprint.ir, site)
+    except InvalidBlueprintError:
+        return None
+    if layout.mixing > allowed_mixing(site):
+        return None
+    if content_id(blueprint.ir) != blueprint.id:
+        log.warning("blueprint_id_false", extra={"blueprint_id": blueprint.id, "blueprint_name": blueprint.name})
+        return None
+    return plan_cost(layout)
+
+
+def allowed_mixing(site: Site) -> Mixing:
+    """Give how far a seed may carry information between positions without seeing what the host keeps from it.
+
+    A layer that treats the positions of a sequence one by one may belong to a causal model, and a site does not say:
+    a seed there never looks ahead.
+    """
+    sequence = site.kind in _FEATURES_LAST and len(site.output_shape) > 1
+    return Mixing.CAUSAL if sequence else Mixing.FULL

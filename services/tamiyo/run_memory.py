@@ -1,0 +1,194 @@
+"""What the policy remembers of one run: its curve, what was decided, what is under way, and what came of it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Final
+
+from esper.contracts.blueprint import BlueprintCost
+from esper.contracts.decision import AdaptationDecision, AdaptationPlan, AdaptationType, PlanStatus
+from esper.contracts.lifecycle import SeedLifecycleState
+from esper.contracts.run import (
+    AdaptationOutcome,
+    BudgetStatus,
+    Contribution,
+    FieldReport,
+    LayerStatus,
+    RunPhase,
+    SystemStatePacket,
+)
+from esper.services.tamiyo.curve import CurvePoint
+from esper.services.tamiyo.seed_selection import SeedHistory
+
+MAX_POINTS: Final = 2_000
+"""Epochs of the curve that are kept."""
+
+MAX_DECISIONS: Final = 256
+"""Newest decisions that are kept in memory; the store has them all."""
+
+MAX_REWARDS_KEPT: Final = 200
+"""Newest rewards of one seed that are kept."""
+
+UNDER_WAY: Final = frozenset({SeedLifecycleState.LOADING, SeedLifecycleState.ACTIVE, SeedLifecycleState.EVALUATING})
+"""States of a seed whose adaptation has not ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A decision the run was told to act on and has not shown yet."""
+
+    layer: str
+    epoch: int
+    cost: BlueprintCost | None
+
+
+@dataclass(slots=True)
+class SeedRecord:
+    """What came of the trials of one seed."""
+
+    rewards: list[float] = field(default_factory=list)
+    last_step: int | None = None
+
+
+class RunMemory:
+    """One run as the policy knows it; a pure function of the packets, decisions, plans and reports it was shown."""
+
+    def __init__(self) -> None:
+        self.points: list[CurvePoint] = []
+        self.last_sequence = 0
+        self.decisions: OrderedDict[int, AdaptationDecision] = OrderedDict()
+        self.new_errors: dict[str, int] = {}
+        self.contributions: dict[str, Contribution] = {}
+        self._pending: dict[str, Pending] = {}
+        self._layer_epochs: dict[str, int] = {}
+        self._embargoes: dict[tuple[str, str], int] = {}
+        self._seeds: dict[tuple[str, int], SeedRecord] = {}
+        self._errors: dict[str, int] = {}
+        self._epoch = 0
+        self._step = 0
+        self._parameter_epoch: int | None = None
+
+    def observe(self, packet: SystemStatePacket) -> None:
+        """Take in a packet newer than every one before it."""
+        self.last_sequence = packet.sequence
+        self._epoch, self._step = packet.epoch, packet.step
+        new_epoch = not self.points or packet.epoch > self.points[-1].epoch
+        if packet.phase is RunPhase.TRAINING and new_epoch and packet.epoch > 0:
+            self.points.append(point_of(packet))
+            del self.points[:-MAX_POINTS]
+        self.new_errors = {}
+        for layer in packet.layers:
+            self._observe_layer(layer)
+        self._pending = {
+            name: pending
+            for name, pending in self._pending.items()
+            if name not in shown_adaptations(packet) and pending.epoch <= packet.epoch
+        }
+
+    def _observe_layer(self, layer: LayerStatus) -> None:
+        before = self._errors.get(layer.layer, 0)
+        self._errors[layer.layer] = layer.health.errors
+        if layer.health.errors > before:
+            self.new_errors[layer.layer] = layer.health.errors - before
+        for seed in layer.seeds:
+            if seed.state in UNDER_WAY:
+                self._record(layer.layer, seed.seed_index).last_step = self._step
+
+    def remember(self, decision: AdaptationDecision, cost: BlueprintCost | None) -> None:
+        """Keep a decision; one to be acted on holds its place until the run shows it, ends it, or lets it lapse."""
+        self.decisions[decision.state_sequence] = decision
+        while len(self.decisions) > MAX_DECISIONS:
+            self.decisions.popitem(last=False)
+        if not decision.actionable:
+            return
+        if decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
+            self._parameter_epoch = decision.epoch
+            return
+        self._layer_epochs[decision.layer] = decision.epoch
+        if decision.adaptation_type is AdaptationType.ADD_SEED:
+            self._pending[decision.adaptation_id] = Pending(decision.layer, decision.epoch, cost)
+
+    def note_plan(self, plan: AdaptationPlan) -> None:
+        """Take in that the run refused or gave up a decision."""
+        if plan.status in (PlanStatus.REJECTED, PlanStatus.FAILED):
+            self._pending.pop(plan.adaptation_id, None)
+
+    def note_report(self, report: FieldReport) -> None:
+        """Take in what came of an adaptation."""
+        self._pending.pop(report.adaptation_id, None)
+        if report.contribution is not None:
+            self.contributions[report.adaptation_id] = report.contribution
+        if report.adaptation_type != AdaptationType.ADD_SEED:
+            return
+        record = self._record(report.layer, report.seed_index)
+        record.last_step = self._step
+        if report.reward is not None:
+            record.rewards.append(report.reward)
+            del record.rewards[:-MAX_REWARDS_KEPT]
+        if report.outcome is not AdaptationOutcome.KEPT and report.blueprint_id:
+            self._embargoes[report.layer, report.blueprint_id] = max(self._epoch, report.begun_epoch)
+
+    def pending(self, window_epochs: int) -> dict[str, Pending]:
+        """Give the decisions that may still be taken up, by adaptation."""
+        return {name: one for name, one in self._pending.items() if self._epoch - one.epoch < window_epochs}
+
+    def layer_rests(self, layer: str, cooldown_epochs: int) -> bool:
+        """Say whether a layer was decided upon within the cooldown."""
+        decided = self._layer_epochs.get(layer)
+        return decided is not None and self._epoch - decided < cooldown_epochs
+
+    def embargoed(self, layer: str, blueprint_id: str, embargo_epochs: int) -> bool:
+        """Say whether a blueprint failed at a layer within the embargo."""
+        failed = self._embargoes.get((layer, blueprint_id))
+        return failed is not None and self._epoch - failed < embargo_epochs
+
+    def parameters_rest(self, cooldown_epochs: int) -> bool:
+        """Say whether the optimizer's settings were changed within the cooldown."""
+        return self._parameter_epoch is not None and self._epoch - self._parameter_epoch < cooldown_epochs
+
+    def history_of(self, layer: str, seed_index: int) -> SeedHistory:
+        """Give what the trials of one seed brought."""
+        record = self._seeds.get((layer, seed_index), SeedRecord())
+        since = None if record.last_step is None else max(0, self._step - record.last_step)
+        return SeedHistory(seed_index=seed_index, rewards=tuple(record.rewards), steps_since_attempt=since)
+
+    def _record(self, layer: str, seed_index: int) -> SeedRecord:
+        return self._seeds.setdefault((layer, seed_index), SeedRecord())
+
+
+def point_of(packet: SystemStatePacket) -> CurvePoint:
+    """Give the point of the learning curve that a packet reports."""
+    return CurvePoint(
+        epoch=packet.epoch,
+        train_loss=packet.train_loss,
+        control_loss=packet.control_loss,
+        control_loss_se=packet.control_loss_se,
+    )
+
+
+def shown_adaptations(packet: SystemStatePacket) -> frozenset[str]:
+    """Give the adaptations that a packet shows at some seed."""
+    return frozenset(seed.adaptation_id for layer in packet.layers for seed in layer.seeds if seed.adaptation_id)
+
+
+def open_adaptations(packet: SystemStatePacket) -> int:
+    """Give how many seeds of a packet are under way."""
+    return sum(1 for layer in packet.layers for seed in layer.seeds if seed.state in UNDER_WAY)
+
+
+def budget_left(budget: BudgetStatus, reserved: list[BlueprintCost | None]) -> tuple[float, float, float]:
+    """Give the parameters, FLOPs and adaptations still to be spent, reservations taken off; ``inf`` without a bound.
+
+    A reservation without a known cost takes one adaptation.
+    """
+    costs = [cost for cost in reserved if cost is not None]
+
+    def left(bound: int | None, used: int, held: int) -> float:
+        return float("inf") if bound is None else bound - used - held
+
+    return (
+        left(budget.max_added_parameters, budget.added_parameters, sum(cost.parameters for cost in costs)),
+        left(budget.max_added_flops, budget.added_flops, sum(cost.flops for cost in costs)),
+        left(budget.max_adaptations, budget.adaptations, len(reserved)),
+    )

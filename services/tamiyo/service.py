@@ -1,0 +1,214 @@
+"""Tamiyo as a whole: decides on packets, keeps what it decided, learns from reports, and picks up where it stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from esper.contracts.blueprint import Site, SiteKind
+from esper.contracts.decision import AdaptationDecision, AdaptationPlan
+from esper.contracts.errors import InvalidInputError
+from esper.contracts.run import FieldReport, SystemStatePacket
+from esper.mesh.validation import require_id, require_range
+from esper.services.tamiyo.candidates import CandidateSource
+from esper.services.tamiyo.performance_tracker import PerformanceTracker
+from esper.services.tamiyo.policy import Policy
+from esper.services.tamiyo.posterior import Arm, family_of, features_of
+from esper.services.tamiyo.seed_selection import SeedHistory, SeedSelection, SeedSelector
+from esper.services.tamiyo.store import TamiyoStore
+from esper.telemetry.subjects import check_run_id
+
+log = logging.getLogger(__name__)
+
+
+class Tamiyo:
+    """The policy with its memory on disk. Belongs to one event loop; one instance per store.
+
+    Work on one run is done in line: a decision is taken and stored before the run's next packet is looked at.
+    """
+
+    def __init__(
+        self, store: TamiyoStore, policy: Policy, candidates: CandidateSource, *, random_seed: int = 0
+    ) -> None:
+        """Make a service over an open store.
+
+        Args:
+            store: Where packets, decisions and reports are kept.
+            policy: Decides; owned by this service from now on.
+            candidates: Tells where a run could grow and with what.
+            random_seed: Seed of the draws of `select_seed`; decisions draw from the seeds of their runs.
+        """
+        self.store = store
+        self.policy = policy
+        self.tracker = PerformanceTracker()
+        self._candidates = candidates
+        self._gate = asyncio.Lock()
+        self._random = np.random.default_rng(random_seed)
+
+    async def start(self) -> None:
+        """Learn from every report that is kept.
+
+        Raises:
+            UnavailableError: The store cannot be reached.
+        """
+        for stored in await self.store.reports():
+            self.policy.recall(stored.report, family=stored.family)
+        log.info(
+            "posterior_loaded",
+            extra={"rewards": self.policy.posterior.num_observations, "unreadable": self.store.num_unreadable},
+        )
+
+    async def analyze(self, packet: SystemStatePacket) -> AdaptationDecision:
+        """Decide on a packet, once; the same run and sequence give the decision taken before.
+
+        Raises:
+            InvalidInputError: The packet breaks a rule.
+            InvalidStateError: The packet is stale: a newer one was seen, and this one was never decided on.
+            UnavailableError: The store cannot be reached.
+        """
+        check_packet(packet)
+        async with self._gate:
+            await self._restore(packet.run_id)
+            known = self.policy.decided(packet.run_id, packet.sequence)
+            known = known or await self.store.decision(packet.run_id, packet.sequence)
+            if known is not None:
+                return known
+            candidates = await self._candidates.candidates(packet)
+            decision = self.policy.analyze(packet, candidates)
+            await self._keep(packet, decision)
+        self.tracker.observe_packet(packet)
+        return decision
+
+    async def learn(self, report: FieldReport) -> bool:
+        """Keep a report and learn from it, once; false when it was kept before.
+
+        Raises:
+            InvalidInputError: The report breaks a rule.
+            UnavailableError: The store cannot be reached.
+        """
+        check_report(report)
+        async with self._gate:
+            begun = await self.store.decision_of(report.adaptation_id)
+            family = family_of(begun.blueprint.ir) if begun is not None and begun.blueprint is not None else ""
+            await self._restore(report.run_id)
+            if not await self.store.add_report(report, family):
+                return False
+            self.policy.learn(report, family=family)
+        self.tracker.observe_report(report)
+        log.info(
+            "report_learned",
+            extra={
+                "run_id": report.run_id,
+                "adaptation_id": report.adaptation_id,
+                "outcome": report.outcome.name,
+                "reward": report.reward,
+            },
+        )
+        return True
+
+    async def note_plan(self, plan: AdaptationPlan) -> None:
+        """Take in what a run made of a decision."""
+        check_run_id(plan.run_id)
+        async with self._gate:
+            await self._restore(plan.run_id)
+            self.policy.note_plan(plan)
+
+    async def select_seed(self, layer: str, seeds: Sequence[SeedHistory], site: Site | None) -> SeedSelection:
+        """Draw a seed of a layer; with a site, the best blueprint known for it is the prior of seeds never tried.
+
+        Raises:
+            InvalidInputError: The layer or the seeds break a rule.
+            InvalidStateError: No seed is available.
+        """
+        config = self.policy.config.selection
+        if site is not None:
+            blueprints = await self._candidates.blueprints(site)
+            asked = [
+                features_of(site, one.id, parameters=None, progress=None, family=family_of(one.ir))
+                for one in blueprints
+            ]
+            beliefs = self.policy.posterior.believe(asked, self._random)
+            if beliefs:
+                config = replace(config, prior_mean=max(belief.mean for belief in beliefs))
+        selector = SeedSelector(self._random.integers(0, 2**63, size=4).tolist(), config)
+        return selector.select_seed_for_adaptation(layer, seeds)
+
+    async def decisions(
+        self, run_id: str, limit: int, after: tuple[int, str] | None
+    ) -> Sequence[tuple[tuple[int, str], AdaptationDecision]]:
+        """Give decisions newest first with their sort keys; an empty run means all."""
+        return await self.store.list_decisions(run_id, limit, after)
+
+    def posterior(self, site_kind: SiteKind | None) -> list[tuple[Arm, str]]:
+        """Give every arm with the name of its blueprint (empty where it is not known), best mean first."""
+        return [(arm, self._candidates.name_of(arm.blueprint_id)) for arm in self.policy.posterior.arms(site_kind)]
+
+    async def _keep(self, packet: SystemStatePacket, decision: AdaptationDecision) -> None:
+        """Store a decision; when that fails the run is forgotten, so that it is read back before the next try."""
+        try:
+            await self.store.keep(packet, decision)
+        except BaseException:
+            self.policy.forget(packet.run_id)
+            raise
+
+    async def _restore(self, run_id: str) -> None:
+        """Read a run back that is in the store and not in memory."""
+        if self.policy.remembers(run_id):
+            return
+        stored = await self.store.run(run_id)
+        if not stored.packets:
+            return
+        reports = await self.store.reports_of(run_id)
+        self.policy.forget(run_id)
+        for packet in stored.packets:
+            self.policy.restore(packet, stored.decisions.get(packet.sequence))
+        for one in reports:
+            self.policy.note_report(one.report)
+        log.info("run_restored", extra={"run_id": run_id, "packets": len(stored.packets), "reports": len(reports)})
+
+
+def check_packet(packet: SystemStatePacket) -> None:
+    """Refuse a packet that breaks a rule of the wire.
+
+    Raises:
+        InvalidInputError: The run id, the sequence, a layer or a budget is not legal.
+    """
+    check_run_id(packet.run_id)
+    require_range("state.sequence", packet.sequence, low=1)
+    names = [layer.layer for layer in packet.layers]
+    if len(set(names)) != len(names):
+        raise InvalidInputError.of("state.layers", "name every layer once", names)
+    for layer in packet.layers:
+        indices = [seed.seed_index for seed in layer.seeds]
+        if len(set(indices)) != len(indices):
+            raise InvalidInputError.of(f"state.layers[{layer.layer}].seeds", "name every seed once", indices)
+
+
+def check_report(report: FieldReport) -> None:
+    """Refuse a report that breaks a rule of the wire.
+
+    Raises:
+        InvalidInputError: An id, the contribution, the price or the confidence is not legal.
+    """
+    require_id("report.report_id", report.report_id)
+    require_id("report.adaptation_id", report.adaptation_id)
+    check_run_id(report.run_id)
+    require_range("report.decision_confidence", report.decision_confidence, low=0.0, high=1.0)
+    if report.price is not None:
+        require_range("report.price", report.price, low=0.0)
+    if report.run_progress is not None:
+        require_range("report.run_progress", report.run_progress, low=0.0, high=1.0)
+    measured = report.contribution
+    if measured is not None:
+        for name in ("estimate", "low", "high"):
+            require_range(f"report.contribution.{name}", getattr(measured, name))
+        if not measured.low <= measured.high:
+            raise InvalidInputError.of("report.contribution", "have low <= high", (measured.low, measured.high))
+        if not 0.5 <= measured.confidence_level < 1.0:
+            raise InvalidInputError.of(
+                "report.contribution.confidence_level", "be within [0.5, 1)", measured.confidence_level
+            )

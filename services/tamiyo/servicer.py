@@ -1,0 +1,120 @@
+"""The gRPC face of Tamiyo: checks requests, translates, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from esper.contracts.blueprint import Site, SiteKind
+from esper.contracts.errors import InvalidInputError
+from esper.contracts.run import FieldReport, SystemStatePacket
+from esper.contracts.wire import enum_from_wire, enum_to_wire, from_wire, to_wire
+from esper.mesh.page_token import decode_page_token, encode_page_token
+from esper.mesh.validation import require_page_size, require_size
+from esper.services.tamiyo.seed_selection import SeedHistory
+from esper.services.tamiyo.service import Tamiyo
+from esper.telemetry.subjects import check_run_id
+from esper.v1 import blueprint_pb2, tamiyo_service_pb2
+from esper.v1.tamiyo_service_pb2_grpc import TamiyoServiceServicer
+
+_SITE_KIND = blueprint_pb2.SiteKind.DESCRIPTOR
+_MAX_LAYER_BYTES = 400
+_MAX_SEEDS = 4_096
+
+
+class TamiyoServicer(TamiyoServiceServicer):
+    """Serves ``esper.v1.TamiyoService``; errors leave as Esper's and become statuses in the envelope."""
+
+    def __init__(self, tamiyo: Tamiyo) -> None:
+        self._tamiyo = tamiyo
+
+    async def Analyze(  # noqa: N802 - the name is the RPC's
+        self, request: tamiyo_service_pb2.AnalyzeRequest, context: Any
+    ) -> tamiyo_service_pb2.AnalyzeResponse:
+        """Decide on one packet."""
+        del context
+        _need(request, "state")
+        decision = await self._tamiyo.analyze(from_wire(request.state, SystemStatePacket))
+        response = tamiyo_service_pb2.AnalyzeResponse()
+        response.decision.CopyFrom(to_wire(decision))  # type: ignore[arg-type]
+        return response
+
+    async def SelectSeed(  # noqa: N802
+        self, request: tamiyo_service_pb2.SelectSeedRequest, context: Any
+    ) -> tamiyo_service_pb2.SelectSeedResponse:
+        """Draw a seed of one layer."""
+        del context
+        require_size("layer", request.layer, max_bytes=_MAX_LAYER_BYTES)
+        if not 1 <= len(request.seeds) <= _MAX_SEEDS:
+            raise InvalidInputError.of("seeds", f"hold 1 to {_MAX_SEEDS} seeds", len(request.seeds))
+        histories = [
+            SeedHistory(
+                seed_index=seed.seed_index,
+                rewards=tuple(seed.rewards),
+                steps_since_attempt=seed.steps_since_attempt if seed.HasField("steps_since_attempt") else None,
+                available=seed.available,
+            )
+            for seed in request.seeds
+        ]
+        site = from_wire(request.site, Site) if request.HasField("site") else None
+        chosen = await self._tamiyo.select_seed(request.layer, histories, site)
+        return tamiyo_service_pb2.SelectSeedResponse(
+            seed_index=chosen.seed_index,
+            expected_reward=chosen.expected_reward,
+            exploration_bonus=chosen.exploration_bonus,
+            explanation=chosen.explanation,
+        )
+
+    async def SubmitFieldReport(  # noqa: N802
+        self, request: tamiyo_service_pb2.SubmitFieldReportRequest, context: Any
+    ) -> tamiyo_service_pb2.SubmitFieldReportResponse:
+        """Learn from an outcome."""
+        del context
+        _need(request, "report")
+        learned = await self._tamiyo.learn(from_wire(request.report, FieldReport))
+        return tamiyo_service_pb2.SubmitFieldReportResponse(learned=learned)
+
+    async def ListDecisions(  # noqa: N802
+        self, request: tamiyo_service_pb2.ListDecisionsRequest, context: Any
+    ) -> tamiyo_service_pb2.ListDecisionsResponse:
+        """Give one page of decisions, newest first."""
+        del context
+        if request.run_id:
+            check_run_id(request.run_id)
+        size = require_page_size(request.page_size, default=50, maximum=500)
+        scope = f"ListDecisions|run={request.run_id}"
+        position = decode_page_token(request.page_token, scope=scope, arity=2)
+        after = None if position is None else (int(position[0] or 0), str(position[1]))
+        found = await self._tamiyo.decisions(request.run_id, size + 1, after)
+        response = tamiyo_service_pb2.ListDecisionsResponse()
+        for _, decision in found[:size]:
+            response.decisions.add().CopyFrom(to_wire(decision))  # type: ignore[arg-type]
+        if len(found) > size:
+            response.next_page_token = encode_page_token(found[size - 1][0], scope=scope)
+        return response
+
+    async def GetPosterior(  # noqa: N802
+        self, request: tamiyo_service_pb2.GetPosteriorRequest, context: Any
+    ) -> tamiyo_service_pb2.GetPosteriorResponse:
+        """Give every arm of the posterior, best mean first."""
+        del context
+        kind: SiteKind | None = None
+        if request.site_kind:
+            asked = enum_from_wire(request.site_kind, SiteKind, _SITE_KIND, "site_kind")
+            assert isinstance(asked, SiteKind)
+            kind = asked
+        response = tamiyo_service_pb2.GetPosteriorResponse()
+        for arm, name in self._tamiyo.posterior(kind):
+            response.arms.add(
+                site_kind=blueprint_pb2.SiteKind.ValueType(enum_to_wire(arm.site_kind, _SITE_KIND)),
+                blueprint_id=arm.blueprint_id,
+                blueprint_name=name,
+                mean=arm.mean,
+                standard_deviation=arm.deviation,
+                reports=arm.num_reports,
+            )
+        return response
+
+
+def _need(request: Any, name: str) -> None:
+    if not request.HasField(name):
+        raise InvalidInputError.of(name, "be set", "nothing")

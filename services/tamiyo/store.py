@@ -1,0 +1,315 @@
+"""What Tamiyo keeps: state packets, decisions, and every field report as it came; the posterior is learned from them.
+
+Payloads are wire bytes with a CRC-32 beside them. Reports are never changed or thrown away, so a posterior can be
+learned anew by a later version of the model. A row that no longer reads is left where it is, counted and reported;
+what it taught is missing, and nothing else. A SQLite file that is damaged as a whole is set aside under another name.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, TypeVar
+
+from sqlalchemy import BigInteger, Index, LargeBinary, MetaData, String, delete, func, select, tuple_
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from esper.contracts import wire
+from esper.contracts.decision import AdaptationDecision
+from esper.contracts.errors import CorruptDataError, EsperError, InvalidInputError, InvalidStateError
+from esper.contracts.run import FieldReport, SystemStatePacket
+from esper.mesh.database import Database
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SCHEMA_VERSION: Final = 1
+"""Version of the tables."""
+
+PACKETS_KEPT: Final = 2_000
+"""Newest packets of one run that are kept."""
+
+_SQLITE_PREFIX: Final = "sqlite:///"
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Base(DeclarativeBase):
+    """Base of Tamiyo's tables."""
+
+    metadata = MetaData()
+
+
+class SchemaRow(Base):
+    """The version of the tables; one row."""
+
+    __tablename__ = "tamiyo_schema"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column()
+
+
+class PacketRow(Base):
+    """One state packet."""
+
+    __tablename__ = "tamiyo_packets"
+
+    run_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    sequence: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    payload: Mapped[bytes] = mapped_column(LargeBinary)
+    crc32: Mapped[int] = mapped_column(BigInteger)
+
+
+class DecisionRow(Base):
+    """One decision."""
+
+    __tablename__ = "tamiyo_decisions"
+    __table_args__ = (Index("ix_tamiyo_decisions_newest", "created_us", "adaptation_id"),)
+
+    run_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    sequence: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    adaptation_id: Mapped[str] = mapped_column(String(33), unique=True)
+    created_us: Mapped[int] = mapped_column(BigInteger)
+    payload: Mapped[bytes] = mapped_column(LargeBinary)
+    crc32: Mapped[int] = mapped_column(BigInteger)
+
+
+class ReportRow(Base):
+    """One field report, as it came."""
+
+    __tablename__ = "tamiyo_reports"
+    __table_args__ = (Index("ix_tamiyo_reports_order", "received_us", "report_id"),)
+
+    report_id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    run_id: Mapped[str] = mapped_column(String(64), index=True)
+    received_us: Mapped[int] = mapped_column(BigInteger)
+    family: Mapped[str] = mapped_column(String(32))
+    payload: Mapped[bytes] = mapped_column(LargeBinary)
+    crc32: Mapped[int] = mapped_column(BigInteger)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredReport:
+    """A report with what was known of its blueprint when it came."""
+
+    report: FieldReport
+    """The report."""
+    family: str
+    """Family of its blueprint's operators; empty when the blueprint was not known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredRun:
+    """One run as it is read back: its packets in order, and the decisions taken on them."""
+
+    packets: tuple[SystemStatePacket, ...]
+    """Packets by sequence."""
+    decisions: dict[int, AdaptationDecision]
+    """Decisions by the sequence of their packet."""
+
+
+class TamiyoStore:
+    """Tamiyo's tables. Safe for many tasks of one event loop."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.num_unreadable = 0
+
+    @property
+    def database(self) -> Database:
+        """The database underneath."""
+        return self._database
+
+    async def prepare(self) -> None:
+        """Create the tables that are not there.
+
+        Raises:
+            InvalidStateError: The tables are those of another version.
+            CorruptDataError: The store is damaged.
+            UnavailableError: The store cannot be reached.
+        """
+        await self._database.create_all(Base.metadata)
+        async with self._database.session() as session:
+            version = await session.scalar(select(SchemaRow.version).where(SchemaRow.id == 1))
+            if version is None:
+                session.add(SchemaRow(id=1, version=SCHEMA_VERSION))
+            elif version != SCHEMA_VERSION:
+                raise InvalidStateError(f"Tamiyo's tables must have version {SCHEMA_VERSION}, got {version}")
+
+    async def ping(self) -> None:
+        """Return when the store answers.
+
+        Raises:
+            UnavailableError: It does not.
+        """
+        await self._database.ping()
+
+    async def keep(self, packet: SystemStatePacket, decision: AdaptationDecision) -> None:
+        """Keep a packet with the decision on it; the first of equal ones stands."""
+        packet_bytes, decision_bytes = wire.serialize(packet), wire.serialize(decision)
+        async with self._database.session() as session:
+            key = {"run_id": packet.run_id, "sequence": packet.sequence}
+            packet_row = self._database.insert(PacketRow).values(
+                **key, payload=packet_bytes, crc32=zlib.crc32(packet_bytes)
+            )
+            decision_row = self._database.insert(DecisionRow).values(
+                **key,
+                adaptation_id=decision.adaptation_id,
+                created_us=_microseconds(decision.created_at),
+                payload=decision_bytes,
+                crc32=zlib.crc32(decision_bytes),
+            )
+            await session.execute(packet_row.on_conflict_do_nothing())
+            await session.execute(decision_row.on_conflict_do_nothing())
+            old = PacketRow.sequence <= packet.sequence - PACKETS_KEPT
+            await session.execute(delete(PacketRow).where(PacketRow.run_id == packet.run_id, old))
+
+    async def decision(self, run_id: str, sequence: int) -> AdaptationDecision | None:
+        """Give the decision taken on one packet; ``None`` when there is none."""
+        async with self._database.reading() as session:
+            row = await session.get(DecisionRow, (run_id, sequence))
+        return None if row is None else self._read(row.payload, row.crc32, AdaptationDecision, row.adaptation_id)
+
+    async def decision_of(self, adaptation_id: str) -> AdaptationDecision | None:
+        """Give the decision that began an adaptation; ``None`` when it was not ours."""
+        async with self._database.reading() as session:
+            row = await session.scalar(select(DecisionRow).where(DecisionRow.adaptation_id == adaptation_id))
+        return None if row is None else self._read(row.payload, row.crc32, AdaptationDecision, row.adaptation_id)
+
+    async def run(self, run_id: str) -> StoredRun:
+        """Give a run's packets and decisions; empty when nothing is known of it."""
+        async with self._database.reading() as session:
+            packets = (
+                await session.scalars(select(PacketRow).where(PacketRow.run_id == run_id).order_by(PacketRow.sequence))
+            ).all()
+            decisions = (await session.scalars(select(DecisionRow).where(DecisionRow.run_id == run_id))).all()
+        read = [self._read(row.payload, row.crc32, SystemStatePacket, f"{run_id}/{row.sequence}") for row in packets]
+        decided = {
+            row.sequence: decision
+            for row in decisions
+            if (decision := self._read(row.payload, row.crc32, AdaptationDecision, row.adaptation_id)) is not None
+        }
+        return StoredRun(packets=tuple(packet for packet in read if packet is not None), decisions=decided)
+
+    async def reports_of(self, run_id: str) -> list[StoredReport]:
+        """Give the reports of one run in the order in which they came."""
+        return await self._reports(run_id)
+
+    async def reports(self) -> list[StoredReport]:
+        """Give every report that reads, in the order in which they came."""
+        return await self._reports(None)
+
+    async def _reports(self, run_id: str | None) -> list[StoredReport]:
+        query = select(ReportRow).order_by(ReportRow.received_us, ReportRow.report_id)
+        if run_id is not None:
+            query = query.where(ReportRow.run_id == run_id)
+        async with self._database.reading() as session:
+            rows = (await session.scalars(query)).all()
+        found: list[StoredReport] = []
+        for row in rows:
+            report = self._read(row.payload, row.crc32, FieldReport, row.report_id)
+            if report is not None:
+                found.append(StoredReport(report, row.family))
+        return found
+
+    async def add_report(self, report: FieldReport, family: str) -> bool:
+        """Keep a report; false when one with its id is there already."""
+        payload = wire.serialize(report)
+        row = self._database.insert(ReportRow).values(
+            report_id=report.report_id,
+            run_id=report.run_id,
+            received_us=_microseconds(datetime.now(UTC)),
+            family=family,
+            payload=payload,
+            crc32=zlib.crc32(payload),
+        )
+        async with self._database.session() as session:
+            added = await session.scalar(row.on_conflict_do_nothing().returning(ReportRow.report_id))
+        return added is not None
+
+    async def num_reports(self) -> int:
+        """Give how many reports are kept."""
+        async with self._database.reading() as session:
+            return int(await session.scalar(select(func.count()).select_from(ReportRow)) or 0)
+
+    async def list_decisions(
+        self, run_id: str, limit: int, after: tuple[int, str] | None
+    ) -> Sequence[tuple[tuple[int, str], AdaptationDecision]]:
+        """Give decisions newest first with their sort keys, those below ``after`` only; an empty run means all."""
+        key = tuple_(DecisionRow.created_us, DecisionRow.adaptation_id)
+        query = select(DecisionRow).order_by(DecisionRow.created_us.desc(), DecisionRow.adaptation_id.desc())
+        if run_id:
+            query = query.where(DecisionRow.run_id == run_id)
+        if after is not None:
+            query = query.where(key < after)
+        async with self._database.reading() as session:
+            rows = (await session.scalars(query.limit(limit))).all()
+        found: list[tuple[tuple[int, str], AdaptationDecision]] = []
+        for row in rows:
+            decision = self._read(row.payload, row.crc32, AdaptationDecision, row.adaptation_id)
+            if decision is not None:
+                found.append(((row.created_us, row.adaptation_id), decision))
+        return found
+
+    def _read(self, payload: bytes, crc32: int, cls: type[T], name: str) -> T | None:
+        """Give the value of a row, or ``None``, said aloud, when it no longer reads."""
+        try:
+            if zlib.crc32(payload) != crc32:
+                raise CorruptDataError(f"{cls.__name__} {name} must have CRC-32 {crc32}, got {zlib.crc32(payload)}")
+            return wire.parse(payload, cls)
+        except (CorruptDataError, InvalidInputError) as error:
+            self.num_unreadable += 1
+            log.error("stored_row_unreadable", extra={"row": name, "kind": cls.__name__, "error": str(error)})
+            return None
+
+
+async def open_store(url: str) -> TamiyoStore:
+    """Open the store at a database URL; a damaged SQLite file is set aside and a new one begun.
+
+    Raises:
+        CorruptDataError: A store other than a SQLite file is damaged.
+        InvalidStateError: The tables are those of another version.
+        UnavailableError: The store cannot be reached.
+    """
+    try:
+        return await _prepared(url)
+    except CorruptDataError as error:
+        if not url.startswith(_SQLITE_PREFIX):
+            raise
+        path = Path(url.removeprefix(_SQLITE_PREFIX))
+        aside = set_aside(path)
+        log.error("store_corrupt", extra={"file": path.name, "kept_as": aside.name, "error": str(error)})
+        return await _prepared(url)
+
+
+async def _prepared(url: str) -> TamiyoStore:
+    database = Database.open(url)
+    store = TamiyoStore(database)
+    try:
+        await store.prepare()
+        await store.reports()
+    except EsperError:
+        await database.close()
+        raise
+    return store
+
+
+def set_aside(path: Path) -> Path:
+    """Move a SQLite file and its companions out of the way, under the first free name; give the new name."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    for suffix in ("-wal", "-shm"):
+        companion = path.with_name(path.name + suffix)
+        if companion.exists():
+            companion.rename(aside.with_name(aside.name + suffix))
+    return aside
+
+
+def _microseconds(moment: datetime) -> int:
+    return round((moment - _EPOCH).total_seconds() * 1e6)
