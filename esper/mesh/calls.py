@@ -7,17 +7,19 @@ stub built on it behaves the same over both.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
 import grpc
+from google.protobuf import descriptor_pool
 from opentelemetry.trace import Span, TracerProvider
 
-from esper.contracts.errors import EsperError
+from esper.contracts.errors import EsperError, InvalidInputError
 from esper.mesh.breaker import CircuitBreaker
 from esper.mesh.deadline import effective_timeout_s
-from esper.mesh.rpc_tracing import client_span, inject, mesh_tracer, set_outcome
+from esper.mesh.rpc_tracing import client_span, inject, mesh_tracer, set_outcome, split_method
 from esper.mesh.status import from_rpc_error
 
 END_OF_STREAM: Final = grpc.aio.EOF  # type: ignore[attr-defined]
@@ -46,13 +48,56 @@ class _Ending:
         self._span.end()
 
 
+class _RequestCheck:
+    """Refuses requests of the wrong type: gRPC would send an empty or foreign message in their place."""
+
+    def __init__(self, method: str) -> None:
+        service, name = split_method(method)
+        self._expected: str | None = None
+        with suppress(KeyError):  # hand-written services may have no descriptor; then any message passes
+            self._expected = descriptor_pool.Default().FindMethodByName(f"{service}.{name}").input_type.full_name
+
+    def __call__(self, request: Any) -> Any:
+        """Give the request back when it is of the method's type."""
+        descriptor = getattr(request, "DESCRIPTOR", None)
+        if self._expected is not None and (descriptor is None or descriptor.full_name != self._expected):
+            received = type(request).__name__ if descriptor is None else descriptor.full_name
+            raise InvalidInputError(f"request must be a {self._expected}, got a {received}", parameter="request")
+        return request
+
+
+class _Requests:
+    """The caller's own stream of requests; remembers why it broke, which gRPC would hide behind a cancellation."""
+
+    def __init__(self, source: Any, check: _RequestCheck) -> None:
+        self._source = source
+        self._check = check
+        self.failure: Exception | None = None
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        try:
+            if isinstance(self._source, AsyncIterable):
+                async for request in self._source:
+                    yield self._check(request)
+            else:
+                for request in self._source:
+                    yield self._check(request)
+        except Exception as error:
+            self.failure = error
+            raise
+
+
 class MeshCall:
     """A running call; everything that ``grpc.aio.Call`` has, with Esper's errors."""
 
-    def __init__(self, inner: Any, method: str, ending: _Ending) -> None:
+    def __init__(
+        self, inner: Any, method: str, ending: _Ending, check: _RequestCheck, requests: _Requests | None
+    ) -> None:
         self._inner = inner
         self._method = method
         self._ending = ending
+        self._check = check
+        self._requests = requests
 
     def cancel(self) -> bool:
         """Cancel the call; false when it was over already."""
@@ -117,6 +162,8 @@ class MeshCall:
             raise mapped from error
         except asyncio.CancelledError:
             self._ending.end(grpc.StatusCode.CANCELLED)
+            if self._requests is not None and self._requests.failure is not None:
+                raise self._requests.failure from None
             raise
 
 
@@ -169,7 +216,7 @@ class _Writer(MeshCall):
 
     async def write(self, request: Any) -> None:
         """Send one request; returns once there is room for the next."""
-        await self._guard(self._inner.write(request))
+        await self._guard(self._inner.write(self._check(request)))
 
     async def done_writing(self) -> None:
         """Say that no more requests follow."""
@@ -268,21 +315,28 @@ class MeshChannel(grpc.aio.Channel):
 
     def _callable(self, inner: Any, method: str, kind: type[MeshCall]) -> Callable[..., Any]:
         streams = issubclass(kind, StreamCall)
+        takes_stream = issubclass(kind, _Writer)
+        check = _RequestCheck(method)
 
         def start(
             request: Any = None, *, timeout: float | None = None, metadata: Any = None, **kwargs: Any
         ) -> MeshCall:
+            if not takes_stream:
+                check(request)
             self._breaker.admit()
             defaults = self._defaults
             default_s = defaults.default_stream_deadline_s if streams else defaults.default_deadline_s
             span = client_span(self._tracer, method, self._target)
             ending = _Ending(span, self._breaker)
             sent = inject(span, tuple(metadata or ()))
+            requests = _Requests(request, check) if takes_stream and request is not None else None
             try:
-                call = inner(request, timeout=effective_timeout_s(timeout, default_s), metadata=sent, **kwargs)
+                call = inner(
+                    requests or request, timeout=effective_timeout_s(timeout, default_s), metadata=sent, **kwargs
+                )
             except BaseException:
                 ending.end(grpc.StatusCode.CANCELLED)
                 raise
-            return kind(call, method, ending)
+            return kind(call, method, ending, check, requests)
 
         return start

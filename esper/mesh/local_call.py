@@ -1,14 +1,15 @@
 """Calls that stay within the process: the servicer's context and the caller's call, with no socket between them.
 
 Both halves have ``grpc.aio``'s shape and rules: messages are serialised and parsed on the way (nothing mutable is
-shared, and a message of the wrong type is refused as over a wire), deadlines cancel the servicer, and the servicer runs
-in a context of its own, so that no context variable leaks across.
+shared), deadlines cancel the servicer, and the servicer runs in a context of its own, so that no context variable leaks
+across.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Generator, Iterable
@@ -18,6 +19,8 @@ from typing import Any, NoReturn
 import grpc
 
 from esper.mesh.calls import END_OF_STREAM
+
+log = logging.getLogger(__name__)
 
 Codec = Callable[[Any], Any]
 Metadata = tuple[tuple[str, str | bytes], ...]
@@ -221,6 +224,8 @@ class LocalCall:
         self._single = None if streams_requests else self._encode(request)
         # A fresh context, as across a wire: the servicer must not see the caller's context variables.
         self._task = asyncio.create_task(self._serve(), context=contextvars.Context())
+        # A task cancelled before its first step runs nothing of its body: the end must not depend on it.
+        self._task.add_done_callback(lambda _: self._finish(cancelled=True))
         self._feeder: asyncio.Task[None] | None = None
         if streams_requests and request is not None:
             self._feeder = asyncio.create_task(self._feed(request))
@@ -369,6 +374,11 @@ class LocalCall:
             self._context.set_details(self._context.details() or "Locally cancelled by application!")
         except grpc.aio.AbortError:
             pass  # the context holds the status
+        except Exception:
+            # The envelope let nothing of the servicer through: what is left are messages that do not fit their type.
+            log.exception("local_call_failed", extra={"path": self._method.path})
+            self._context.set_code(grpc.StatusCode.INTERNAL)
+            self._context.set_details("a message does not fit its type")
         finally:
             self._finish(cancelled)
 
@@ -390,6 +400,10 @@ class LocalCall:
         await self._responses.put(message if encode is None else encode(message))
 
     def _finish(self, cancelled: bool) -> None:
+        if self.done():
+            return
+        if cancelled and self._context.code() is grpc.StatusCode.OK:
+            self._context.set_code(grpc.StatusCode.CANCELLED)
         if self._feeder is not None and self._feeder is not asyncio.current_task():
             self._feeder.cancel()
         self._context.finish(cancelled=cancelled)

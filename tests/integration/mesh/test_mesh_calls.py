@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import wrappers_pb2
 
 from esper.contracts.errors import (
     CapacityExceededError,
@@ -211,3 +212,61 @@ async def test_access_log_names_the_outcome(mesh: Any, text: Any, caplog: pytest
     (record,) = [record for record in caplog.records if record.message == "rpc_finished"]
     assert (record.rpc_method, record.code, record.reason) == ("Fail", "NOT_FOUND", "NOT_FOUND")  # type: ignore[attr-defined]
     assert record.duration_ms > 0  # type: ignore[attr-defined]
+
+
+async def test_cancel_before_the_call_took_its_first_step(mesh: Any, text: Any) -> None:
+    call = mesh.stub.Hold(text(), timeout=30)
+    assert call.cancel()
+    async with asyncio.timeout(5):
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    assert not call.cancel()
+
+
+async def test_failure_of_the_callers_own_iterator_is_what_the_caller_sees(mesh: Any, text: Any) -> None:
+    async def requests() -> Any:
+        yield text(value="a")
+        raise LookupError("no more data on disk")
+
+    async with asyncio.timeout(5):
+        with pytest.raises(LookupError, match="no more data on disk"):
+            await mesh.stub.Join(requests(), timeout=30)
+    async with asyncio.timeout(5):
+        with pytest.raises(LookupError, match="no more data on disk"):
+            _ = [reply async for reply in mesh.stub.Chat(requests(), timeout=30)]
+
+
+async def test_servicer_that_gives_something_else_is_internal(mesh: Any, text: Any) -> None:
+    async def nothing(request: Any, context: Any) -> Any:
+        return None
+
+    mesh.servicer.say = nothing
+    async with asyncio.timeout(5):
+        with pytest.raises(InternalError):
+            await mesh.stub.Say(text(value="hi"), timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shown"),
+    [("text", "str"), (None, "NoneType"), (wrappers_pb2.BytesValue(), r"google\.protobuf\.BytesValue")],
+)
+async def test_request_of_the_wrong_type_is_refused_at_the_caller(mesh: Any, wrong: Any, shown: str) -> None:
+    message = rf"request must be a google\.protobuf\.StringValue, got a {shown}"
+    with pytest.raises(InvalidInputError, match=message):
+        await mesh.stub.Say(wrong, timeout=5)
+    with pytest.raises(InvalidInputError, match=message):
+        await mesh.stub.Join(iter([wrong]), timeout=5)
+    call = mesh.stub.Join()
+    with pytest.raises(InvalidInputError, match=message):
+        await call.write(wrong)
+    call.cancel()
+    assert mesh.servicer.calls == 0
+
+
+async def test_two_hundred_streams_at_once_keep_their_order(mesh: Any, text: Any) -> None:
+    async def one(length: int) -> list[str]:
+        return [m.value async for m in mesh.stub.Count(text(value=str(length)), timeout=20)]
+
+    for _ in range(25):
+        lengths = range(20, 28)
+        assert await asyncio.gather(*map(one, lengths)) == [[str(n) for n in range(length)] for length in lengths]
