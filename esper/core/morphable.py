@@ -1,0 +1,198 @@
+"""A wrapped model: the host with its names and keys unchanged, and what Esper needs of it.
+
+The wrapper holds no submodule of its own. It shares the host's dictionaries of submodules, parameters and buffers, so
+``named_modules``, ``named_parameters`` and ``state_dict`` give the host's own names, and every move reaches the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+from torch import nn
+
+from esper.contracts.errors import InvalidStateError, NotFoundError
+from esper.execution.grown import GrownSeed
+from esper.execution.layers import KasminaLayer
+from esper.execution.state import SeedStates
+from esper.telemetry.client import OonaClient
+
+_SHARED: Final = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_OWN: Final = frozenset({"training", "_host", "_kasmina_layers", "_seed_states", "_oona_client"})
+
+
+class MorphableModel(nn.Module):
+    """A model whose layers can hold seeds; made by ``esper.wrap``.
+
+    Attributes that are not the wrapper's own are the host's, for reading and for writing. The wrapper's own public
+    names are chosen so that few hosts have them: ``kasmina_layers``, ``seed_states``, ``oona_client``,
+    ``host_module``, ``grown_structure``, ``rebuild``.
+
+    A copy has its own layout and no bus client. ``state_dict`` has exactly the host's keys while every seed is dormant;
+    a live seed adds keys below ``<layer>.seeds.<i>``, one of which says what stands there.
+    """
+
+    def __init__(
+        self, host: nn.Module, layers: Mapping[str, KasminaLayer], states: SeedStates, client: OonaClient | None
+    ) -> None:
+        super().__init__()
+        for name in _SHARED:
+            object.__setattr__(self, name, getattr(host, name))
+        object.__setattr__(self, "_host", host)
+        self._kasmina_layers = dict(layers)
+        self._seed_states = states
+        self._oona_client = client
+        self.training = host.training
+
+    @property
+    def host_module(self) -> nn.Module:
+        """The model that was wrapped."""
+        found: nn.Module = self.__dict__["_host"]
+        return found
+
+    @property
+    def kasmina_layers(self) -> Mapping[str, KasminaLayer]:
+        """The layers that can hold seeds, by dotted module name, in the model's order."""
+        return MappingProxyType(self.__dict__["_kasmina_layers"])
+
+    @property
+    def seed_states(self) -> SeedStates:
+        """State of every seed, and the training step that signals and transitions are stamped with."""
+        found: SeedStates = self.__dict__["_seed_states"]
+        return found
+
+    @property
+    def oona_client(self) -> OonaClient | None:
+        """The run's bus client; ``None`` where the model was wrapped without telemetry, and for copies."""
+        found: OonaClient | None = self.__dict__["_oona_client"]
+        return found
+
+    def kasmina_layer(self, name: str) -> KasminaLayer:
+        """Give a layer by its dotted module name.
+
+        Raises:
+            NotFoundError: No wrapped layer has that name.
+        """
+        found = self.kasmina_layers.get(name)
+        if found is None:
+            names = ", ".join(self.kasmina_layers)
+            raise NotFoundError(f"layer must be one of {names}, got {name!r}", parameter="layer")
+        return found
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Give the host's output."""
+        return self.__dict__["_host"](*args, **kwargs)
+
+    # --- what the host answers ---
+
+    def __getattr__(self, name: str) -> Any:
+        host = self.__dict__.get("_host")
+        if host is None:
+            raise AttributeError(name)
+        return getattr(host, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_host" not in self.__dict__ or name in _OWN or name in self.__dict__:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.__dict__["_host"], name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.__dict__["_host"], name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.host_module[key]  # type: ignore[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.host_module)  # type: ignore[call-overload, no-any-return]
+
+    def __len__(self) -> int:
+        return len(self.host_module)  # type: ignore[arg-type]
+
+    def __contains__(self, item: object) -> bool:
+        return item in self.host_module  # type: ignore[operator]
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __dir__(self) -> Iterable[str]:
+        return sorted({*object.__dir__(self), *dir(self.host_module)})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_oona_client": None}
+
+    def extra_repr(self) -> str:
+        """Give the host's class and the number of seeds."""
+        return f"{type(self.host_module).__name__}, {self.seed_states.num_seeds} seeds"
+
+    def train(self, mode: bool = True) -> MorphableModel:
+        """Set training mode on the host and everything in it."""
+        self.training = mode
+        self.host_module.train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MorphableModel:
+        self.host_module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Give the host's state dict."""
+        return self.host_module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Build the seeds that the state dict names, then load every value; the host's own checkpoints load as well.
+
+        A strict load brings the grown structure to the state dict's: live seeds it does not name are cleared.
+
+        Raises:
+            CorruptDataError: A seed's entry is not ours, or is damaged.
+            InvalidBlueprintError: A seed's graph is not legal at its site.
+        """
+        return self.host_module.load_state_dict(state_dict, strict=strict, assign=assign)
+
+    # --- growth ---
+
+    def grown_structure(self) -> list[GrownSeed]:
+        """Give every live seed as plain data, in the model's order; weights are in ``state_dict``.
+
+        Raises:
+            InvalidStateError: A live seed was not built from a blueprint.
+        """
+        return [layer.grown_seed(seed.index) for layer in self.kasmina_layers.values() for seed in layer.live_seeds()]
+
+    def rebuild(self, structure: Iterable[GrownSeed]) -> None:
+        """Bring the grown structure to ``structure``: build what is missing, clear what is too much; tells no listener.
+
+        Weights come after, by ``load_state_dict``.
+
+        Raises:
+            NotFoundError: A seed names a layer that the model lacks.
+            InvalidInputError: A seed's index is out of its layer's range.
+            CorruptDataError: A graph does not parse.
+            InvalidBlueprintError: A graph is not legal at its site.
+        """
+        by_layer: dict[str, dict[int, GrownSeed]] = {}
+        for grown in structure:
+            self.kasmina_layer(grown.layer).state_layout.index(grown.seed_index)
+            by_layer.setdefault(grown.layer, {})[grown.seed_index] = grown
+        for name, layer in self.kasmina_layers.items():
+            layer.match_seeds(by_layer.get(name, {}), clear_others=True)
+
+    def settle_failures(self) -> int:
+        """Read the failures that devices and compiled graphs have counted; gives how many there were.
+
+        Waits for the device, so it belongs at a step boundary, every few steps.
+        """
+        return sum(layer.settle_failures() for layer in self.kasmina_layers.values() if layer.live_seeds())
+
+    def require_dormant(self) -> None:
+        """Check that no kernel stands anywhere.
+
+        Raises:
+            InvalidStateError: Names the seeds that are live.
+        """
+        live = [f"{name}[{seed.index}]" for name, layer in self.kasmina_layers.items() for seed in layer.live_seeds()]
+        if live:
+            where = ", ".join(live)
+            raise InvalidStateError(f"every seed must be dormant, got kernels at {where}: export() keeps them")

@@ -1,0 +1,130 @@
+"""From a verified kernel to a module that can be trained at a layer: build, place, check, run once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from esper.blueprints import to_module
+from esper.contracts.blueprint import BlueprintIR, Site
+from esper.contracts.errors import KernelExecutionError, ShapeMismatchError
+from esper.execution.artifact import VerifiedKernel
+
+_BATCH_SIZES = (2, 3)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Where a kernel is to run: the layer's own device and dtype."""
+
+    device: torch.device
+    """Device of the layer."""
+    dtype: torch.dtype
+    """Floating type of the layer's parameters."""
+
+
+def build_kernel(ir: BlueprintIR, site: Site, placement: Placement, *, random_seed: int = 0) -> nn.Module:
+    """Give a fresh trainable module of a blueprint at a site, as initialised by its random seed.
+
+    Raises:
+        InvalidBlueprintError: The graph is not legal at the site.
+    """
+    return to_module(ir, site, seed=random_seed).to(placement.device, placement.dtype)
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy a kernel's weights into its module.
+
+    Raises:
+        ShapeMismatchError: A name or a shape differs from the module's.
+    """
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if expected != found:
+        differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        name = differing[0]
+        raise ShapeMismatchError(
+            f"weights must fit the module at this site, got {len(differing)} that differ: "
+            f"{name!r} must be {expected.get(name, 'absent')}, got {found.get(name, 'nothing')}",
+            parameter="weights",
+        )
+    module.load_state_dict(dict(weights), strict=True)
+
+
+def check_shapes(module: nn.Module, site: Site, placement: Placement) -> None:
+    """Run the module on meta tensors of the layer's real shapes: costs no memory and no arithmetic.
+
+    Raises:
+        ShapeMismatchError: The delta has another shape than the layer's output, or the module does not run.
+    """
+    state = {name: value.to("meta") for name, value in (*module.named_parameters(), *module.named_buffers())}
+    for batch in _BATCH_SIZES:
+        x = torch.empty((batch, *site.input_shape), device="meta", dtype=placement.dtype)
+        h = torch.empty((batch, *site.output_shape), device="meta", dtype=placement.dtype)
+        try:
+            with torch.no_grad():
+                delta = functional_call(module, state, (x, h))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ShapeMismatchError(
+                f"kernel must run at input {site.input_shape} and output {site.output_shape}, got {error}",
+                parameter="kernel",
+            ) from error
+        if not isinstance(delta, Tensor) or delta.shape != h.shape:
+            shown = tuple(delta.shape) if isinstance(delta, Tensor) else type(delta).__name__
+            raise ShapeMismatchError(
+                f"kernel must give a delta of shape {tuple(h.shape)}, got {shown}", parameter="kernel"
+            )
+
+
+def first_run(module: nn.Module, site: Site, placement: Placement, *, batch_size: int) -> float | None:
+    """Run the module on fixed noise of the layer's shapes, without gradients; gives its latency in milliseconds.
+
+    The random streams and the module's buffers are left as they were. Off the CPU nothing waits for the device, so
+    nothing is measured and ``None`` is given.
+
+    Raises:
+        KernelExecutionError: It raised, or its delta is not finite.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn((batch_size, *shape), generator=generator).to(placement.device, placement.dtype)
+
+    x, h = noise(site.input_shape), noise(site.output_shape)
+    was_training = module.training
+    on_cpu = placement.device.type == "cpu"
+    try:
+        with torch.no_grad():
+            module.eval()
+            module(x, h)
+            start_ns = time.perf_counter_ns()
+            delta = module(x, h)
+            elapsed_ms = (time.perf_counter_ns() - start_ns) / 1e6
+    except Exception as error:
+        raise KernelExecutionError(f"kernel must run on finite inputs, got {type(error).__name__}: {error}") from error
+    finally:
+        module.train(was_training)
+    if on_cpu and not bool(torch.isfinite(delta).all()):
+        raise KernelExecutionError("kernel must give a finite delta on finite inputs, got NaN or infinity")
+    return elapsed_ms if on_cpu else None
+
+
+class KernelExecutor:
+    """Turns kernels into modules that stand at a layer."""
+
+    def prepare(self, kernel: VerifiedKernel, site: Site, placement: Placement) -> nn.Module:
+        """Rebuild the trainable form of a kernel from its graph and weights, and check it at the layer's shapes.
+
+        Raises:
+            InvalidBlueprintError: The graph is not legal at the site.
+            ShapeMismatchError: The weights or the delta do not fit the layer.
+        """
+        module = build_kernel(kernel.ir, site, placement)
+        load_weights(module, kernel.weights)
+        check_shapes(module, site, placement)
+        return module

@@ -1,0 +1,127 @@
+"""The mixin that makes a layer hold seeds; concrete layers are in ``kinds``, users' own come by ``register_layer``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from esper.contracts.lifecycle import SeedLifecycleState
+from esper.contracts.run import Contribution, HealthSummary, LayerStatus, SeedStatus
+from esper.execution.layers.forward import kasmina_forward
+from esper.execution.layers.germination import Germination
+from esper.telemetry.client import OonaClient
+
+
+class KasminaLayer(Germination):
+    """A layer that can hold seeds: its parent's forward, plus ``sum_i alpha_i * delta_i`` of its live seeds.
+
+    Made by swapping ``__class__`` in place (``esper.wrap``), so parameters, names, hooks and optimizers stay.
+    Everything but reading state is for the training thread.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Give the parent's output, plus what the live seeds add."""
+        record = self._kasmina
+        if record.is_plain or (not record.terms and (is_compiling() or not record.is_due())):
+            return self.host_class.forward(self, *args, **kwargs)
+        return kasmina_forward(self, args, kwargs)
+
+    # --- what a kind of layer may say otherwise ---
+
+    def seed_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """Give x out of the arguments of forward."""
+        found: Tensor = args[0] if args else next(iter(kwargs.values()))
+        return found
+
+    def seed_output(self, out: Any) -> Tensor:
+        """Give h out of the parent's output."""
+        found: Tensor = out
+        return found
+
+    def with_output(self, out: Any, blended: Tensor) -> Any:
+        """Give the parent's output with h replaced."""
+        del out
+        return blended
+
+    def unbatched_dims(self) -> int | None:
+        """Give the rank of an input without a batch dimension; ``None`` where the layer takes no such input."""
+        return None
+
+    def to_site(self, value: Tensor) -> Tensor:
+        """Give the value with its batch dimension in front."""
+        return value.unsqueeze(0) if value.dim() == self.unbatched_dims() else value
+
+    def from_site(self, value: Tensor, *, like: Tensor) -> Tensor:
+        """Undo ``to_site``."""
+        return value.squeeze(0) if value.dim() != like.dim() else value
+
+    # --- what others see of it ---
+
+    @property
+    def telemetry_enabled(self) -> bool:
+        """Whether sampled forward passes are measured."""
+        return self._kasmina.telemetry_enabled
+
+    @property
+    def oona_client(self) -> OonaClient | None:
+        """The run's bus client, whose ring takes this layer's signals; ``None`` without one."""
+        return self._kasmina.client
+
+    def set_telemetry(self, enabled: bool) -> None:
+        """Switch measuring on or off; off, a dormant layer runs its parent's forward and nothing else."""
+        record = self._kasmina
+        record.telemetry_enabled, record.countdown, record.pending = enabled, 1, None
+        record.refresh()
+
+    def get_health_signal(self) -> HealthSummary:
+        """Give rolling statistics over the sampled passes; a figure nobody measured is ``None``."""
+        return self._kasmina.health.summary(errors=int(self.state_layout.errors.sum()))
+
+    def get_layer_stats(self) -> dict[str, Any]:
+        """Give counts and figures by name; a figure nobody measured is ``None``.
+
+        ``kernel_execution_latency_ms`` is the mean over live seeds, one forward each; ``performance_improvement`` the
+        sum of the measured contributions of the seeds that stand, in units of loss; ``total_forwards`` counts eager
+        passes while telemetry is on.
+        """
+        record, layout = self._kasmina, self.state_layout
+        latencies = [ms for ms in (layout.read(seed.index).latency_ms for seed in self.live_seeds()) if ms is not None]
+        gains = record.contributions.values()
+        return {
+            "kernel_execution_latency_ms": sum(latencies) / len(latencies) if latencies else None,
+            "total_forwards": record.num_forwards,
+            "successful_adaptations": record.num_kept,
+            "performance_improvement": sum(gain.estimate for gain in gains) if gains else None,
+            "errors": int(layout.errors.sum()),
+            "fallbacks": int(layout.fallbacks.sum()),
+            "seeds_by_state": {state.name.lower(): count for state, count in layout.counts_by_state().items()},
+        }
+
+    def record_contribution(self, seed_idx: int, contribution: Contribution) -> None:
+        """Note the measured effect of a seed; a later one replaces it, and freeing the seed forgets it."""
+        self.state_layout.index(seed_idx)
+        self._kasmina.contributions[seed_idx] = contribution
+
+    def layer_status(self) -> LayerStatus:
+        """Give the layer as a state packet shows it."""
+        return LayerStatus(
+            layer=self.layer_name,
+            site=self.site,
+            health=self.get_health_signal(),
+            seeds=tuple(self._seed_status(index) for index in range(self.num_seeds)),
+        )
+
+    def _seed_status(self, index: int) -> SeedStatus:
+        found, record = self.find_seed(index), self.state_layout.read(index)
+        return SeedStatus(
+            seed_index=index,
+            state=SeedLifecycleState(record.state),
+            alpha=record.alpha,
+            blueprint_id=found.blueprint_id if found else "",
+            adaptation_id=found.adaptation_id if found else "",
+            parameters=found.num_parameters if found else 0,
+            last_transition_step=record.last_transition_step,
+        )

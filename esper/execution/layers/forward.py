@@ -1,0 +1,165 @@
+"""The forward pass of a layer that has something to do besides its parent's: blend live seeds, measure a sample."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from esper.contracts.blueprint import Site
+from esper.execution.circuit_breaker import FailureKind, is_finite
+from esper.execution.device_guard import gated, guarded
+from esper.execution.health import can_probe, is_real_tensor, probe_tensor
+from esper.execution.layers.record import LayerRecord, PendingSignal
+from esper.execution.seed import Seed
+
+if TYPE_CHECKING:
+    from esper.execution.layers.base import KasminaLayer
+
+
+def kasmina_forward(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Give the layer's output: its parent's, plus what its live seeds add; measure the pass where it is due.
+
+    REQUIRES: the layer has live seeds, or ``is_due`` has just said yes.
+    """
+    record, host = layer._kasmina, type(layer).host_class.forward
+    if is_compiling():
+        return _blend(layer, args, kwargs, host(layer, *args, **kwargs), sampled=False)
+    due = not record.terms or record.is_due()
+    start_ns = time.perf_counter_ns()
+    out = host(layer, *args, **kwargs)
+    if record.terms:
+        out = _blend(layer, args, kwargs, out, sampled=due)
+    if due:
+        latency_ms = (time.perf_counter_ns() - start_ns) / 1e6
+        x, result = layer.seed_input(args, kwargs), layer.seed_output(out)
+        if is_real_tensor(x) and is_real_tensor(result):
+            _observe(layer, x, result, latency_ms if result.device.type == "cpu" else None)
+    return out
+
+
+def _blend(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any, *, sampled: bool) -> Any:
+    h = layer.seed_output(out)
+    x_site, h_site = layer.to_site(layer.seed_input(args, kwargs)), layer.to_site(h)
+    total = h_site
+    for seed in layer._kasmina.terms:
+        if is_compiling():
+            total = total + guarded(seed, seed.kernel(gated(x_site), gated(h_site)), h_site)
+            continue
+        if not seed.is_silent:
+            contribution = _contribution(layer, seed, x_site, h_site, sampled=sampled)
+            total = total if contribution is None else total + contribution
+    return out if total is h_site else layer.with_output(out, layer.from_site(total, like=h))
+
+
+def _contribution(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor, *, sampled: bool) -> Tensor | None:
+    """Run one kernel under its circuit breaker; ``None`` where its contribution is dropped."""
+    on_cpu = h.device.type == "cpu"
+    start_ns = time.perf_counter_ns() if sampled else 0
+    try:
+        delta = seed.kernel(x, h) if on_cpu else seed.kernel(gated(x), gated(h))
+        fault = _fault_of(delta, h)
+    except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the host's result is kept
+        delta, fault = None, (FailureKind.RAISED, f"{type(error).__name__}: {error}")
+    if fault is not None:
+        layer.note_failure(seed, *fault)
+        return None
+    layout = layer._kasmina.state_layout
+    layout.states.layout.count_forward(layout.first + seed.index)
+    if not on_cpu:
+        return guarded(seed, delta, h)
+    seed.breaker.note_success()
+    if sampled:
+        _measure_seed(layer, seed, delta, (time.perf_counter_ns() - start_ns) / 1e6)
+    return seed.scaled(delta, h)
+
+
+def _fault_of(delta: object, h: Tensor) -> tuple[FailureKind, str] | None:
+    """Say what is wrong with a delta; off the CPU whether it is finite is left to the device."""
+    if not isinstance(delta, Tensor) or delta.shape != h.shape:
+        shown = tuple(delta.shape) if isinstance(delta, Tensor) else type(delta).__name__
+        return FailureKind.WRONG_SHAPE, f"delta must be {tuple(h.shape)}, got {shown}"
+    if h.device.type == "cpu" and not is_finite(delta):
+        return FailureKind.NON_FINITE, "delta holds NaN or infinity"
+    return None
+
+
+def _measure_seed(layer: KasminaLayer, seed: Seed, delta: Tensor, latency_ms: float) -> None:
+    if can_probe(delta):
+        layout, found = layer._kasmina.state_layout, probe_tensor(delta.detach())
+        layout.states.layout.record_health(
+            layout.first + seed.index, found.mean, found.variance, found.entropy, None, latency_ms
+        )
+
+
+def _observe(layer: KasminaLayer, x: Tensor, out: Tensor, latency_ms: float | None) -> None:
+    record = layer._kasmina
+    if not record.is_site_settled:
+        _learn_site(layer, x, out)
+    if not record.telemetry_enabled:
+        return
+    publish_pending(record)
+    record.begin_sample()
+    readable = can_probe(out)
+    figures = probe_tensor(out.detach()) if readable else None
+    record.health.add(figures, latency_ms=latency_ms)
+    pending = PendingSignal(figures, latency_ms, record.state_layout.states.step)
+    record.pending = pending
+    if readable and out.requires_grad:
+        out.register_hook(_GradientHook(record, pending))  # type: ignore[no-untyped-call]
+    else:
+        publish_pending(record)
+
+
+def _learn_site(layer: KasminaLayer, x: Tensor, out: Tensor) -> None:
+    """Note the layer's shapes without the batch dimension; a layer of another rank has no site."""
+    record = layer._kasmina
+    x, out = layer.to_site(x), layer.to_site(out)
+    if 0 in x.shape or 0 in out.shape:
+        return
+    record.is_site_settled = True
+    if 2 <= x.dim() <= 5 and 2 <= out.dim() <= 5:
+        record.site = Site(
+            kind=type(layer).site_kind, input_shape=tuple(x.shape[1:]), output_shape=tuple(out.shape[1:])
+        )
+        record.batch_size = x.shape[0]
+    record.refresh()
+
+
+class _GradientHook:
+    """Measures the variance of the gradient at the layer's output, once, and sends the signal off."""
+
+    __slots__ = ("pending", "record")
+
+    def __init__(self, record: LayerRecord, pending: PendingSignal) -> None:
+        self.record = record
+        self.pending = pending
+
+    def __call__(self, grad: Tensor) -> None:
+        if self.record.pending is self.pending:
+            variance = probe_tensor(grad.detach()).variance if can_probe(grad) else None
+            self.record.health.gradient_variance.add(variance)
+            publish_pending(self.record, gradient_variance=variance)
+
+
+def publish_pending(record: LayerRecord, *, gradient_variance: float | None = None) -> None:
+    """Push the pending sample into the run's ring."""
+    pending, record.pending = record.pending, None
+    if pending is None or record.ring is None:
+        return
+    figures = pending.figures
+    record.ring.push(
+        record.layer_id,
+        -1,
+        pending.step,
+        None if figures is None else figures.mean,
+        None if figures is None else figures.variance,
+        None if figures is None else figures.entropy,
+        None if figures is None else figures.dead_share,
+        None if figures is None else figures.nonfinite_share,
+        gradient_variance,
+        pending.latency_ms,
+    )

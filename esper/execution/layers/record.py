@@ -1,0 +1,109 @@
+"""What a Kasmina layer keeps besides its parent's attributes: plain data, never parameters or submodules."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from esper.contracts.blueprint import Site
+from esper.contracts.run import Contribution
+from esper.execution._native import SignalRing
+from esper.execution.health import Figures, RollingHealth
+from esper.execution.state import LayerStateLayout
+from esper.telemetry.client import OonaClient
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from esper.execution.artifact import VerifiedKernel
+    from esper.execution.seed import Seed
+
+DEFAULT_TELEMETRY_INTERVAL_STEPS: Final = 128
+"""A layer measures its first forward pass and then every 128th."""
+
+
+class KernelSource(Protocol):
+    """Where kernels come from: the cache tiers in a run, anything else in tests."""
+
+    def fetch(self, artifact_id: str) -> Awaitable[VerifiedKernel]:
+        """Give a verified kernel.
+
+        Raises:
+            NotFoundError: There is no such kernel.
+            CorruptDataError: It does not verify.
+            UnavailableError: No tier could be reached.
+        """
+        ...
+
+
+class PendingSignal:
+    """A sampled forward pass whose gradient has not come yet."""
+
+    __slots__ = ("figures", "latency_ms", "step")
+
+    def __init__(self, figures: Figures | None, latency_ms: float | None, step: int) -> None:
+        self.figures = figures
+        self.latency_ms = latency_ms
+        self.step = step
+
+
+class LayerRecord:
+    """A layer's place in the model, what it has measured, and which seeds take part in its forward pass.
+
+    ``is_plain`` is all that a dormant layer without telemetry looks at. A copy of a layer has no bus client: two
+    models must not write into one ring.
+    """
+
+    def __init__(self, state_layout: LayerStateLayout, *, layer_id: int, interval_steps: int) -> None:
+        self.state_layout = state_layout
+        self.layer_id = layer_id
+        self.interval_steps = interval_steps
+        self.client: OonaClient | None = None
+        self.ring: SignalRing | None = None
+        self.kernel_source: KernelSource | None = None
+        self.site: Site | None = None
+        self.is_site_settled = False
+        self.batch_size: int | None = None
+        self.telemetry_enabled = False
+        self.is_paused = False
+        self.terms: tuple[Seed, ...] = ()
+        self.countdown = 1
+        self.num_samples = 0
+        self.is_plain = False
+        self.health = RollingHealth()
+        self.pending: PendingSignal | None = None
+        self.contributions: dict[int, Contribution] = {}
+        self.num_kept = 0
+        self.refresh()
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether forward passes are counted: telemetry is on, or the site is not settled yet."""
+        return not self.is_paused and (self.telemetry_enabled or not self.is_site_settled)
+
+    def refresh(self) -> None:
+        """Work out again whether the layer has anything to do but its parent's forward."""
+        self.is_plain = not self.terms and not self.is_watching
+
+    def is_due(self) -> bool:
+        """Count one forward pass; true where it is to be measured."""
+        self.countdown -= 1
+        return self.countdown <= 0 and self.is_watching
+
+    def begin_sample(self) -> None:
+        """Start the count towards the next measurement."""
+        self.num_samples += 1
+        self.countdown = self.interval_steps
+
+    @property
+    def num_forwards(self) -> int | None:
+        """Forward passes counted since telemetry was switched on; ``None`` where it never was."""
+        if not self.telemetry_enabled:
+            return None
+        if self.num_samples == 0:
+            return 0
+        return (self.num_samples - 1) * self.interval_steps + 1 + (self.interval_steps - self.countdown)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state.update(client=None, ring=None, pending=None)
+        return state

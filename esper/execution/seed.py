@@ -1,0 +1,125 @@
+"""A live seed: its kernel, its share in the layer's output, and how it fares.
+
+    symbol   meaning                                 shape
+    x        the layer's input                       (batch, *site.input_shape)
+    h        the output of the layer's own forward   (batch, *site.output_shape)
+    d        the kernel's delta, ``kernel(x, h)``    as h
+    alpha    the seed's share                        scalar tensor on the layer's device
+
+The layer gives ``h + sum_i alpha_i * d_i``. Every kernel sees the same x and h.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from esper.contracts.blueprint import Site
+from esper.contracts.errors import CorruptDataError
+from esper.execution.circuit_breaker import CircuitBreaker
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from esper.execution.layers.holder import SeedHolder
+
+
+class BlendMode(Enum):
+    """How a seed's delta enters the layer's output."""
+
+    ALPHA = 1
+    """Times its alpha."""
+    WHOLE = 2
+    """As it is: a fossil, whose alpha is 1."""
+    TRIAL = 3
+    """Times the alpha of the present trial or counterfactual."""
+
+
+class Seed(nn.Module):
+    """A live seed; a submodule ``seeds.<i>`` of its layer, so moves, saves and modes reach its kernel.
+
+    Both alphas are tensors that are written in place, so a change neither recompiles nor waits for the device.
+    """
+
+    alpha: Tensor
+    trial_alpha: Tensor
+    pending_failures: Tensor
+    failures_in_row: Tensor
+
+    def __init__(
+        self,
+        kernel: nn.Module,
+        *,
+        index: int,
+        device: torch.device,
+        site: Site | None,
+        ir: bytes | None = None,
+        blueprint_id: str = "",
+        artifact_id: str = "",
+        adaptation_id: str = "",
+    ) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.register_buffer("alpha", torch.zeros((), device=device), persistent=False)
+        self.register_buffer("trial_alpha", torch.zeros((), device=device), persistent=False)
+        # Failures seen by the device, not yet read: see `guarded`.
+        self.register_buffer("pending_failures", torch.zeros((), dtype=torch.int32, device=device), persistent=False)
+        self.register_buffer("failures_in_row", torch.zeros((), dtype=torch.int32, device=device), persistent=False)
+        self.index = index
+        self.site = site
+        self.ir = ir
+        self.blueprint_id = blueprint_id
+        self.artifact_id = artifact_id
+        self.adaptation_id = adaptation_id
+        self.mode = BlendMode.ALPHA
+        self.is_silent = True
+        self.breaker = CircuitBreaker()
+        # The layer; in a tuple, so that it does not become a submodule.
+        self._owner: tuple[SeedHolder, ...] = ()
+
+    def set_alpha(self, alpha: float) -> None:
+        """Write alpha into its tensor."""
+        self.alpha.fill_(alpha)
+        self.is_silent = alpha == 0.0
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters of the kernel."""
+        return sum(parameter.numel() for parameter in self.kernel.parameters() if parameter.requires_grad)
+
+    def scaled(self, delta: Tensor, like: Tensor) -> Tensor:
+        """Give the delta times the alpha of the seed's mode, in the dtype of ``like``."""
+        if self.mode is BlendMode.WHOLE:
+            return delta.to(like.dtype)
+        return (delta * (self.trial_alpha if self.mode is BlendMode.TRIAL else self.alpha)).to(like.dtype)
+
+    def get_extra_state(self) -> Tensor:
+        """Give what ``load_state_dict`` needs to build this seed again, as a tensor of bytes."""
+        (layer,) = self._owner
+        return torch.frombuffer(bytearray(layer.grown_seed(self.index).to_bytes()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: object) -> None:
+        """Check that the entry is one of ours; the layer has already acted on it."""
+        if not isinstance(state, Tensor):
+            raise CorruptDataError(f"a seed's extra state must be a tensor of bytes, got {type(state).__name__}")
+
+
+def number_of(identity: str) -> int:
+    """Give the 64-bit number that stands for an id in the native columns: of its SHA-256; 0 for an empty id."""
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "little") if identity else 0
+
+
+def extra_states(state_dict: Mapping[str, object], prefix: str) -> dict[int, Tensor]:
+    """Give the extra states of the seeds below ``prefix`` by seed index."""
+    start, end = f"{prefix}seeds.", "._extra_state"
+    found: dict[int, Tensor] = {}
+    for key, value in state_dict.items():
+        if key.startswith(start) and key.endswith(end) and key[len(start) : -len(end)].isdecimal():
+            if not isinstance(value, Tensor) or value.dtype != torch.uint8:
+                raise CorruptDataError(f"{key} must be a tensor of bytes, got {type(value).__name__}")
+            found[int(key[len(start) : -len(end)])] = value
+    return found
