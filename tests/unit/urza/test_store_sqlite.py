@@ -1,0 +1,39 @@
+"""The store's contract on SQLite, in memory and in a file."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from esper.mesh.database import Database
+from esper.testing.urza_contract import (
+    BlueprintStoreContract,
+    KernelStoreContract,
+    MigrationContract,
+    ReportStoreContract,
+)
+
+
+@pytest.fixture(params=["memory", "file"])
+async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
+    url = "sqlite://" if request.param == "memory" else f"sqlite:///{tmp_path}/state/urza.db"
+    async with Database.open(url) as opened:
+        yield opened
+
+
+class TestBlueprintStore(BlueprintStoreContract):
+    pass
+
+
+class TestKernelStore(KernelStoreContract):
+    pass
+
+
+class TestReportStore(ReportStoreContract):
+    pass
+
+
+class TestMigrations(MigrationContract):
+    pass
