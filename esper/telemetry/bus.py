@@ -5,6 +5,9 @@ delivered to every durable consumer at least once, in order, within its redelive
 process goes to ``esper.v1.dead.<stream>`` with the reason, never round for ever. A message id makes repeats harmless:
 a stream keeps the first of equal ids within its window.
 
+What was acknowledged by a stream survives a crash of the broker. What a consumer acknowledged may come once more after
+one: the broker writes a consumer's place a moment later. So whoever applies messages keeps the ids it has applied.
+
 A bus object belongs to the event loop that opened it, except where an adapter says otherwise.
 """
 

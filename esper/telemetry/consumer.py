@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Generic, Self, TypeVar
@@ -121,9 +121,9 @@ class TypedSubscription(Generic[M]):
 class TypedConsumer(Generic[M]):
     """Decoded durable messages; what cannot be read is counted and goes to the dead letters."""
 
-    def __init__(self, consumer: Consumer, message_type: type[M] | None) -> None:
+    def __init__(self, consumer: Consumer, decoder: Callable[[BusMessage], M]) -> None:
         self._consumer = consumer
-        self._message_type = message_type
+        self._decode = decoder
         self.undecodable = 0
 
     def __aiter__(self) -> Self:
@@ -145,11 +145,6 @@ class TypedConsumer(Generic[M]):
         """Stop consuming; idempotent."""
         await self._consumer.close()
 
-    def _decode(self, raw: BusMessage) -> M:
-        if self._message_type is not None:
-            return decode(raw, self._message_type)
-        return decode_any(raw)  # type: ignore[return-value] # without a type, M is Message itself
-
     async def _give_up(self, delivery: Delivery, reason: str) -> None:
         try:
             await delivery.term(reason)
@@ -166,21 +161,24 @@ async def durable_messages(
     bus: Bus,
     stream: str,
     durable_name: str,
-    message_type: type[M] | None = None,
+    decoder: type[M] | Callable[[BusMessage], M],
     *,
     subject_filter: str | Sequence[str] | None = None,
     ack_wait_s: float = 30.0,
     max_deliver: int = 5,
     batch: int = 16,
 ) -> TypedConsumer[M]:
-    """Consume messages of one type (or, without one, of any in ``esper.v1``) under a durable name.
+    """Consume messages of one type under a durable name; ``decode_any`` as decoder takes every type of ``esper.v1``.
 
     Same arguments and errors as ``Bus.consume``.
     """
     consumer = await bus.consume(
         stream, durable_name, subject_filter, ack_wait_s=ack_wait_s, max_deliver=max_deliver, batch=batch
     )
-    return TypedConsumer(consumer, message_type)
+    if isinstance(decoder, type):
+        message_type: type[M] = decoder
+        return TypedConsumer(consumer, lambda raw: decode(raw, message_type))
+    return TypedConsumer(consumer, decoder)
 
 
 async def replay_run(bus: Bus, run_id: str, since: datetime | int | None = None) -> AsyncIterator[Received[Message]]:

@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _CLOSE_S: Final = 1.0
-_STREAM_FULL_CODES: Final = frozenset({10_023, 10_047, 10_077, 10_054})
-"""JetStream error codes: insufficient resources, storage exceeded, maximum bytes exceeded, message too large."""
+_STREAM_FULL_CODES: Final = frozenset({10_023, 10_047, 10_077})
+"""JetStream error codes: insufficient resources, storage exceeded, maximum bytes exceeded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,9 +109,9 @@ class Link:
         try:
             waited: set[asyncio.Future[Any]] = {task, self.lost}
             done, _ = await asyncio.wait(waited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if not task.done():
-                task.cancel()
+        except asyncio.CancelledError:
+            await _end(task)
+            raise
         if task in done:
             try:
                 return task.result()
@@ -119,8 +119,7 @@ class Link:
                 raise UnavailableError("the NATS connection was lost during the call") from error
             except Exception as error:
                 raise translate(error) from error
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await task
+        await _end(task)
         if self.lost in done:
             raise UnavailableError("the NATS connection was lost during the call")
         raise DeadlineExceededError(f"NATS must answer within {timeout_s:g} s, got no answer")
@@ -220,9 +219,7 @@ class Connection:
         self._closed = True
         self._changed.set()
         if self._keeper is not None:
-            self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
+            await _end(self._keeper)
             self._keeper = None
         if self._link is not None:
             self._link.mark_lost()
@@ -325,7 +322,8 @@ def translate(error: Exception) -> EsperError:
     if isinstance(error, EsperError):
         return error
     if isinstance(error, nats.errors.MaxPayloadError):
-        return CapacityExceededError("payload must be at most what the NATS server takes, got a larger one")
+        message = "payload must be at most the NATS server's max_payload, got a larger one"
+        return CapacityExceededError(message, parameter="payload")
     if isinstance(error, nats.js.errors.APIError):
         if error.err_code in _STREAM_FULL_CODES:
             return CapacityExceededError(f"the stream must have room, got {_words(error)}")
@@ -339,6 +337,15 @@ def translate(error: Exception) -> EsperError:
     if isinstance(error, (nats.errors.Error, OSError)):
         return UnavailableError(f"NATS cannot be reached: {_words(error)}")
     raise error
+
+
+async def _end(task: asyncio.Future[Any]) -> None:
+    """Cancel a task until it has ended: before Python 3.12 ``wait_for`` inside it may swallow a cancellation."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=0.1)
+    if not task.cancelled():
+        task.exception()  # seen, and of no use to anybody any more
 
 
 async def _note_error(error: Exception) -> None:

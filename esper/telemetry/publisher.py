@@ -27,6 +27,7 @@ from esper.contracts.errors import (
     EsperError,
     InvalidInputError,
     InvalidStateError,
+    NotFoundError,
     UnavailableError,
 )
 from esper.telemetry.bus import CONTENT_TYPE_HEADER, Bus
@@ -47,6 +48,8 @@ Connect = Callable[[], Awaitable[Bus]]
 
 _MIB: Final = 1024 * 1024
 _RETRY_S: Final = 0.1
+_REFUSAL_ATTEMPTS: Final = 3
+"""How often a message is tried that the bus refuses for a reason which may pass."""
 _FLUSH_EVERY: Final = 16
 """Most health batches between two confirmations of the bus."""
 _INDEX_EVERY: Final = 50
@@ -149,7 +152,7 @@ class OonaPublisher:
         self._unconfirmed: list[HealthRows] = []
         self._signals_published = 0
         self._layers: dict[int, str] = {}
-        self._layers_sent = 0
+        self._layers_due = True
         self._num_events = 0
         self._bus: Bus | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -175,7 +178,7 @@ class OonaPublisher:
     def name_layers(self, layers: Mapping[int, str]) -> None:
         """Say which layer each number in the signals stands for; the names go out with the next batch."""
         self._layers = dict(layers)
-        self._layers_sent = 0
+        self._layers_due = True
 
     def stats(self) -> PublisherStats:
         """Give the counts so far; figures of different fields may be a poll apart."""
@@ -188,9 +191,9 @@ class OonaPublisher:
         if bus_stats is not None:
             self._last_reconnects = bus_stats.reconnects
         unconfirmed = sum(count_signals(rows.columns) for rows in list(self._unconfirmed))
-        ages = [
-            at for at in (sending.offered_s if sending else None, events.oldest_s, health.oldest_s) if at is not None
-        ]
+        sending_s = sending.offered_s if sending is not None else None
+        since = (sending_s, self._offers.oldest_s, events.oldest_s, health.oldest_s)
+        ages = [at_s for at_s in since if at_s is not None]
         return PublisherStats(
             connected=bus_stats is not None and bus_stats.connected,
             published=dict(self._tally.published),
@@ -329,8 +332,8 @@ class OonaPublisher:
             self._bus = bus
             self._started.set_result(None)
             senders = [
-                self._spawn(self._send_events(bus), "oona-events"),
-                self._spawn(self._send_health(bus), "oona-health"),
+                self._spawn(self._keep_sending(self._send_events, bus), "oona-events"),
+                self._spawn(self._keep_sending(self._send_health, bus), "oona-health"),
             ]
             await self._poll_until_closing()
             await self._drain(senders)
@@ -406,11 +409,23 @@ class OonaPublisher:
         headers[PUBLISHER_HEADER] = self.instance_id
         return Event(offer.subject, payload, headers, msg_id, offer.durable, offer.offered_s)
 
+    async def _keep_sending(self, send: Callable[[Bus], Awaitable[None]], bus: Bus) -> None:
+        """Send until everything is sent after the last look; a defect is logged and does not end it."""
+        while True:
+            try:
+                await send(bus)
+            except Exception:
+                log.exception("publisher_sender_failed", extra={"run_id": self.run_id})
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return
+
     async def _send_events(self, bus: Bus) -> None:
         """Publish events one by one, in order, each until the bus took or refused it."""
         while True:
-            while self._events:
-                self._sending = self._events.pop()
+            while self._sending is not None or self._events:
+                if self._sending is None:
+                    self._sending = self._events.pop()
                 await self._send_event(bus, self._sending)
                 self._sending = None
             if self._collected_all:
@@ -419,6 +434,7 @@ class OonaPublisher:
 
     async def _send_event(self, bus: Bus, event: Event) -> None:
         kind = kind_of(event.subject)
+        attempts_left = _REFUSAL_ATTEMPTS
         while True:
             try:
                 with publish_span(event.subject, event.headers) as headers:
@@ -435,12 +451,27 @@ class OonaPublisher:
                     return
                 log.warning("stream_full", extra={"subject": event.subject, "error": str(error)})
             except EsperError as error:
-                self._refuse(kind, event, error)
-                return
+                attempts_left -= 1
+                if isinstance(error, InvalidInputError) or not attempts_left or not await self._repair(bus, error):
+                    self._refuse(kind, event, error)
+                    return
             else:
                 self._tally.published[kind] += 1
                 return
             await self._wait_bus(bus)
+
+    async def _repair(self, bus: Bus, error: EsperError) -> bool:
+        """Make the streams again if the bus has lost them; say whether another attempt makes sense."""
+        if not isinstance(error, NotFoundError):
+            return True
+        try:
+            await bus.ensure_streams(self._streams)
+        except (UnavailableError, DeadlineExceededError):
+            return True
+        except EsperError:
+            log.exception("streams_not_repaired", extra={"run_id": self.run_id})
+            return False
+        return True
 
     def _refuse(self, kind: str, event: Event, error: EsperError) -> None:
         self._tally.refused[kind] += 1
@@ -459,7 +490,7 @@ class OonaPublisher:
                         await bus.publish(subject, self._health_payload(rows), headers=headers)
                     await bus.flush(self.config.flush_timeout_s)
                 except (UnavailableError, DeadlineExceededError):
-                    self._layers_sent = 0  # whoever listens after an outage may be new
+                    self._layers_due = True  # whoever listens after an outage may be new
                     await self._wait_bus(bus)
                 except EsperError:
                     log.exception("health_refused", extra={"run_id": self.run_id})
@@ -484,11 +515,11 @@ class OonaPublisher:
             ring_dropped=rows.ring_dropped,
             batches_dropped=self._health.batches_dropped,
         )
-        if self._layers_sent % _INDEX_EVERY == 0:
+        if self._layers_due or rows.sequence % _INDEX_EVERY == 0:
+            self._layers_due = False  # before the names are read: one that comes now goes with the next batch
             envelope.layer_index.extend(
                 telemetry_pb2.LayerIndexEntry(layer_id=number, layer=name) for number, name in self._layers.items()
             )
-        self._layers_sent += 1
         return encode_health(envelope, rows.columns)
 
     async def _wait_arrival(self, box: EventBox | HealthBox) -> None:

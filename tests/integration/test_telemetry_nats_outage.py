@@ -119,8 +119,10 @@ async def test_duplicates_are_refused_after_a_restart_too(server: NatsServer, bu
     assert again.duplicate
 
 
-async def test_each_event_reaches_a_consumer_once_over_restarts_of_both(server: NatsServer) -> None:
+@pytest.mark.parametrize("how", ["stop", "kill"])
+async def test_each_event_is_applied_once_over_restarts_of_both(server: NatsServer, how: str) -> None:
     got: list[bytes] = []
+    applied: set[str | None] = set()
     async with await NatsBus.connect(server.url, QUICK) as sender:
         await sender.ensure_streams()
         for part in range(3):
@@ -128,11 +130,16 @@ async def test_each_event_reaches_a_consumer_once_over_restarts_of_both(server: 
             consumer = await reader.consume(EVENTS.name, "nissa")
             for number in range(part * 10, part * 10 + 10):
                 await sender.publish(STATE, b"%d" % number, durable=True)
-            for delivery in await take(consumer, 10):
-                got.append(delivery.message.payload)
+            while len(got) < part * 10 + 10:
+                [delivery] = await take(consumer, 1)
+                if delivery.message.msg_id not in applied:  # a killed server may forget its last acknowledgements
+                    applied.add(delivery.message.msg_id)
+                    got.append(delivery.message.payload)
+                assert how == "kill" or delivery.num_delivered == 1
                 await delivery.ack()
             await reader.close()
-            await restart(server)
+            await asyncio.to_thread(getattr(server, how))
+            await asyncio.to_thread(server.start)
             await sender.wait_connected(10)
     assert got == [b"%d" % number for number in range(30)]
 
@@ -147,7 +154,10 @@ async def test_a_waiting_consumer_goes_on_after_a_restart(server: NatsServer, bu
     await bus.publish(compile_job_subject("cpu"), b"second", durable=True)
     async with asyncio.timeout(20):
         second = await waiting
-    assert (second.message.payload, second.num_delivered) == (b"second", 1)
+        if second.message.payload == b"first":  # a killed server may forget that it had delivered it
+            await second.ack()
+            second = await anext(consumer)
+    assert second.message.payload == b"second"
     await second.ack()
 
 

@@ -13,6 +13,7 @@ from esper.telemetry.bus import Bus
 from esper.telemetry.consumer import health_batches, replay_run
 from esper.telemetry.health_wire import health_columns
 from esper.telemetry.memory_bus import MemoryBroker, MemoryBus
+from esper.telemetry.memory_streams import Streams
 from esper.telemetry.outbox import HealthBox
 from esper.telemetry.publisher import OonaPublisher, PublisherConfig
 from esper.telemetry.streams import DEAD, EVENTS
@@ -204,6 +205,15 @@ def test_coroutines_of_others_run_on_its_loop(publisher: OonaPublisher, connect:
     publisher.start(connect)
     assert publisher.submit(thread_name()).result(10) == "esper-oona"
     assert publisher.submit(is_connected).result(10)
+
+
+def test_streams_that_were_lost_are_made_again(
+    publisher: OonaPublisher, connect: Any, broker: MemoryBroker, eventually: Eventually
+) -> None:
+    publisher.start(connect)
+    broker.streams = Streams()
+    publisher.offer(SEED, SeedEvent())
+    eventually(lambda: publisher.stats().published == {"seed": 1})
 
 
 async def test_a_fan_out_mailbox_keeps_the_newest(
