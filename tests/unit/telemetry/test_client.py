@@ -68,7 +68,6 @@ def test_a_copy_of_a_model_shares_its_client() -> None:
 
 def test_it_connects_once(connect: Any) -> None:
     client = OonaClient("run-1")
-    assert not client.connected
     client.connect(connect)
     assert client.connected
     with pytest.raises(InvalidStateError, match="the Oona client of run run-1 is connected already"):
