@@ -19,5 +19,6 @@ void bind_kernel_cache(py::module_& module);
 void bind_probe(py::module_& module);
 void bind_signal_ring(py::module_& module);
 void bind_state_layout(py::module_& module);
+void bind_stream_dispatcher(py::module_& module);
 
 }  // namespace esper::bindings

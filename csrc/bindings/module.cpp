@@ -56,4 +56,5 @@ PYBIND11_MODULE(_native, module) {
   bindings::bind_signal_ring(module);
   bindings::bind_probe(module);
   bindings::bind_kernel_cache(module);
+  bindings::bind_stream_dispatcher(module);
 }

@@ -64,27 +64,44 @@ std::vector<Value>& buffer(std::size_t count) {
   return values;
 }
 
-// The finite values of the sample; counts the others and the zeros.
+// Copies strata [first, last), which lie side by side from `data` on, all of one width.
+template <class Type>
+void take_strata(const std::byte* data, std::size_t first, std::size_t last, std::size_t width,
+                 typename Type::Value* values) {
+  using Storage = typename Type::Storage;
+  for (std::size_t i = first; i < last; ++i, data += width * sizeof(Storage)) {
+    Storage stored;
+    std::memcpy(&stored, data + probe_offset(i, width) * sizeof(Storage), sizeof stored);
+    values[i] = Type::widen(stored);
+  }
+}
+
+template <class Value>
+bool is_finite(Value value) noexcept {
+  return std::abs(value) <= std::numeric_limits<Value>::max();
+}
+
+// The finite values of the sample (the elements that probe_index names); counts the others and the
+// zeros.
 template <class Type>
 std::span<const typename Type::Value> gather(const std::byte* data, std::size_t numel,
                                              ProbeMoments& moments) {
-  using Storage = typename Type::Storage;
   using Value = typename Type::Value;
-  Value* const values = buffer<Value>(moments.count).data();
-  std::size_t num_finite = 0;
-  std::size_t num_dead = 0;
-  for (std::size_t i = 0; i < moments.count; ++i) {
-    Storage stored;
-    std::memcpy(&stored, data + probe_index(i, moments.count, numel) * sizeof(Storage),
-                sizeof stored);
-    const Value value = Type::widen(stored);
-    values[num_finite] = value;
-    num_finite += std::abs(value) <= std::numeric_limits<Value>::max() ? 1 : 0;
-    num_dead += value == Value{0} ? 1 : 0;
+  const std::span<Value> values(buffer<Value>(moments.count).data(), moments.count);
+  const std::size_t length = numel / moments.count;
+  const std::size_t longer = numel % moments.count;
+  const std::byte* rest = data + longer * (length + 1) * sizeof(typename Type::Storage);
+  take_strata<Type>(data, 0, longer, length + 1, values.data());
+  take_strata<Type>(rest, longer, moments.count, length, values.data());
+
+  for (const Value value : values) {
+    moments.num_finite += is_finite(value) ? 1U : 0U;
+    moments.num_dead += value == Value{0} ? 1U : 0U;
   }
-  moments.num_finite = num_finite;
-  moments.num_dead = num_dead;
-  return {values, num_finite};
+  if (moments.num_finite < moments.count) {
+    std::copy_if(values.begin(), values.end(), values.begin(), is_finite<Value>);
+  }
+  return values.first(moments.num_finite);
 }
 
 // Independent sums hide the latency of one addition; their order is fixed, so the figure is too.
@@ -126,16 +143,21 @@ void fill_bins(std::span<const Value> values, ProbeMoments& moments) {
   const auto [low, high] = range_of(values);
   const ProbeBinning binning =
       ProbeBinning::of(static_cast<double>(low), static_cast<double>(high));
-  // Neighbours often share a bin; two histograms keep the second increment from waiting for the
-  // first.
-  std::array<std::uint32_t, kProbeBins> odd{};
-  std::size_t i = 0;
-  for (; i + 2 <= values.size(); i += 2) {
-    ++moments.bins[binning.bin(static_cast<double>(values[i]))];
-    ++odd[binning.bin(static_cast<double>(values[i + 1]))];
+  // A chunk's bins are found first, in vector code; then counted in four histograms, since
+  // neighbours often share a bin and the second increment would wait for the first.
+  constexpr std::size_t kChunk = 64;
+  std::array<std::array<std::uint32_t, kProbeBins>, 4> counts{};
+  std::array<std::uint32_t, kChunk> bins;
+  for (std::size_t begin = 0; begin < values.size(); begin += kChunk) {
+    const auto chunk = values.subspan(begin, std::min(kChunk, values.size() - begin));
+    for (std::size_t i = 0; i < chunk.size(); ++i) {
+      bins[i] = binning.bin(static_cast<double>(chunk[i]));
+    }
+    for (std::size_t i = 0; i < chunk.size(); ++i) ++counts[i % counts.size()][bins[i]];
   }
-  if (i < values.size()) ++odd[binning.bin(static_cast<double>(values[i]))];
-  for (std::size_t bin = 0; bin < kProbeBins; ++bin) moments.bins[bin] += odd[bin];
+  for (std::size_t bin = 0; bin < kProbeBins; ++bin) {
+    for (const auto& histogram : counts) moments.bins[bin] += histogram[bin];
+  }
 }
 
 template <class Type>

@@ -117,6 +117,15 @@ TEST(Probe, StrataCoverEveryElementOnce) {
   EXPECT_EQ(probe_index(5, 9, 9), 5U);
 }
 
+TEST(Probe, LooksAtTheElementsThatItsDefinitionNames) {
+  const std::vector<float> values = normal(100003, 1.0F, 1.0F);
+  double sum = 0;
+  for (std::size_t i = 0; i < 1000; ++i) {
+    sum += static_cast<double>(values[probe_index(i, 1000, values.size())]);
+  }
+  EXPECT_FLOAT_EQ(probe_of(values, DType::FLOAT32, 1000).mean, static_cast<float>(sum / 1000));
+}
+
 TEST(Probe, ReadsHalfPrecision) {
   // 1, -2, 65504 (the largest), 2^-24 (the smallest), -0, infinity.
   const std::vector<std::uint16_t> halves{0x3C00, 0xC000, 0x7BFF, 0x0001, 0x8000, 0x7C00};

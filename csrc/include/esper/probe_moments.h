@@ -32,21 +32,28 @@ struct ProbeBinning {
   }
 
   [[nodiscard]] constexpr std::uint32_t bin(double value) const noexcept {
-    const auto at = static_cast<std::uint32_t>((value * 0.5 - half_low) * scale);
-    return at < kProbeBins ? at : kProbeBins - 1;
+    // Through a signed number: compilers turn only that conversion into vector code.
+    const auto at = static_cast<std::int32_t>((value * 0.5 - half_low) * scale);
+    constexpr auto kLast = static_cast<std::int32_t>(kProbeBins) - 1;
+    return static_cast<std::uint32_t>(at < kLast ? at : kLast);
   }
 };
 
-// The index of the sample's `stratum`-th element.
+// Where inside a stratum of `width` elements the sample lies: Fibonacci hashing, the top 32 bits of
+// number * 2^64/phi, scaled.
+[[nodiscard]] constexpr std::size_t probe_offset(std::size_t stratum, std::size_t width) noexcept {
+  const std::uint64_t hash = ((stratum + 1) * 0x9E3779B97F4A7C15ULL) >> 32U;
+  return static_cast<std::size_t>((hash * width) >> 32U);
+}
+
+// The index of the sample's `stratum`-th element. The first numel % count strata have one element
+// more than the others.
 [[nodiscard]] constexpr std::size_t probe_index(std::size_t stratum, std::size_t count,
                                                 std::size_t numel) noexcept {
   const std::size_t length = numel / count;
-  const std::size_t longer = numel % count;  // the first strata have one element more
+  const std::size_t longer = numel % count;
   const std::size_t begin = stratum * length + (stratum < longer ? stratum : longer);
-  const std::size_t width = length + (stratum < longer ? 1 : 0);
-  // Fibonacci hashing: the top 32 bits of stratum * 2^64/phi, scaled to the width.
-  const std::uint64_t hash = ((stratum + 1) * 0x9E3779B97F4A7C15ULL) >> 32U;
-  return begin + static_cast<std::size_t>((hash * width) >> 32U);
+  return begin + probe_offset(stratum, length + (stratum < longer ? 1 : 0));
 }
 
 // The figures of a sample. REQUIRES: moments.count > 0.
