@@ -16,7 +16,7 @@ import ast
 from collections.abc import Mapping
 from typing import Final
 
-from esper.blueprints.types import Layout, site_types
+from esper.blueprints.types import Layout, site_types, stride_between
 from esper.contracts.blueprint import Expression, Site
 from esper.contracts.errors import InvalidBlueprintError
 
@@ -44,7 +44,7 @@ def site_dims(site: Site) -> Mapping[str, int]:
     if h.layout is Layout.IMAGE:
         dims |= {"H": h.positions[0], "W": h.positions[1], "IH": x.positions[0], "IW": x.positions[1]}
     if h.positions:
-        dims["S"] = max(1, round(x.positions[0] / h.positions[0]))
+        dims["S"] = stride_between(x.positions[0], h.positions[0])
     return dims
 
 

@@ -226,7 +226,7 @@ class Operator(abc.ABC):
 
 def bare(cls: Callable[..., nn.Module], *args: int, **kwargs: int | bool) -> nn.Module:
     """Give a layer on the CPU whose weights are not drawn yet, so that torch's random state is left alone."""
-    return cls(*args, device="meta", **kwargs).to_empty(device="cpu")
+    return cls(*args, device="meta", dtype=torch.float32, **kwargs).to_empty(device="cpu")
 
 
 def initialise(module: nn.Module, init: str, generator: torch.Generator) -> nn.Module:

@@ -15,6 +15,7 @@ from esper.blueprints.types import Layout, Mixing, TensorType
 
 _AFFINE: Final = Attribute(name="affine", kind=bool, default=True)
 _FLOAT_BYTES: Final = 4
+_BORN: Final[dict[str, Any]] = {"device": "cpu", "dtype": torch.float32}
 
 
 def broadcast_features(emitter: Emitter, arg: fx.Node, layout: Layout) -> fx.Node:
@@ -56,9 +57,9 @@ class LayerNorm(_SameType):
     def emit(self, emitter: Emitter, args: Sequence[fx.Node], call: Call, output: TensorType) -> fx.Node:
         affine, module = call.flag("affine"), nn.Module()
         if output.layout in (Layout.SIGNAL, Layout.IMAGE):
-            module = nn.GroupNorm(1, output.features, affine=affine, device="cpu")
+            module = nn.GroupNorm(1, output.features, affine=affine, **_BORN)
         else:
-            module = nn.LayerNorm(output.features, elementwise_affine=affine, device="cpu")
+            module = nn.LayerNorm(output.features, elementwise_affine=affine, **_BORN)
         return emitter.module(call.node, module, args[0])
 
 
@@ -96,7 +97,7 @@ class GroupNorm(_SameType):
 
     @override
     def emit(self, emitter: Emitter, args: Sequence[fx.Node], call: Call, output: TensorType) -> fx.Node:
-        module = nn.GroupNorm(call.integer("groups"), output.features, affine=call.flag("affine"), device="cpu")
+        module = nn.GroupNorm(call.integer("groups"), output.features, affine=call.flag("affine"), **_BORN)
         return emitter.module(call.node, module, args[0])
 
 
@@ -122,7 +123,7 @@ class RmsNorm(_SameType):
 
     @override
     def emit(self, emitter: Emitter, args: Sequence[fx.Node], call: Call, output: TensorType) -> fx.Node:
-        module = nn.RMSNorm(output.features, eps=1e-6, elementwise_affine=call.flag("affine"), device="cpu")
+        module = nn.RMSNorm(output.features, eps=1e-6, elementwise_affine=call.flag("affine"), **_BORN)
         return emitter.module(call.node, module, args[0])
 
 
@@ -164,7 +165,7 @@ class Scale(_SameType):
 
     @override
     def emit(self, emitter: Emitter, args: Sequence[fx.Node], call: Call, output: TensorType) -> fx.Node:
-        factor = emitter.parameter(call.node, torch.full((output.features,), call.real("value"), device="cpu"))
+        factor = emitter.parameter(call.node, torch.full((output.features,), call.real("value"), **_BORN))
         return emitter.function(torch.mul, args[0], _over_positions(emitter, factor, output.layout))
 
 
@@ -180,7 +181,7 @@ class Shift(_SameType):
 
     @override
     def emit(self, emitter: Emitter, args: Sequence[fx.Node], call: Call, output: TensorType) -> fx.Node:
-        offset = emitter.parameter(call.node, torch.full((output.features,), call.real("value"), device="cpu"))
+        offset = emitter.parameter(call.node, torch.full((output.features,), call.real("value"), **_BORN))
         return emitter.function(torch.add, args[0], _over_positions(emitter, offset, output.layout))
 
 

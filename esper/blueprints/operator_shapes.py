@@ -12,7 +12,7 @@ from torch import fx
 from typing_extensions import override
 
 from esper.blueprints.operator_base import MAX_FEATURES, Attribute, Call, Emitter, Operator, Work
-from esper.blueprints.types import Layout, Mixing, TensorType
+from esper.blueprints.types import Layout, Mixing, TensorType, stride_between
 
 _FLOAT_BYTES: Final = 4
 _INDEX_BYTES: Final = 8
@@ -242,7 +242,7 @@ class Align(Operator):
         if source.positions == target.positions:
             return "same", ()
         pairs = list(zip(source.positions, target.positions, strict=True))
-        if all(want <= have < 1.5 * want for have, want in pairs):
+        if all(want <= have and stride_between(have, want) == 1 for have, want in pairs):
             return "crop", tuple((have - want) // 2 for have, want in pairs)
         return "average", ()
 

@@ -120,6 +120,14 @@ def _type(kind: SiteKind, shape: tuple[int, ...]) -> TensorType:
     return TensorType(layout, shape[0], shape[1:])
 
 
+def stride_between(have: int, want: int) -> int:
+    """Give how many input positions an output position stands for; 1 where only a border was cut off.
+
+    A layer of stride 2 takes at least ``2 * want - 1`` positions, so fewer mean an unpadded layer of stride 1.
+    """
+    return 1 if have < 2 * want - 1 else max(1, round(have / want))
+
+
 def resized_site(site: Site, extra: int) -> Site | None:
     """Give the same site with ``extra`` more output positions per axis (fewer when negative).
 
@@ -133,7 +141,7 @@ def resized_site(site: Site, extra: int) -> Site | None:
         grown = (site.output_shape[0] + extra, *site.output_shape[1:-1])
         shapes = (*grown, x.features), (*grown, h.features)
     else:
-        stride = max(1, round(x.positions[0] / h.positions[0]))
+        stride = stride_between(x.positions[0], h.positions[0])
         shapes = (
             (x.features, *(size + extra * stride for size in x.positions)),
             (h.features, *(size + extra for size in h.positions)),
