@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -17,15 +18,15 @@ from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind
 
 from esper.contracts.decision import AdaptationDecision, AdaptationPlan, AdaptationType
-from esper.contracts.errors import EsperError, InvalidInputError, InvalidStateError
+from esper.contracts.errors import CorruptDataError, EsperError, InvalidInputError, InvalidStateError
 from esper.contracts.kernel import CompileSpec, KernelReady
 from esper.contracts.run import FieldReport, SeedEvent, SystemStatePacket
 from esper.contracts.wire import from_wire, serialize, to_wire
 from esper.services.tamiyo.service import Tamiyo
-from esper.telemetry.bus import CONTENT_TYPE_HEADER, Bus
-from esper.telemetry.consumer import Received, TypedConsumer, content_type, durable_messages
+from esper.telemetry.bus import CONTENT_TYPE_HEADER, Bus, BusMessage
+from esper.telemetry.consumer import Received, TypedConsumer, content_type, decode, durable_messages
 from esper.telemetry.streams import EVENTS
-from esper.telemetry.subjects import Kind, build_subject, kind_patterns
+from esper.telemetry.subjects import Kind, build_subject, kind_patterns, parse_subject
 from esper.telemetry.tracing import adaptation_span, inject_headers
 from esper.v1 import decision_pb2, kernel_pb2, telemetry_pb2, tezzeret_service_pb2
 
@@ -34,7 +35,12 @@ log = logging.getLogger(__name__)
 DURABLE_NAME: Final = "tamiyo"
 """Name under which Tamiyo keeps its place in the stream."""
 
-_KINDS: Final = (Kind.STATE, Kind.PLAN, Kind.SEED, Kind.FIELD_REPORT)
+_MESSAGES: Final[Mapping[Kind, type[Message]]] = {
+    Kind.STATE: telemetry_pb2.SystemStatePacket,
+    Kind.PLAN: decision_pb2.AdaptationPlan,
+    Kind.SEED: telemetry_pb2.SeedEvent,
+    Kind.FIELD_REPORT: telemetry_pb2.FieldReport,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,9 +89,9 @@ class TamiyoBusLoop:
         Raises:
             UnavailableError: The bus cannot be reached.
         """
-        patterns = [pattern for kind in _KINDS for pattern in kind_patterns(kind)]
+        patterns = [pattern for kind in _MESSAGES for pattern in kind_patterns(kind)]
         self._consumer = await durable_messages(
-            self._bus, EVENTS.name, self._config.durable_name, subject_filter=patterns, batch=1
+            self._bus, EVENTS.name, self._config.durable_name, decode_event, subject_filter=patterns, batch=1
         )
         self._running = asyncio.create_task(self._run(self._consumer), name="tamiyo-bus")
 
@@ -219,3 +225,19 @@ class TamiyoBusLoop:
             msg_id=f"kernel-refused:{decision.adaptation_id}",
             durable=True,
         )
+
+
+def decode_event(raw: BusMessage) -> Message:
+    """Give the message of an event that Tamiyo takes in, by the kind in its subject.
+
+    Raises:
+        CorruptDataError: The subject is of another kind, or the payload is not what the kind asks for.
+    """
+    try:
+        kind = parse_subject(raw.subject).kind
+    except InvalidInputError as error:
+        raise CorruptDataError(f"subject must be one of a run, got {raw.subject}") from error
+    message_type = _MESSAGES.get(kind)
+    if message_type is None:
+        raise CorruptDataError(f"subject must be of kind {', '.join(_MESSAGES)}, got {kind}")
+    return decode(raw, message_type)

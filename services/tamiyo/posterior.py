@@ -14,8 +14,8 @@ sections 2.1 and 2.7). Noise is v_i plus what differs from run to run. The poste
 alone, never on the order in which they came.
 
 The prior is optimistic (mean about one standard deviation above zero) because a trial that does harm is undone: what is
-uncertain is worth trying, and a blueprint has to prove itself bad before it is left alone. It also expects a little more
-of a seed that adds real capacity than of a handful of scales and shifts; reports overrule that within a few trials.
+uncertain is worth trying, and a blueprint has to prove itself bad before it is left alone. It also expects a little
+more of a seed that adds real capacity than of a handful of scales and shifts; a few reports overrule that.
 """
 
 from __future__ import annotations

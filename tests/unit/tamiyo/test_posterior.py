@@ -220,7 +220,7 @@ def test_families_sizes_and_phases(make_candidates):
 
 
 def test_prior_settings_that_break_their_rule_are_refused():
-    with pytest.raises(InvalidInputError, match="kind_deviation must be > 0, got 0.0"):
+    with pytest.raises(InvalidInputError, match=r"kind_deviation must be > 0, got 0\.0"):
         PosteriorConfig(kind_deviation=0.0)
     with pytest.raises(InvalidInputError, match="prior_mean must be finite, got nan"):
         PosteriorConfig(prior_mean=math.nan)

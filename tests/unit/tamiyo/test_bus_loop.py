@@ -1,0 +1,287 @@
+"""Tamiyo on an in-process bus with real servicers behind in-process channels."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+
+from esper.blueprints import default_registry
+from esper.contracts.blueprint import BlueprintState
+from esper.contracts.decision import AdaptationDecision, AdaptationPlan, PlanStatus
+from esper.contracts.errors import InvalidInputError, InvalidStateError
+from esper.contracts.kernel import KernelReady
+from esper.contracts.run import FieldReport, SystemStatePacket
+from esper.contracts.wire import from_wire, serialize, to_wire
+from esper.mesh import InProcessChannel
+from esper.services.tamiyo.bus_loop import BusLoopConfig
+from esper.services.tamiyo.server import REGISTRAR, TamiyoNode, TamiyoNodeConfig
+from esper.telemetry import DEAD, EVENTS, MemoryBroker, MemoryBus, build_subject, dead_subject
+from esper.telemetry.bus import CONTENT_TYPE_HEADER
+from esper.telemetry.consumer import content_type, decode
+from esper.v1 import decision_pb2, kernel_pb2, tamiyo_service_pb2, telemetry_pb2
+from esper.v1.tamiyo_service_pb2_grpc import TamiyoServiceStub
+from esper.v1.tezzeret_service_pb2 import CompileResponse
+from esper.v1.tezzeret_service_pb2_grpc import (
+    TezzeretServiceServicer,
+    TezzeretServiceStub,
+    add_TezzeretServiceServicer_to_server,
+)
+from esper.v1.urza_service_pb2 import SearchBlueprintsResponse
+from esper.v1.urza_service_pb2_grpc import UrzaServiceServicer, UrzaServiceStub, add_UrzaServiceServicer_to_server
+
+MESSAGES = {
+    SystemStatePacket: ("state", telemetry_pb2.SystemStatePacket),
+    FieldReport: ("field_report", telemetry_pb2.FieldReport),
+    AdaptationPlan: ("plan", decision_pb2.AdaptationPlan),
+}
+
+
+class Library(UrzaServiceServicer):
+    """Offers every template."""
+
+    async def SearchBlueprints(self, request, context):
+        answer = SearchBlueprintsResponse()
+        registry = default_registry()
+        for name in registry.names():
+            blueprint = replace(registry.create_blueprint(name), state=BlueprintState.ACTIVE)
+            answer.blueprints.add().CopyFrom(to_wire(blueprint))
+        return answer
+
+
+class Compiler(TezzeretServiceServicer):
+    """Notes what it is asked; refuses when told to."""
+
+    def __init__(self):
+        self.requests = []
+        self.contexts = []
+        self.asked = asyncio.Event()
+        self.refuses = False
+
+    async def Compile(self, request, context):
+        self.requests.append(request)
+        self.contexts.append(trace.get_current_span().get_span_context())
+        self.asked.set()
+        if self.refuses:
+            raise InvalidStateError("the compiler refuses")
+        return CompileResponse()
+
+
+class Mesh:
+    """One broker, its bus, the services around Tamiyo, and Tamiyo itself."""
+
+    def __init__(self):
+        self.broker = MemoryBroker()
+        self.bus = MemoryBus(self.broker)
+        self.channel = InProcessChannel()
+        self.compiler = Compiler()
+        self.channel.add_servicer(add_UrzaServiceServicer_to_server, Library())
+        self.channel.add_servicer(add_TezzeretServiceServicer_to_server, self.compiler)
+        self.node = None
+
+    async def open(self, *, url="sqlite://", tezzeret=True, **loop):
+        await self.bus.ensure_streams()
+        config = TamiyoNodeConfig(database_url=url, bus_loop=BusLoopConfig(retry_delay_s=0.0, **loop))
+        compiler = TezzeretServiceStub(self.channel) if tezzeret else None
+        self.node = await TamiyoNode.open(config, bus=self.bus, urza=UrzaServiceStub(self.channel), tezzeret=compiler)
+        return self
+
+    async def send(self, *values):
+        for value in values:
+            kind, message = MESSAGES[type(value)]
+            headers = {CONTENT_TYPE_HEADER: content_type(message)}
+            await self.bus.publish(build_subject(value.run_id, kind), serialize(value), headers=headers, durable=True)
+
+    async def published(self, kind, message, cls, count):
+        """Give the first ``count`` messages of a kind, waiting for them at most ten seconds."""
+        consumer = await self.bus.consume(EVENTS.name, f"test-{kind}", build_subject("run-1", kind))
+        found = []
+        async with asyncio.timeout(10):
+            while len(found) < count:
+                delivery = await anext(consumer)
+                found.append((from_wire(decode(delivery.message, message), cls), delivery.message))
+                await delivery.ack()
+        await consumer.close()
+        return found
+
+    async def decisions(self, count):
+        return await self.published("decision", decision_pb2.AdaptationDecision, AdaptationDecision, count)
+
+    async def dead(self):
+        consumer = await self.bus.consume(DEAD.name, "test-dead", dead_subject(EVENTS.name))
+        async with asyncio.timeout(10):
+            return (await anext(consumer)).message
+
+
+@pytest.fixture
+async def mesh():
+    mesh = Mesh()
+    yield mesh
+    if mesh.node is not None:
+        await mesh.node.close()
+    await mesh.channel.close()
+    await mesh.bus.close()
+
+
+async def test_every_packet_is_answered_and_growth_is_sent_to_be_compiled(mesh, flattening):
+    await mesh.open()
+    await mesh.send(*flattening)
+    decisions = [one for one, _ in await mesh.decisions(len(flattening))]
+    assert [one.state_sequence for one in decisions] == list(range(1, len(flattening) + 1))
+    grown = [one for one in decisions if one.actionable]
+    assert grown
+    async with asyncio.timeout(5):
+        await mesh.compiler.asked.wait()
+    request = mesh.compiler.requests[0]
+    assert request.adaptation_id == grown[0].adaptation_id
+    assert request.run_id == "run-1"
+    assert not request.wait
+    assert request.spec.random_seed == 7 + grown[0].seed_index
+
+
+async def test_a_redelivered_packet_publishes_nothing_new(mesh, flattening):
+    await mesh.open()
+    await mesh.send(*flattening, *flattening)
+    await mesh.decisions(len(flattening))
+    report = [one async for one in mesh.bus.replay(build_subject("run-1", "decision"))]
+    assert len(report) == len(flattening)
+
+
+async def test_when_the_compiler_refuses_the_run_is_told(mesh, flattening):
+    mesh.compiler.refuses = True
+    await mesh.open()
+    await mesh.send(*flattening)
+    (failure, _), *_ = await mesh.published("kernel", kernel_pb2.KernelReady, KernelReady, 1)
+    assert failure.artifact_id == ""
+    assert "the compiler refuses" in failure.error
+    assert failure.adaptation_id.startswith("a")
+
+
+async def test_without_a_compiler_the_run_is_told(mesh, flattening):
+    await mesh.open(tezzeret=False)
+    await mesh.send(*flattening)
+    (failure, _), *_ = await mesh.published("kernel", kernel_pb2.KernelReady, KernelReady, 1)
+    assert "no compiler is configured" in failure.error
+
+
+async def test_reports_and_plans_from_the_bus_are_taken_in(mesh, flattening, make_report):
+    await mesh.open()
+    plan = AdaptationPlan(
+        adaptation_id="a1", run_id="run-1", status=PlanStatus.REJECTED, created_at=flattening[0].created_at
+    )
+    await mesh.send(make_report("r1"), make_report("r1"), plan, *flattening[:1])
+    await mesh.decisions(1)
+    assert await mesh.node.tamiyo.store.num_reports() == 1
+    assert mesh.node.tamiyo.policy.posterior.num_observations == 1
+
+
+async def test_a_message_that_breaks_a_rule_goes_to_the_dead_letters(mesh, make_report, flattening):
+    await mesh.open()
+    await mesh.send(make_report("r1", decision_confidence=7.0), flattening[0])
+    dead = await mesh.dead()
+    assert "decision_confidence" in dead.headers["Esper-Dead-Reason"]
+    assert await mesh.decisions(1), "the loop goes on"
+
+
+async def test_packets_from_long_ago_are_taken_in_and_nobody_is_told(mesh, flattening, make_report):
+    await mesh.bus.ensure_streams()
+    await mesh.send(*flattening[:5], make_report("last", decision_confidence=7.0))
+    await mesh.open(stale_after_s=1e-9)
+    await mesh.dead()  # messages are handled in order: with the last one dead, the packets are done
+    tracker = mesh.node.tamiyo.tracker
+    assert (await tracker.get_seed_metrics("hidden")).num_samples == 5
+    assert [one async for one in mesh.bus.replay(build_subject("run-1", "decision"))] == []
+
+
+async def test_after_a_restart_the_place_and_the_run_are_kept(mesh, flattening, tmp_path):
+    url = f"sqlite:///{tmp_path}/tamiyo.db"
+    await mesh.open(url=url)
+    await mesh.send(*flattening[:8])
+    await mesh.decisions(8)
+    await mesh.node.close()
+    await mesh.send(*flattening[8:])
+    await mesh.open(url=url)
+    later = [one for one, _ in await mesh.decisions(len(flattening) - 8)]
+    assert [one.state_sequence for one in later] == list(range(9, len(flattening) + 1))
+
+
+async def test_one_adaptation_is_one_trace(mesh, flattening, monkeypatch):
+    provider = TracerProvider(shutdown_on_exit=False)
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", provider)
+    await mesh.open()
+    await mesh.send(*flattening)
+    decisions = await mesh.decisions(len(flattening))
+    acted = next(message for one, message in decisions if one.actionable)
+    async with asyncio.timeout(5):
+        await mesh.compiler.asked.wait()
+    trace_id = acted.headers["traceparent"].split("-")[1]
+    assert format(mesh.compiler.contexts[0].trace_id, "032x") == trace_id
+    quiet = next(message for one, message in decisions if not one.actionable)
+    assert quiet.headers.get("traceparent", "--").split("-")[1] != trace_id
+
+
+async def test_the_servicer_answers_every_method(mesh, flattening, make_report):
+    await mesh.open()
+    mesh.channel.add_servicer(REGISTRAR, mesh.node.servicer)
+    stub = TamiyoServiceStub(mesh.channel)
+    for packet in flattening:
+        answer = await stub.Analyze(tamiyo_service_pb2.AnalyzeRequest(state=to_wire(packet)))
+        decision = from_wire(answer.decision, AdaptationDecision)
+        assert 0 <= decision.confidence <= 1
+        assert decision.adaptation_type in ("add_seed", "remove_seed", "modify_architecture", "optimize_parameters")
+    submit = tamiyo_service_pb2.SubmitFieldReportRequest(report=to_wire(make_report("r1")))
+    assert (await stub.SubmitFieldReport(submit)).learned
+    assert not (await stub.SubmitFieldReport(submit)).learned
+    arms = (await stub.GetPosterior(tamiyo_service_pb2.GetPosteriorRequest())).arms
+    assert [arm.reports for arm in arms] == [1]
+    seeds = [tamiyo_service_pb2.SeedPerformance(seed_index=2, rewards=[0.1], available=True)]
+    chosen = await stub.SelectSeed(tamiyo_service_pb2.SelectSeedRequest(layer="hidden", seeds=seeds))
+    assert chosen.seed_index == 2
+    assert chosen.expected_reward > 0
+    assert chosen.exploration_bonus > 0
+
+
+async def test_pages_of_decisions_meet_without_gap_or_repeat(mesh, flattening):
+    await mesh.open()
+    mesh.channel.add_servicer(REGISTRAR, mesh.node.servicer)
+    stub = TamiyoServiceStub(mesh.channel)
+    for packet in flattening:
+        await stub.Analyze(tamiyo_service_pb2.AnalyzeRequest(state=to_wire(packet)))
+    seen, token = [], ""
+    while True:
+        request = tamiyo_service_pb2.ListDecisionsRequest(run_id="run-1", page_size=5, page_token=token)
+        page = await stub.ListDecisions(request)
+        seen += [one.state_sequence for one in page.decisions]
+        token = page.next_page_token
+        if not token:
+            break
+    assert sorted(seen) == list(range(1, len(flattening) + 1))
+    with pytest.raises(InvalidInputError, match="page_token must be empty or one this listing gave"):
+        await stub.ListDecisions(tamiyo_service_pb2.ListDecisionsRequest(page_token="x"))
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "message"),
+    [
+        ("Analyze", tamiyo_service_pb2.AnalyzeRequest(), "state must be set, got 'nothing'"),
+        ("SubmitFieldReport", tamiyo_service_pb2.SubmitFieldReportRequest(), "report must be set, got 'nothing'"),
+        ("SelectSeed", tamiyo_service_pb2.SelectSeedRequest(layer="l"), "seeds must hold 1 to 4096 seeds, got 0"),
+        ("GetPosterior", tamiyo_service_pb2.GetPosteriorRequest(site_kind=99), "site_kind must be one of LINEAR"),
+        ("ListDecisions", tamiyo_service_pb2.ListDecisionsRequest(run_id="A"), "run_id must match"),
+    ],
+)
+async def test_bad_requests_are_refused_with_the_field(mesh, method, request_, message):
+    await mesh.open()
+    mesh.channel.add_servicer(REGISTRAR, mesh.node.servicer)
+    with pytest.raises(InvalidInputError, match=message):
+        await getattr(TamiyoServiceStub(mesh.channel), method)(request_)
+
+
+def test_settings_that_break_their_rule_are_refused():
+    with pytest.raises(InvalidInputError, match="stale_after_s must be > 0 seconds, got 0"):
+        BusLoopConfig(stale_after_s=0)
+    with pytest.raises(InvalidInputError, match="retry_delay_s must be >= 0 seconds, got -1"):
+        BusLoopConfig(retry_delay_s=-1)

@@ -1,0 +1,147 @@
+"""Where candidates come from, what is left out, and what happens while a service is away."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from esper.blueprints import Mixing, default_registry
+from esper.contracts.blueprint import BlueprintState, Site, SiteKind
+from esper.contracts.errors import InvalidInputError, UnavailableError
+from esper.contracts.wire import to_wire
+from esper.services.tamiyo.candidates import CandidateConfig, CandidateSource, allowed_mixing
+from esper.v1 import karn_service_pb2, urza_service_pb2
+
+TEMPLATES = [
+    replace(default_registry().create_blueprint(name), state=BlueprintState.ACTIVE)
+    for name in default_registry().names()
+]
+
+
+class Library:
+    """Answers SearchBlueprints from a row of blueprints, two a page; can be away."""
+
+    def __init__(self, blueprints):
+        self.blueprints = blueprints
+        self.calls = 0
+        self.away = False
+
+    async def SearchBlueprints(self, request, **_):
+        self.calls += 1
+        if self.away:
+            raise UnavailableError("the library is away")
+        start = int(request.page_token or 0)
+        answer = urza_service_pb2.SearchBlueprintsResponse()
+        for one in self.blueprints[start : start + 2]:
+            answer.blueprints.add().CopyFrom(to_wire(one))
+        if start + 2 < len(self.blueprints):
+            answer.next_page_token = str(start + 2)
+        return answer
+
+
+class Designer:
+    """Answers ProposeBlueprints with one design."""
+
+    def __init__(self, blueprint):
+        self.blueprint = blueprint
+        self.away = False
+
+    async def ProposeBlueprints(self, request, **_):
+        if self.away:
+            raise UnavailableError("the designer is away")
+        answer = karn_service_pb2.ProposeBlueprintsResponse()
+        answer.proposals.add().blueprint.CopyFrom(to_wire(self.blueprint))
+        return answer
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self):
+        return self.now_s
+
+
+def names(candidates):
+    return {one.blueprint.name for one in candidates}
+
+
+async def test_every_legal_blueprint_of_every_page_is_a_candidate(make_packet):
+    found = await CandidateSource(Library(TEMPLATES)).candidates(make_packet(1, 1.0))
+    expected = {one.name for one in default_registry().for_site(found[0].site)}
+    assert names([one for one in found if one.layer == "hidden"]) == expected
+    assert {one.layer for one in found} == {"hidden", "head"}
+    assert all(one.cost.parameters > 0 for one in found)
+
+
+async def test_the_library_is_asked_again_only_when_its_answer_is_old(make_packet):
+    library, clock = Library(TEMPLATES[:2]), Clock()
+    source = CandidateSource(library, config=CandidateConfig(refresh_s=10.0), clock=clock)
+    await source.candidates(make_packet(1, 1.0))
+    await source.candidates(make_packet(2, 1.0))
+    assert library.calls == 1
+    clock.now_s = 10.0
+    await source.candidates(make_packet(3, 1.0))
+    assert library.calls == 2
+
+
+async def test_with_the_library_away_the_last_answer_stands(make_packet):
+    library, clock = Library(TEMPLATES), Clock()
+    source = CandidateSource(library, config=CandidateConfig(refresh_s=1.0), clock=clock)
+    before = await source.candidates(make_packet(1, 1.0))
+    library.away, clock.now_s = True, 5.0
+    assert await source.candidates(make_packet(2, 1.0)) == before
+    assert source.failures["urza"] == 1
+
+
+async def test_designs_join_the_librarys_blueprints_once(make_packet):
+    lora = next(one for one in TEMPLATES if one.name == "lora")
+    both = await CandidateSource(Library([lora]), Designer(lora)).candidates(make_packet(1, 1.0))
+    assert [one.layer for one in both] == ["hidden", "head"]
+    designer = Designer(lora)
+    designer.away = True
+    source = CandidateSource(None, designer)
+    assert await source.candidates(make_packet(1, 1.0)) == []
+    assert source.failures["karn"] > 0
+
+
+async def test_a_blueprint_that_is_not_what_its_id_says_is_left_out(make_packet):
+    forged = replace(TEMPLATES[0], id="0" * 64)
+    assert await CandidateSource(Library([forged])).candidates(make_packet(1, 1.0)) == []
+
+
+async def test_layers_that_have_shown_no_shape_are_left_out(make_packet):
+    packet = make_packet(1, 1.0)
+    blind = replace(packet, layers=tuple(replace(layer, site=None) for layer in packet.layers))
+    assert await CandidateSource(Library(TEMPLATES)).candidates(blind) == []
+
+
+async def test_no_seed_of_a_sequence_layer_may_look_ahead():
+    tokens = Site(kind=SiteKind.LINEAR, input_shape=(16, 32), output_shape=(16, 32))
+    assert allowed_mixing(tokens) is Mixing.CAUSAL
+    assert allowed_mixing(Site(kind=SiteKind.LINEAR, input_shape=(32,), output_shape=(32,))) is Mixing.FULL
+    offered = {one.name for one in await CandidateSource(Library(TEMPLATES)).blueprints(tokens)}
+    causal = {one.name for one in default_registry().for_site(tokens, mixing=Mixing.CAUSAL)}
+    assert offered == causal
+    assert offered < {one.name for one in default_registry().for_site(tokens)}
+
+
+async def test_names_of_what_was_offered_are_remembered(make_packet):
+    source = CandidateSource(Library(TEMPLATES))
+    await source.candidates(make_packet(1, 1.0))
+    lora = next(one for one in TEMPLATES if one.name == "lora")
+    assert source.name_of(lora.id) == "lora"
+    assert source.name_of("0" * 64) == ""
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("refresh_s", -1.0, "refresh_s must be >= 0 seconds, got -1"),
+        ("proposals", 33, r"proposals must be within \[0, 32\], got 33"),
+        ("call_timeout_s", 0.0, "call_timeout_s must be > 0 seconds, got 0"),
+    ],
+)
+def test_settings_that_break_their_rule_are_refused(setting, value, message):
+    with pytest.raises(InvalidInputError, match=message):
+        CandidateConfig(**{setting: value})
