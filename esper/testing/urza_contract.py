@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - a test is named by the sentence that it proves
 """What the library's store promises on every database, as tests: subclass and give a ``database`` fixture.
 
 The fixture gives an open, empty `Database` and closes it afterwards.
@@ -221,7 +222,7 @@ class BlueprintStoreContract(_StoreSuite):
 
     async def test_an_unknown_parent_is_refused_and_nothing_is_stored(self, store: UrzaStore) -> None:
         draft = BlueprintDraft(name="orphan", ir=graph(1), lineage=Lineage(parent_ids=("0" * 64,), operator="mutation"))
-        with pytest.raises(NotFoundError, match="lineage.parent_ids must name stored blueprints, got '0000"):
+        with pytest.raises(NotFoundError, match=r"lineage\.parent_ids must name stored blueprints, got '0000"):
             await store.blueprints.create(draft)
         assert await names(store) == []
         assert (await put(store, 2, "orphan")).version == 1
@@ -371,7 +372,7 @@ class KernelStoreContract(_StoreSuite):
         with pytest.raises(CapacityExceededError, match=f"a kernel must be at most {size + 100} bytes"):
             await store.kernels.put(kernel_bytes(KEY, weight_floats=1_000))
         await store.kernels.put(kernel_bytes(KEY))
-        with pytest.raises(CapacityExceededError, match="must hold at most .* bytes of kernels"):
+        with pytest.raises(CapacityExceededError, match=r"must hold at most .* bytes of kernels"):
             await store.kernels.put(kernel_bytes(KEY, 1))
 
     async def test_a_damaged_kernel_is_found_and_removed(self, database: Database, store: UrzaStore) -> None:
