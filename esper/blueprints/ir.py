@@ -63,7 +63,7 @@ def check_structure(ir: BlueprintIR) -> None:
 
 
 def live_nodes(ir: BlueprintIR) -> frozenset[str]:
-    """Give the names of the nodes that the output depends on."""
+    """Give the names of the nodes whose values reach the output; being read for its shape is not enough."""
     by_name = {node.name: node for node in ir.nodes}
     found: set[str] = set()
     waiting = [ir.output]
@@ -71,7 +71,9 @@ def live_nodes(ir: BlueprintIR) -> frozenset[str]:
         node = by_name.get(waiting.pop())
         if node is not None and node.name not in found:
             found.add(node.name)
-            waiting.extend(node.inputs)
+            operator = OPERATORS.get(node.op)
+            shapes = operator.shape_inputs if operator else ()
+            waiting.extend(source for index, source in enumerate(node.inputs) if index not in shapes)
     return frozenset(found)
 
 
@@ -184,4 +186,4 @@ def _check_all_used(ir: BlueprintIR) -> None:
     live = live_nodes(ir)
     for node in ir.nodes:
         if node.name not in live:
-            raise refuse(node.name, "", "lead to the output (it is not used)", ir.output)
+            raise refuse(node.name, "", "reach the output by its value", ir.output)

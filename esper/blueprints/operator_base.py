@@ -192,6 +192,8 @@ class Operator(abc.ABC):
     """Number of inputs."""
     attributes: ClassVar[tuple[Attribute, ...]] = ()
     """Attributes it takes."""
+    shape_inputs: ClassVar[tuple[int, ...]] = ()
+    """Indices of the inputs of which only the shape is read."""
 
     @abc.abstractmethod
     def infer(self, call: Call) -> TensorType:

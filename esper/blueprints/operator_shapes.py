@@ -182,6 +182,7 @@ class Like(_Rearrange):
 
     name: ClassVar = "like"
     arity: ClassVar = 2
+    shape_inputs: ClassVar = (1,)
 
     @override
     def infer(self, call: Call) -> TensorType:
@@ -226,6 +227,7 @@ class Align(Operator):
 
     name: ClassVar = "align"
     arity: ClassVar = 2
+    shape_inputs: ClassVar = (1,)
 
     @override
     def infer(self, call: Call) -> TensorType:

@@ -137,6 +137,6 @@ def test_sum_of_two_graphs_costs_as_much_as_both(registry: BlueprintRegistry, si
 
 def test_prune_drops_unread_nodes(adapter: BlueprintIR) -> None:
     extra = BlueprintIR(nodes=(*adapter.nodes, IRNode(name="idle", op="scale", inputs=("h",))), output="up")
-    with pytest.raises(InvalidBlueprintError, match="node 'idle' must lead to the output"):
+    with pytest.raises(InvalidBlueprintError, match="node 'idle' must reach the output"):
         validate(extra)
     assert prune(extra) == adapter
