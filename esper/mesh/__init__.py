@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from esper.mesh.auth import LOCAL_CALLER, Authorizer, Caller, TokenStore, current_caller
+from esper.mesh.breaker import CircuitBreaker
 from esper.mesh.calls import END_OF_STREAM, MeshCall, MeshChannel, StreamCall, UnaryCall
 from esper.mesh.channel import ChannelConfig, open_channel, probe, service_config
 from esper.mesh.deadline import deadline_scope, remaining_s
@@ -12,6 +14,7 @@ from esper.mesh.page_token import PageKey, decode_page_token, encode_page_token
 from esper.mesh.ports import LOOPBACK, free_port, free_ports, host_port, is_loopback, require_free
 from esper.mesh.process_state import MeshState, ProcessRecord, read_state, stop_recorded
 from esper.mesh.processes import ProcessSpec, ProcessSupervisor, Readiness
+from esper.mesh.roles import METHOD_ROLES, Role
 from esper.mesh.rpc_metrics import RpcMetrics
 from esper.mesh.server import MeshServer, ServerConfig
 from esper.mesh.status import (
@@ -40,10 +43,15 @@ __all__ = [
     "END_OF_STREAM",
     "ERROR_DOMAIN",
     "ERROR_OF",
+    "LOCAL_CALLER",
     "LOOPBACK",
+    "METHOD_ROLES",
     "STATUS_OF",
+    "Authorizer",
+    "Caller",
     "CertificateAuthority",
     "ChannelConfig",
+    "CircuitBreaker",
     "InProcessChannel",
     "MeshCall",
     "MeshChannel",
@@ -55,14 +63,17 @@ __all__ = [
     "ProcessSupervisor",
     "Readiness",
     "ReadinessProbe",
+    "Role",
     "RpcEnvelope",
     "RpcMetrics",
     "RpcPolicy",
     "ServerConfig",
     "StreamCall",
     "TlsConfig",
+    "TokenStore",
     "UnaryCall",
     "code_of",
+    "current_caller",
     "deadline_scope",
     "decode_page_token",
     "encode_page_token",

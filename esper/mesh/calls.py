@@ -17,6 +17,7 @@ from google.protobuf import descriptor_pool
 from opentelemetry.trace import Span, TracerProvider
 
 from esper.contracts.errors import EsperError, InvalidInputError
+from esper.mesh.auth import bearer
 from esper.mesh.breaker import CircuitBreaker
 from esper.mesh.deadline import effective_timeout_s
 from esper.mesh.rpc_tracing import client_span, inject, mesh_tracer, set_outcome, split_method
@@ -250,6 +251,10 @@ class CallDefaults(Protocol):
     def breaker_cooldown_s(self) -> float:
         """Seconds the breaker stays open."""
 
+    @property
+    def token(self) -> str | None:
+        """Bearer token sent with every call, or ``None``."""
+
 
 class MeshChannel(grpc.aio.Channel):
     """A channel for generated stubs whose calls are `MeshCall` objects. Belongs to one event loop."""
@@ -261,6 +266,7 @@ class MeshChannel(grpc.aio.Channel):
         self._target = target
         self._defaults = defaults
         self._tracer = mesh_tracer(tracer_provider)
+        self._identity = () if defaults.token is None else (bearer(defaults.token),)
         self._breaker = CircuitBreaker(
             target, failures=defaults.breaker_failures, cooldown_s=defaults.breaker_cooldown_s
         )
@@ -328,7 +334,7 @@ class MeshChannel(grpc.aio.Channel):
             default_s = defaults.default_stream_deadline_s if streams else defaults.default_deadline_s
             span = client_span(self._tracer, method, self._target)
             ending = _Ending(span, self._breaker)
-            sent = inject(span, tuple(metadata or ()))
+            sent = inject(span, (*self._identity, *(metadata or ())))
             requests = _Requests(request, check) if takes_stream and request is not None else None
             try:
                 call = inner(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import grpc
@@ -84,10 +84,15 @@ class ChannelConfig:
     allow_plaintext: bool = False
     """Whether plain text may leave this machine."""
 
+    token: str | None = field(default=None, repr=False)
+    """Bearer token sent with every call; ``None`` sends none."""
+
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise InvalidInputError.of(name, "be above 0", getattr(self, name))
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.strip()):
+            raise InvalidInputError("token must be printable ASCII and not blank, got another one", parameter="token")
         stream_s = self.default_stream_deadline_s
         if stream_s is not None and not stream_s > 0:
             raise InvalidInputError.of("default_stream_deadline_s", "be above 0 seconds or None", stream_s)

@@ -45,6 +45,11 @@ class HandlerTable:
                 names.setdefault(service_name())
         return tuple(names)
 
+    @property
+    def method_paths(self) -> tuple[str, ...]:
+        """``/package.Service/Method`` of every method that was registered by name."""
+        return tuple(f"/{service}/{method}" for service, methods in self._services.items() for method in methods)
+
     def find(self, details: grpc.HandlerCallDetails) -> Any:
         """Give the handler of ``details.method`` (``/package.Service/Method``), or ``None``."""
         service, _, method = details.method.lstrip("/").partition("/")

@@ -1,4 +1,4 @@
-"""What surrounds every RPC on the server: span, deadline, admission, the error table, metrics and the access log.
+"""What surrounds every RPC on the server: span, role, admission, deadline, the error table, metrics, the access log.
 
 One interceptor does all of it in one coroutine per call, so that each of the four kinds of RPC, an error, a
 cancellation and a stream left early take the same way out. `InProcessChannel` uses the very same object.
@@ -25,6 +25,7 @@ from esper.contracts.errors import (
     InternalError,
     InvalidInputError,
 )
+from esper.mesh.auth import Authorizer, current_caller
 from esper.mesh.deadline import deadline_scope
 from esper.mesh.rpc_metrics import RpcMetrics
 from esper.mesh.rpc_tracing import mesh_tracer, server_span, set_outcome, split_method
@@ -103,9 +104,11 @@ class RpcEnvelope(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         policy: RpcPolicy | None = None,
         *,
         metrics: RpcMetrics | None = None,
+        authorizer: Authorizer | None = None,
         tracer_provider: TracerProvider | None = None,
     ) -> None:
         self._policy = policy or RpcPolicy()
+        self._authorizer = authorizer
         self._metrics = metrics
         self._tracer = mesh_tracer(tracer_provider)
         self._num_running = 0
@@ -197,7 +200,7 @@ class RpcEnvelope(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             raise
         except EsperError as error:
             _note(info, outcome, error)
-        except Exception as error:  # noqa: BLE001 -- the last border: its text must not reach the caller
+        except Exception as error:
             # The generated base class sets this code, then raises, for a method that the servicer lacks.
             if isinstance(error, NotImplementedError) and _set_code(context) is grpc.StatusCode.UNIMPLEMENTED:
                 outcome.code = grpc.StatusCode.UNIMPLEMENTED
@@ -209,6 +212,8 @@ class RpcEnvelope(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     async def _admitted(self, info: RpcInfo, context: Any, body: _Body) -> Any:
         if info.exempt:
             return await body()
+        if self._authorizer is not None:
+            self._authorizer.authorize(info.path, context.invocation_metadata() or (), context.auth_context())
         bound = self._policy.max_concurrent_rpcs
         if self._num_running >= bound:
             raise CapacityExceededError(
@@ -308,6 +313,7 @@ def _log_access(info: RpcInfo, context: Any, outcome: _Outcome, duration_s: floa
         "code": outcome.code.name,
         "duration_ms": round(duration_s * 1e3, 3),
         "peer": context.peer(),
+        "caller": current_caller().name,
     }
     if outcome.error is not None:
         extra |= {"reason": outcome.error.reason, "error": outcome.error.message}

@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import grpc
@@ -24,10 +25,12 @@ from opentelemetry.trace import TracerProvider
 from prometheus_client import CollectorRegistry
 
 from esper.contracts.errors import ConfigError, InvalidInputError, InvalidStateError, UnavailableError
+from esper.mesh.auth import Authorizer, TokenStore
 from esper.mesh.handlers import HandlerTable, Registrar
 from esper.mesh.health import HealthServicer, ReadinessProbe
 from esper.mesh.interceptors import RpcEnvelope, RpcPolicy
 from esper.mesh.ports import LOOPBACK, host_port, is_loopback, require_free
+from esper.mesh.roles import METHOD_ROLES, Role
 from esper.mesh.rpc_metrics import RpcMetrics
 from esper.mesh.tls import TlsConfig, server_credentials
 
@@ -77,6 +80,9 @@ class ServerConfig:
     tls: TlsConfig | None = None
     """Certificate and authority; ``None`` is plain text, which is for loopback."""
 
+    tokens_path: Path | None = None
+    """Token file of callers from outside; ``None`` asks nobody for a token (then certificates or loopback must do)."""
+
     allow_plaintext: bool = False
     """Whether plain text may leave this machine."""
 
@@ -116,6 +122,7 @@ class MeshServer:
         config: ServerConfig | None = None,
         *,
         registry: CollectorRegistry | None = None,
+        roles: Mapping[str, Role] = METHOD_ROLES,
         tracer_provider: TracerProvider | None = None,
     ) -> None:
         """Prepare a server that is not listening yet.
@@ -123,13 +130,16 @@ class MeshServer:
         Args:
             config: Where and within which bounds.
             registry: Where RED metrics go; ``None`` keeps none.
+            roles: Least role by ``/package.Service/Method``, where callers are told apart.
             tracer_provider: For spans; ``None`` takes the global one.
         """
         self._config = config or ServerConfig()
         self._handlers = HandlerTable()
+        self._authorizer = _authorizer(self._config, roles)
         self._envelope = RpcEnvelope(
             self._config.policy(),
             metrics=None if registry is None else RpcMetrics(registry),
+            authorizer=self._authorizer,
             tracer_provider=tracer_provider,
         )
         self._health = HealthServicer(
@@ -197,9 +207,12 @@ class MeshServer:
         Raises:
             PortInUseError: another process holds the port.
             InvalidStateError: it was started already.
+            ConfigError: callers are told apart, and a method declares no role.
         """
         if self._server is not None:
             raise InvalidStateError("start must be called once, got a second call")
+        if self._authorizer is not None:
+            self._authorizer.require_declared(self._handlers.method_paths)
         require_free(self._config.host, self._config.port)
         server = grpc.aio.server(interceptors=(self._envelope,), options=self._options())
         self._handlers.copy_to(server)
@@ -291,3 +304,12 @@ class MeshServer:
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
         ]
+
+
+def _authorizer(config: ServerConfig, roles: Mapping[str, Role]) -> Authorizer | None:
+    """Tell callers apart where they can be: by token, or by a certificate that every caller must show."""
+    if config.tokens_path is not None:
+        return Authorizer(TokenStore(config.tokens_path), roles=roles)
+    if config.tls is not None and config.tls.require_client_cert:
+        return Authorizer(None, roles=roles)
+    return None

@@ -21,9 +21,11 @@ from esper.mesh import (
     InProcessChannel,
     MeshChannel,
     MeshServer,
+    Role,
     RpcEnvelope,
     RpcMetrics,
     ServerConfig,
+    current_caller,
     open_channel,
     remaining_s,
 )
@@ -32,7 +34,7 @@ SERVICE = "esper.test.EchoService"
 Text = wrappers_pb2.StringValue
 SECRET = "the-password-is-hunter2"
 _KINDS = {"Say": (False, False), "Count": (False, True), "Join": (True, False), "Chat": (True, True)}
-_SINGLE = ("Fail", "Hold", "Budget", "Missing", "Abort")
+_SINGLE = ("Fail", "Hold", "Budget", "Missing", "Abort", "Who")
 
 
 def _describe() -> None:
@@ -117,6 +119,9 @@ class Echo:
     async def Budget(self, request: Any, context: Any) -> Any:
         left_s = remaining_s()
         return Text(value="none" if left_s is None else f"{left_s:.3f}")
+
+    async def Who(self, request: Any, context: Any) -> Any:
+        return Text(value=f"{current_caller().name} {current_caller().role.name}")
 
     async def Abort(self, request: Any, context: Any) -> Any:
         await context.abort(grpc.StatusCode.OUT_OF_RANGE, "by hand")
@@ -212,7 +217,9 @@ async def serve(tracer_provider: TracerProvider) -> AsyncIterator[Callable[..., 
 
     async def start(server: ServerConfig | None = None, channel: ChannelConfig | None = None, **options: Any) -> Mesh:
         registry = CollectorRegistry()
-        mesh_server = MeshServer(server, registry=registry, tracer_provider=tracer_provider)
+        roles = {f"/{SERVICE}/{name}": Role.VIEWER for name in (*_KINDS, *_SINGLE, "HoldStream")}
+        roles[f"/{SERVICE}/Hold"] = Role.OPERATOR
+        mesh_server = MeshServer(server, registry=registry, roles=roles, tracer_provider=tracer_provider)
         servicer = Echo()
         mesh_server.add_servicer(add_echo, servicer, **options)
         await mesh_server.start()
