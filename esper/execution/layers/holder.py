@@ -81,9 +81,14 @@ class SeedHolder(nn.Module):
         Raises:
             InvalidStateError: No module stands there.
         """
-        return [parameter for parameter in self._required_seed(seed_idx).parameters() if parameter.requires_grad]
+        return [parameter for parameter in self.require_seed(seed_idx).parameters() if parameter.requires_grad]
 
-    def _required_seed(self, seed_idx: int) -> Seed:
+    def require_seed(self, seed_idx: int) -> Seed:
+        """Give the module of a seed.
+
+        Raises:
+            InvalidStateError: No module stands there.
+        """
         found = self.find_seed(seed_idx)
         if found is None:
             state = self.state_layout.state(seed_idx).name
@@ -107,7 +112,7 @@ class SeedHolder(nn.Module):
 
     def _before_transition(self, seed_idx: int, to: SeedLifecycleState) -> None:
         if to in LIVE_STATES:
-            self._required_seed(seed_idx)
+            self.require_seed(seed_idx)
 
     def _after_transition(self, seed_idx: int, to: SeedLifecycleState) -> None:
         found = self.find_seed(seed_idx)
@@ -139,6 +144,8 @@ class SeedHolder(nn.Module):
         self.state_layout.set_alpha(seed_idx, alpha)
         if found is not None:
             found.set_alpha(alpha)
+            if found.mode is BlendMode.WHOLE:
+                self.refresh_terms()
             if alpha == 0.0 and state is SeedLifecycleState.CULLED:
                 self._free(seed_idx)
                 self.refresh_terms()
@@ -148,7 +155,10 @@ class SeedHolder(nn.Module):
         terms = []
         for seed in self.live_seeds():
             state = self.state_layout.state(seed.index)
-            seed.mode = BlendMode.WHOLE if state is SeedLifecycleState.FOSSILIZED else BlendMode.ALPHA
+            alpha = float(self.state_layout.alpha_blend[seed.index])
+            whole = state is SeedLifecycleState.FOSSILIZED and alpha == 1.0
+            seed.mode = BlendMode.WHOLE if whole else BlendMode.ALPHA
+            seed.is_silent = alpha == 0.0
             if state in _BLENDED:
                 terms.append(seed)
         self.set_terms(tuple(terms))
@@ -231,7 +241,7 @@ class SeedHolder(nn.Module):
         Raises:
             InvalidStateError: No module stands there, or it was not built from a blueprint.
         """
-        seed = self._required_seed(seed_idx)
+        seed = self.require_seed(seed_idx)
         if seed.ir is None or seed.site is None:
             raise InvalidStateError(
                 f"seed {seed_idx} of layer {self.layer_name!r} must come from a blueprint to be saved, got a module",
