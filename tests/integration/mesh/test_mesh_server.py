@@ -8,7 +8,6 @@ import importlib.util
 import json
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -240,25 +239,28 @@ async def test_drained_server_takes_no_calls(serve: Any, text: Any) -> None:
         await probe(address, 1.0)
 
 
-def test_sigterm_drains_a_serving_process(tmp_path: Path) -> None:
+async def test_sigterm_drains_a_serving_process() -> None:
     script = """
 import asyncio, sys
 from esper.mesh import MeshServer, ServerConfig
 async def main():
-    server = MeshServer(ServerConfig())
-    await server.start()
-    print(server.address, flush=True)
-    await server.serve_until_signal()
+    await MeshServer(ServerConfig(port=int(sys.argv[1]))).serve_until_signal()
     print("drained", flush=True)
 asyncio.run(main())
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        host, port = process.stdout.readline().strip().split(":")
-        socket.create_connection((host, int(port)), timeout=5).close()
+    port = free_port()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", script, str(port)), stdout=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(20):
+        while True:
+            with contextlib.suppress(UnavailableError):
+                await probe(f"127.0.0.1:{port}", 1.0)
+                break
+            await asyncio.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=20)
-    assert (process.returncode, output) == (0, "drained\n")
+        output, _ = await process.communicate()
+    assert (process.returncode, output) == (0, b"drained\n")
 
 
 # ------------------------------------------------------------------ ports and limits
