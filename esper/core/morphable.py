@@ -177,7 +177,7 @@ class MorphableModel(nn.Module):
             self.kasmina_layer(grown.layer).state_layout.index(grown.seed_index)
             by_layer.setdefault(grown.layer, {})[grown.seed_index] = grown
         for name, layer in self.kasmina_layers.items():
-            layer.match_seeds(by_layer.get(name, {}), clear_others=True)
+            layer.match_seeds(by_layer.get(name, {}))
 
     def settle_failures(self) -> int:
         """Read the failures that devices and compiled graphs have counted; gives how many there were.

@@ -98,8 +98,10 @@ class Seed(nn.Module):
         return (delta * (self.trial_alpha if self.mode is BlendMode.TRIAL else self.alpha)).to(like.dtype)
 
     def get_extra_state(self) -> Tensor:
-        """Give what ``load_state_dict`` needs to build this seed again, as a tensor of bytes."""
+        """Give what ``load_state_dict`` needs to build this seed again, as bytes in a tensor; empty for a bare module."""
         (layer,) = self._owner
+        if self.ir is None:
+            return torch.empty(0, dtype=torch.uint8)
         return torch.frombuffer(bytearray(layer.grown_seed(self.index).to_bytes()), dtype=torch.uint8)
 
     def set_extra_state(self, state: object) -> None:

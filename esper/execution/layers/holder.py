@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -312,23 +312,32 @@ class SeedHolder(nn.Module):
 
         Seeds it names are built; a strict load also clears those it does not name.
         """
+        packed = extra_states(state_dict, prefix)
+        bare = [index for index, value in packed.items() if not value.numel()]
+        for index in bare:
+            self.require_seed(index)
         saved = {
-            index: GrownSeed.from_bytes(packed.cpu().numpy().tobytes())
-            for index, packed in sorted(extra_states(state_dict, prefix).items())
+            index: GrownSeed.from_bytes(value.cpu().numpy().tobytes())
+            for index, value in sorted(packed.items())
+            if index not in bare
         }
         for index, grown in saved.items():
             if grown.seed_index != index:
                 raise CorruptDataError(f"{prefix}seeds.{index} must describe seed {index}, got {grown.seed_index}")
-        self.match_seeds(saved, clear_others=bool(args[1]))
+        strict = bool(args[1])
+        self.match_seeds(saved, kept=bare if strict else range(self.num_seeds))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def match_seeds(self, saved: Mapping[int, GrownSeed], *, clear_others: bool) -> None:
-        """Bring the seeds to saved ones by index, without telling listeners; weights come after."""
+    def match_seeds(self, saved: Mapping[int, GrownSeed], *, kept: Collection[int] = ()) -> None:
+        """Bring the seeds to saved ones by index, without telling listeners; weights come after.
+
+        Seeds that were not saved are cleared, but for those ``kept``.
+        """
         with self.state_layout.states.silenced():
             for index in range(self.num_seeds):
                 grown, present = saved.get(index), self.find_seed(index)
                 if grown is None:
-                    if present is not None and clear_others:
+                    if present is not None and index not in kept:
                         self.clear_seed(index)
                 elif present is None or present.ir != grown.ir or self.state_layout.state(index) is not grown.state:
                     self.clear_seed(index)
