@@ -40,6 +40,7 @@ from esper.v1 import (
 )
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Message)
 # The descriptor classes differ between protobuf's runtimes, and its type stubs cover only one of them.
 FieldDescriptor = Any
 EnumDescriptor = Any
@@ -98,6 +99,18 @@ def to_wire(value: object) -> Message:
                 if isinstance(error, InvalidInputError):
                     raise
                 raise InvalidInputError.of(f"{cls.__name__}.{name}", f"fit its wire type ({error})", item) from error
+    return message
+
+
+def to_message(value: object, message_type: type[M]) -> M:
+    """Give the protobuf message of a domain value as the type it is known to have.
+
+    Raises:
+        InvalidInputError: The value's message is of another type, or a field does not fit.
+    """
+    message = to_wire(value)
+    if not isinstance(message, message_type):
+        raise InvalidInputError.of("value", f"have wire form {message_type.__name__}", type(value).__name__)
     return message
 
 

@@ -29,7 +29,7 @@ class Budget:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not 0 <= value < float("inf")):
                 raise InvalidInputError.of(f"budget.{name}", "be a finite count or share >= 0", value)
-        count = self.max_adaptations
+        count: object = self.max_adaptations
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
             raise InvalidInputError.of("budget.max_adaptations", "be a whole number >= 0", count)
 
@@ -77,6 +77,11 @@ class BudgetLedger:
     def release(self, adaptation_id: str) -> None:
         """Give back what an adaptation had reserved; unknown ids are already free."""
         self._booked.pop(adaptation_id, None)
+
+    @property
+    def booked(self) -> dict[str, BlueprintCost]:
+        """Costs reserved, by adaptation."""
+        return dict(self._booked)
 
     def restore(self, booked: dict[str, BlueprintCost], adaptations: int) -> None:
         """Take over the entries of a checkpoint."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from esper.contracts.errors import InvalidInputError
 from esper.core.losses import PerExampleLoss, accuracy_of
 from esper.core.randomness import untouched_randomness
+from esper.execution.overrides import GrowingModel, evaluating
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs and targets, the batch dimension first."""
@@ -63,7 +62,7 @@ class ControlSplit:
         """Give the first example with its batch dimension."""
         return self._batches[0][0][:1]
 
-    def evaluate(self, model: nn.Module, loss: PerExampleLoss) -> ControlFigures:
+    def evaluate(self, model: GrowingModel, loss: PerExampleLoss) -> ControlFigures:
         """Give losses and accuracy of the model as it stands; model and random streams stay untouched."""
         losses: list[torch.Tensor] = []
         right, counted = 0.0, 0
@@ -76,19 +75,6 @@ class ControlSplit:
                     right += accuracy * len(inputs)
                     counted += len(inputs)
         return ControlFigures(losses=torch.cat(losses), accuracy=right / counted if counted else None)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run code in eval mode without gradients; training flags and random streams are as before afterwards."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), untouched_randomness():
-            yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
 
 
 def _pair(batch: Any, device: torch.device) -> Batch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ def per_example(loss_fn: LossFunction) -> PerExampleLoss:
     dimensions but the first; any other callable is asked one example at a time.
     """
     if isinstance(loss_fn, nn.Module) and isinstance(getattr(loss_fn, "reduction", None), str):
-        unreduced = copy.copy(loss_fn)
+        unreduced: Any = copy.copy(loss_fn)
         unreduced.reduction = "none"
         return lambda outputs, targets: _rows(unreduced(outputs, targets), outputs)
     if not isinstance(loss_fn, nn.Module) and _takes_reduction(loss_fn):

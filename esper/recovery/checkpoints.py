@@ -28,7 +28,7 @@ import torch
 
 from esper.contracts.errors import CorruptDataError, InvalidInputError, NotFoundError
 from esper.core.flatten import flatten, unflatten
-from esper.recovery.files import write_atomically
+from esper.execution.durable_file import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -124,16 +124,31 @@ class CheckpointManager:
         """
         return await asyncio.to_thread(self.read, checkpoint_id)
 
+    @property
+    def interval_s(self) -> float:
+        """Seconds between two scheduled checkpoints."""
+        return self.config.interval.total_seconds()
+
+    def save_state(self, state: Mapping[str, Mapping[str, Any]]) -> str:
+        """Write component states by name, in the calling thread; see :meth:`create_checkpoint`."""
+        return self.write({ComponentType(name): data for name, data in state.items()})
+
+    def load_state(self, checkpoint_id: str) -> dict[str, Mapping[str, Any]]:
+        """Give component states by name, in the calling thread; see :meth:`restore_checkpoint`."""
+        restored = self.read(checkpoint_id).components
+        return {kind.value: component.state_data for kind, component in restored.items()}
+
     def write(self, components: Components) -> str:
         """Write a checkpoint in the calling thread; see :meth:`create_checkpoint`."""
         if not components:
             raise InvalidInputError.of("components", "hold at least one component", "none")
+        self._blobs.mkdir(parents=True, exist_ok=True)
         entries = {kind.value: self._write_component(kind, state) for kind, state in components.items()}
         now = datetime.now(UTC)
         checkpoint_id = f"c{now:%Y%m%d%H%M%S}{now.microsecond // 1000:03d}-{secrets.token_hex(4)}"
         body = {"format": _FORMAT, "id": checkpoint_id, "created_at": now.isoformat(), "components": entries}
         document = {"body": body, "sha256": _digest_of_json(body)}
-        write_atomically(self._manifest(checkpoint_id), json.dumps(document).encode())
+        replace_file(self._manifest(checkpoint_id), json.dumps(document).encode())
         self._retire()
         log.info("checkpoint_written", extra={"checkpoint_id": checkpoint_id})
         return checkpoint_id
@@ -195,7 +210,7 @@ class CheckpointManager:
         digest = hashlib.sha256(payload).hexdigest()
         blob = self._blobs / f"{digest}.safetensors"
         if not blob.exists():
-            write_atomically(blob, payload)
+            replace_file(blob, payload)
         return {"tree": tree, "sha256": digest, "size_bytes": len(payload)}
 
     def _read_component(self, name: str, entry: Mapping[str, Any]) -> ComponentState:

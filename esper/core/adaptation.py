@@ -1,0 +1,170 @@
+"""One adaptation of a run: what was decided, how far it has come, what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from esper.contracts.blueprint import BlueprintCost
+from esper.contracts.decision import AdaptationDecision
+from esper.contracts.lifecycle import SeedLifecycleState
+from esper.contracts.run import AdaptationOutcome, Contribution, FieldReport
+from esper.contracts.wire import parse, serialize
+from esper.core.report import AdaptationSummary
+
+
+@dataclass(kw_only=True, slots=True)
+class Adaptation:
+    """Mutable record of one adaptation; belongs to the training thread."""
+
+    decision: AdaptationDecision
+    """What was asked for; a command by hand is written down as a decision too."""
+    cost: BlueprintCost | None = None
+    """Exact cost at the site; ``None`` where no blueprint is used."""
+    price: float | None = None
+    """What the contribution must beat, in units of loss."""
+    state: SeedLifecycleState | None = None
+    """Life-cycle state of its seed; ``None`` where no seed is meant."""
+    outcome: AdaptationOutcome | None = None
+    """How it ended; ``None`` while it is open."""
+    contribution: Contribution | None = None
+    """Last measured effect."""
+    artifact_id: str = ""
+    """Kernel; empty until it was loaded."""
+    begun_step: int = 0
+    """Step at which it was accepted."""
+    begun_epoch: int = 0
+    """Epoch in which it was accepted."""
+    begun_monotonic_s: float = 0.0
+    """Monotonic time at which it was accepted; a seed may not stay LOADING for ever."""
+    run_progress: float | None = None
+    """Planned progress of the run when it was accepted."""
+    state_since_epoch: int = 0
+    """Epoch in which its present state was entered."""
+    isolated_steps: int = 0
+    """Steps spent learning behind the host's back."""
+    graft_steps: int = 0
+    """Steps spent blended in."""
+    ended_step: int | None = None
+    """Step at which it ended."""
+    looks: int = 0
+    """Times its effect was measured while blended in."""
+    reason: str = ""
+    """Why it ended so, in words."""
+    trace_id: str = ""
+    """Trace it belongs to, 32 hex digits; empty when tracing is off."""
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
+    """W3C context of the decision, so that what follows joins its trace."""
+
+    @property
+    def id(self) -> str:
+        """Adaptation id."""
+        return self.decision.adaptation_id
+
+    @property
+    def layer(self) -> str:
+        """Dotted name of the layer."""
+        return self.decision.layer
+
+    @property
+    def seed_index(self) -> int:
+        """Seed within the layer; 0 where no seed is meant."""
+        return self.decision.seed_index or 0
+
+    @property
+    def open(self) -> bool:
+        """Whether it has not ended yet."""
+        return self.outcome is None
+
+    def field_report(self, run_id: str) -> FieldReport:
+        """Give the report of an ended adaptation."""
+        assert self.outcome is not None
+        return FieldReport(
+            report_id=f"r{self.id[1:]}",
+            adaptation_id=self.id,
+            run_id=run_id,
+            layer=self.layer,
+            seed_index=self.seed_index,
+            site=self.decision.site,
+            blueprint_id=self.decision.blueprint_id,
+            artifact_id=self.artifact_id,
+            outcome=self.outcome,
+            contribution=self.contribution,
+            cost=self.cost,
+            price=self.price,
+            isolated_steps=self.isolated_steps,
+            graft_steps=self.graft_steps,
+            begun_epoch=self.begun_epoch,
+            run_progress=self.run_progress,
+            decision_confidence=self.decision.confidence,
+            reason=self.reason,
+            created_at=datetime.now(UTC),
+            adaptation_type=self.decision.adaptation_type.value,
+        )
+
+    def summary(self, step: int) -> AdaptationSummary:
+        """Give the line of the run's report; ``step`` is the run's present step."""
+        blueprint = self.decision.blueprint
+        state = self.state.name.lower() if self.state is not None else ""
+        outcome = self.outcome.name.lower() if self.outcome is not None else "open"
+        return AdaptationSummary(
+            id=self.id,
+            layer=self.layer,
+            seed_index=self.decision.seed_index,
+            adaptation_type=self.decision.adaptation_type.value,
+            blueprint=blueprint.name if blueprint is not None else "",
+            state=state or outcome,
+            outcome=outcome,
+            contribution=None if self.contribution is None else self.contribution.estimate,
+            interval=AdaptationSummary.interval_of(self.contribution),
+            price=self.price,
+            parameters=self.cost.parameters if self.cost is not None else 0,
+            steps=(self.ended_step if self.ended_step is not None else step) - self.begun_step,
+            begun_epoch=self.begun_epoch,
+            trace_id=self.trace_id,
+            reason=self.reason,
+        )
+
+    def to_plain(self) -> dict[str, Any]:
+        """Give the record as plain data for a checkpoint."""
+        return {
+            "decision": serialize(self.decision).hex(),
+            "cost": None if self.cost is None else serialize(self.cost).hex(),
+            "price": self.price,
+            "state": None if self.state is None else int(self.state),
+            "outcome": None if self.outcome is None else int(self.outcome),
+            "contribution": None if self.contribution is None else serialize(self.contribution).hex(),
+            **{name: getattr(self, name) for name in _PLAIN},
+        }
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any], monotonic_s: float) -> Adaptation:
+        """Give the record a checkpoint holds; its LOADING clock starts again at ``monotonic_s``."""
+        cost, contribution = data["cost"], data["contribution"]
+        return cls(
+            decision=parse(bytes.fromhex(data["decision"]), AdaptationDecision),
+            cost=None if cost is None else parse(bytes.fromhex(cost), BlueprintCost),
+            price=data["price"],
+            state=None if data["state"] is None else SeedLifecycleState(data["state"]),
+            outcome=None if data["outcome"] is None else AdaptationOutcome(data["outcome"]),
+            contribution=None if contribution is None else parse(bytes.fromhex(contribution), Contribution),
+            begun_monotonic_s=monotonic_s,
+            **{name: data[name] for name in _PLAIN},
+        )
+
+
+_PLAIN = (
+    "artifact_id",
+    "begun_step",
+    "begun_epoch",
+    "run_progress",
+    "state_since_epoch",
+    "isolated_steps",
+    "graft_steps",
+    "ended_step",
+    "looks",
+    "reason",
+    "trace_id",
+)

@@ -1,0 +1,37 @@
+"""Where a run is: steps, epochs, and how they relate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True, slots=True)
+class RunClock:
+    """Counters of a run; belongs to the training thread."""
+
+    step: int = 0
+    """Optimizer steps completed."""
+    epoch: int = 0
+    """Epochs completed."""
+    planned_epochs: int | None = None
+    """Epochs planned; ``None`` when nobody said."""
+    epoch_began_step: int = 0
+    """Step at which the present epoch began."""
+    last_epoch_steps: int | None = None
+    """Steps of the last whole epoch; ``None`` before one is over."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of the last whole epoch, or of the present one so far; at least 1."""
+        return max(1, self.last_epoch_steps or self.step - self.epoch_began_step)
+
+    @property
+    def progress(self) -> float | None:
+        """Planned progress, 0 to 1; ``None`` when nobody said how long the run is to be."""
+        return None if not self.planned_epochs else min(1.0, self.epoch / self.planned_epochs)
+
+    def end_epoch(self) -> None:
+        """Count an epoch as completed."""
+        self.last_epoch_steps = self.step - self.epoch_began_step
+        self.epoch_began_step = self.step
+        self.epoch += 1

@@ -1,0 +1,47 @@
+"""What the parts of a session share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.optim import Optimizer
+
+from esper.core.budget import BudgetLedger
+from esper.core.clock import RunClock
+from esper.core.control import ControlSplit
+from esper.core.growth import GrowthConfig
+from esper.core.link import RunLink
+from esper.core.losses import LossFunction, PerExampleLoss
+from esper.core.morphable import MorphableModel
+
+
+@dataclass(kw_only=True, slots=True)
+class RunContext:
+    """What the parts of a session share; belongs to the training thread."""
+
+    run_id: str
+    """Run."""
+    model: MorphableModel
+    """The wrapped model."""
+    optimizer: Optimizer
+    """The run's optimizer."""
+    control: ControlSplit
+    """The control split."""
+    loss_fn: LossFunction
+    """Mean loss."""
+    loss_rows: PerExampleLoss
+    """Loss per example."""
+    ledger: BudgetLedger
+    """What growth may cost."""
+    link: RunLink
+    """Line to the mesh."""
+    growth: GrowthConfig
+    """Settings of growth."""
+    clock: RunClock
+    """Steps and epochs."""
+    host_parameters: int
+    """Parameters of the host."""
+    random_seed: int
+    """Seed of the run."""
+    control_loss: float
+    """Last mean control loss."""

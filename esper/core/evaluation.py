@@ -1,0 +1,48 @@
+"""Measuring what a seed brings: paired on held-out examples, with an interval that allows several looks.
+
+Legend: d_i = loss of control example i with the seed off minus on; n = examples; q = quantile of Student's t with
+n - 1 degrees of freedom at 1 - (1 - level) / (2 k); k = looks planned. Interval: mean(d) +- q * sd(d) / sqrt(n).
+The level is split evenly over the looks (Bonferroni), so it holds over all of them together.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from esper.contracts.run import Contribution
+from esper.core.control import ControlSplit
+from esper.core.losses import PerExampleLoss
+from esper.core.morphable import MorphableModel
+from esper.execution.counterfactual import measure_contribution
+
+
+class Judgement(Enum):
+    """What a measurement says of a seed."""
+
+    PAYS = "pays"
+    """The lower end of the interval is above the price."""
+    DOES_NOT_PAY = "does not pay"
+    """The upper end of the interval is below the price."""
+    OPEN = "open"
+    """The interval holds the price."""
+
+
+def judge(contribution: Contribution, price: float) -> Judgement:
+    """Hold a measured effect against its price."""
+    if contribution.low > price:
+        return Judgement.PAYS
+    if contribution.high < price:
+        return Judgement.DOES_NOT_PAY
+    return Judgement.OPEN
+
+
+def seed_contribution(
+    model: MorphableModel, split: ControlSplit, loss: PerExampleLoss, *, layer: str, seed_index: int, level: float
+) -> Contribution:
+    """Give the effect of one live seed at alpha 1 against alpha 0 on the control split; model and streams untouched."""
+    return measure_contribution(model, split.batches, loss, layer=layer, seed_index=seed_index, confidence_level=level)
+
+
+def level_per_look(level: float, looks: int) -> float:
+    """Give the coverage of one look so that ``looks`` of them together have coverage ``level``."""
+    return 1.0 - (1.0 - level) / looks

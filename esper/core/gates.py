@@ -1,0 +1,74 @@
+"""The gates a decision must pass before it is carried out: every check answers in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from esper.blueprints import cost as cost_of
+from esper.contracts.blueprint import BlueprintCost
+from esper.contracts.decision import AdaptationDecision
+from esper.contracts.errors import InvalidInputError
+from esper.contracts.lifecycle import SeedLifecycleState
+from esper.contracts.run import GateCheck
+from esper.core.adaptation import Adaptation
+from esper.core.budget import BudgetLedger
+from esper.core.growth import GrowthConfig
+from esper.execution.layers.base import KasminaLayer
+
+_REMOVABLE = frozenset({SeedLifecycleState.ACTIVE, SeedLifecycleState.EVALUATING, SeedLifecycleState.FOSSILIZED})
+
+
+def check_place(decision: AdaptationDecision, layers: Mapping[str, KasminaLayer]) -> GateCheck:
+    """Check that layer and seed exist."""
+    layer = layers.get(decision.layer)
+    if layer is None:
+        return GateCheck(name="layer", passed=False, detail=f"there is no layer {decision.layer!r} with seeds")
+    index = decision.seed_index
+    if index is None or not 0 <= index < layer.num_seeds:
+        return GateCheck(name="layer", passed=False, detail=f"seed must be 0 to {layer.num_seeds - 1}, got {index}")
+    return GateCheck(name="layer", passed=True, detail=f"{decision.layer} has seed {index}")
+
+
+def check_dormant(decision: AdaptationDecision, layer: KasminaLayer) -> GateCheck:
+    """Check that the seed is free."""
+    state = layer.state_layout.state(decision.seed_index or 0)
+    passed = state is SeedLifecycleState.DORMANT
+    return GateCheck(name="dormant", passed=passed, detail=f"seed {decision.seed_index} is {state.name}")
+
+
+def check_removable(decision: AdaptationDecision, layer: KasminaLayer) -> GateCheck:
+    """Check that there is something to remove."""
+    state = layer.state_layout.state(decision.seed_index or 0)
+    return GateCheck(name="live", passed=state in _REMOVABLE, detail=f"seed {decision.seed_index} is {state.name}")
+
+
+def check_room(decision: AdaptationDecision, ongoing: Iterable[Adaptation], config: GrowthConfig) -> GateCheck:
+    """Check that the layer is free of other adaptations and that not too many are under way."""
+    others = list(ongoing)
+    if any(other.layer == decision.layer for other in others):
+        return GateCheck(name="room", passed=False, detail=f"{decision.layer} has an adaptation under way")
+    passed = len(others) < config.max_open
+    return GateCheck(name="room", passed=passed, detail=f"{len(others)} of {config.max_open} adaptations are under way")
+
+
+def check_site(decision: AdaptationDecision, layer: KasminaLayer) -> GateCheck:
+    """Check that the decision was made for the layer as it is."""
+    passed = layer.site is not None and decision.site in (None, layer.site)
+    return GateCheck(name="site", passed=passed, detail=f"layer has {layer.site}, decision names {decision.site}")
+
+
+def price_blueprint(decision: AdaptationDecision, layer: KasminaLayer) -> tuple[BlueprintCost | None, GateCheck]:
+    """Give the exact cost of the decision's blueprint at the layer, or why there is none."""
+    if decision.blueprint is None or layer.site is None:
+        return None, GateCheck(name="cost", passed=False, detail="the decision carries no blueprint")
+    try:
+        cost = cost_of(decision.blueprint.ir, layer.site)
+    except InvalidInputError as error:
+        return None, GateCheck(name="cost", passed=False, detail=str(error)[:500])
+    return cost, GateCheck(name="cost", passed=True, detail=f"{cost.parameters} parameters, {cost.flops} FLOPs")
+
+
+def check_budget(cost: BlueprintCost, ledger: BudgetLedger) -> GateCheck:
+    """Check that the cost fits in what is left."""
+    refusal = ledger.refusal(cost)
+    return GateCheck(name="budget", passed=refusal is None, detail=refusal or f"{cost.parameters} parameters fit")

@@ -1,0 +1,60 @@
+"""How a run grows: the settings of incubation, graft, evaluation and price."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esper.contracts.errors import InvalidInputError
+from esper.core.blending import BlendKind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GrowthConfig:
+    """Settings of the seed orchestrator; spans in epochs of the run.
+
+    Raises:
+        InvalidInputError: A value breaks its rule; the message names it.
+    """
+
+    incubation_epochs: int = 2
+    """Epochs a seed learns behind the host's back before it is grafted, at least 1."""
+    incubation_learning_rate: float = 3e-3
+    """Learning rate of a seed while it learns alone (AdamW), > 0."""
+    graft_epochs: int = 2
+    """Epochs of the ramp from alpha 0 to ``hold_alpha``, at least 1."""
+    blend: BlendKind = "cosine"
+    """Shape of the ramp."""
+    hold_alpha: float = 0.99
+    """Alpha at which the effect is measured, in (0, 1)."""
+    max_looks: int = 3
+    """Times the effect is measured, one epoch apart, before a seed that is not proven goes; at least 1."""
+    confidence_level: float = 0.95
+    """Coverage of the interval over all looks together, in (0.5, 1)."""
+    price_per_host_share: float = 0.02
+    """Price of as many parameters as the host has, as a share of the control loss, >= 0."""
+    embargo_epochs: int = 2
+    """Epochs a seed's place rests after a cull, >= 0."""
+    max_open: int = 2
+    """Adaptations under way at once, at least 1; never two in one layer."""
+    loading_timeout_s: float = 60.0
+    """Seconds after which a kernel that has not come is given up, > 0."""
+    settle_epochs: int = 2
+    """Epochs after which a change of the optimizer's settings is judged, at least 1."""
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("incubation_epochs", "be at least 1 epoch", self.incubation_epochs >= 1),
+            ("incubation_learning_rate", "be > 0", self.incubation_learning_rate > 0),
+            ("graft_epochs", "be at least 1 epoch", self.graft_epochs >= 1),
+            ("hold_alpha", "lie in (0, 1)", 0 < self.hold_alpha < 1),
+            ("max_looks", "be at least 1", self.max_looks >= 1),
+            ("confidence_level", "lie in (0.5, 1)", 0.5 < self.confidence_level < 1),
+            ("price_per_host_share", "be >= 0", self.price_per_host_share >= 0),
+            ("embargo_epochs", "be >= 0 epochs", self.embargo_epochs >= 0),
+            ("max_open", "be at least 1", self.max_open >= 1),
+            ("loading_timeout_s", "be > 0 s", self.loading_timeout_s > 0),
+            ("settle_epochs", "be at least 1 epoch", self.settle_epochs >= 1),
+        )
+        for name, rule, holds in rules:
+            if not holds:
+                raise InvalidInputError.of(f"growth.{name}", rule, getattr(self, name))

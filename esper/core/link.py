@@ -1,0 +1,187 @@
+"""A run's line to the mesh, as the training thread sees it: words out, words in, never a wait.
+
+Everything that waits (bus, channels, kernel fetches) lives on the publisher's thread; the training thread appends to
+and pops from deques.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from google.protobuf.message import Message
+from opentelemetry import context as otel_context
+
+from esper.contracts.decision import AdaptationDecision, ControlCommand, ControlResult
+from esper.contracts.errors import EsperError, InvalidInputError
+from esper.contracts.kernel import KernelReady
+from esper.contracts.run import CacheTierStatus
+from esper.contracts.wire import from_wire, to_message, to_wire
+from esper.execution.artifact import VerifiedKernel
+from esper.telemetry.client import OonaClient
+from esper.telemetry.mailbox import Mail, Mailbox
+from esper.telemetry.streams import EVENTS
+from esper.telemetry.subjects import Kind, build_subject, kind_patterns
+from esper.telemetry.tracing import extract_context
+from esper.v1 import decision_pb2, kernel_pb2
+
+log = logging.getLogger(__name__)
+M = TypeVar("M", bound=Message)
+
+
+class TieredSource(Protocol):
+    """Where kernels come from: a tiered source with statistics, used on the publisher's loop alone."""
+
+    async def fetch(self, artifact_id: str) -> VerifiedKernel:
+        """Give a verified kernel, from the nearest tier that has it."""
+
+    def stats(self) -> Sequence[CacheTierStatus]:
+        """Give the statistics of every tier."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelArrival:
+    """A kernel that was asked for: here, or never to come."""
+
+    ready: KernelReady
+    """The announcement it follows."""
+    kernel: VerifiedKernel | None = None
+    """The kernel; ``None`` when it failed."""
+    error: str = ""
+    """Why it failed, in words."""
+
+
+Arrival = AdaptationDecision | KernelArrival | ControlCommand
+
+
+class RunLink(Protocol):
+    """What a session asks of its line to the mesh."""
+
+    def send(self, kind: Kind, value: object, *, layer: str | None = None, msg_id: str | None = None) -> None:
+        """Hand a domain value over; returns at once and never raises for what the mesh does."""
+
+    def arrivals(self) -> Iterator[Arrival]:
+        """Give what has come in; each counts as dealt with once the next is asked for."""
+
+    def cache_tiers(self) -> Sequence[CacheTierStatus]:
+        """Give the statistics of the kernel cache."""
+
+    def close(self, deadline_s: float = 5.0) -> None:
+        """Send what waits, within the deadline, and let go."""
+
+
+class BusLink:
+    """A :class:`RunLink` over a publisher's thread and a tiered kernel source."""
+
+    def __init__(self, client: OonaClient, source: TieredSource) -> None:
+        """Open the run's mailboxes.
+
+        Args:
+            client: Connected; closed with the link.
+            source: Where kernels come from; stays the caller's.
+        """
+        self._client = client
+        self._publisher = client.publisher
+        self._source = source
+        self._fetched: deque[KernelArrival] = deque()
+        self._decisions = self._open(Kind.DECISION, decision_pb2.AdaptationDecision)
+        self._kernels = self._open(Kind.KERNEL, kernel_pb2.KernelReady)
+        self._controls = self._open(Kind.CONTROL, decision_pb2.ControlMessage)
+        self.run_id = client.run_id
+
+    def send(self, kind: Kind, value: object, *, layer: str | None = None, msg_id: str | None = None) -> None:
+        """Hand a domain value over; returns at once."""
+        message: Message
+        if isinstance(value, ControlResult):
+            message = decision_pb2.ControlMessage(result=to_message(value, decision_pb2.ControlResult))
+        else:
+            message = to_wire(value)
+        self._publisher.offer(build_subject(self.run_id, kind, layer), message, durable=True, msg_id=msg_id)
+
+    def arrivals(self) -> Iterator[Arrival]:
+        """Give what has come in; with nothing there this costs four length checks."""
+        if self._decisions:
+            yield from self._values(self._decisions, AdaptationDecision)
+        if self._kernels:
+            for mail in self._kernels.drain():
+                self._fetch(mail)
+        while self._fetched:
+            yield self._fetched.popleft()
+        if self._controls:
+            for control in self._controls.drain():
+                if control.message.WhichOneof("body") == "command":
+                    yield from self._value(control, control.message.command, ControlCommand)
+                else:
+                    control.settle()
+
+    def cache_tiers(self) -> Sequence[CacheTierStatus]:
+        """Give the statistics of the kernel cache."""
+        return self._source.stats()
+
+    def close(self, deadline_s: float = 5.0) -> None:
+        """Send what waits, then end the publisher's thread; idempotent."""
+        self._client.close(deadline_s)
+
+    def _open(self, kind: Kind, message_type: type[M]) -> Mailbox[M]:
+        run_id = self._publisher.run_id
+        return self._publisher.open_durable_mailbox(
+            EVENTS.name, f"run-{run_id}-{kind.value}", message_type, subject_filter=kind_patterns(kind, run_id)
+        )
+
+    def _values(self, box: Mailbox[M], cls: type[AdaptationDecision]) -> Iterator[Arrival]:
+        for mail in box.drain():
+            yield from self._value(mail, mail.message, cls)
+
+    def _value(
+        self, mail: Mail[M], message: Message, cls: type[AdaptationDecision | ControlCommand]
+    ) -> Iterator[Arrival]:
+        try:
+            value = from_wire(message, cls)
+        except InvalidInputError as error:
+            log.warning("arrival_refused", extra={"subject": mail.raw.subject, "error": str(error)})
+            mail.settle(give_up=str(error))
+            return
+        with _joined_trace(mail):
+            yield value
+        mail.settle()
+
+    def _fetch(self, mail: Mail[kernel_pb2.KernelReady]) -> None:
+        try:
+            ready = from_wire(mail.message, KernelReady)
+        except InvalidInputError as error:
+            log.warning("arrival_refused", extra={"subject": mail.raw.subject, "error": str(error)})
+            mail.settle(give_up=str(error))
+            return
+        if ready.error is not None or not ready.artifact_id:
+            self._fetched.append(KernelArrival(ready=ready, error=ready.error or "no kernel was named"))
+            mail.settle()
+            return
+        with _joined_trace(mail):
+            self._publisher.submit(self._fetch_into_mailbox(ready, mail))
+
+    async def _fetch_into_mailbox(self, ready: KernelReady, mail: Mail[kernel_pb2.KernelReady]) -> None:
+        try:
+            kernel = await self._source.fetch(ready.artifact_id)
+        except EsperError as error:
+            log.warning("kernel_fetch_failed", extra={"artifact_id": ready.artifact_id, "error": str(error)})
+            self._fetched.append(KernelArrival(ready=ready, error=str(error)))
+        except asyncio.CancelledError:
+            raise
+        else:
+            self._fetched.append(KernelArrival(ready=ready, kernel=kernel))
+        mail.settle()
+
+
+@contextlib.contextmanager
+def _joined_trace(mail: Mail[M]) -> Iterator[None]:
+    """Let what the reader does with a mail join the mail's trace."""
+    token = otel_context.attach(extract_context(mail.raw.headers))
+    try:
+        yield
+    finally:
+        otel_context.detach(token)

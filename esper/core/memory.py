@@ -1,0 +1,146 @@
+"""What a session remembers of itself: the last good snapshot in memory, and checkpoints on disk."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from esper.contracts.errors import EsperError, InvalidInputError, InvalidStateError
+from esper.core.capture import (
+    Stateful,
+    TrainingState,
+    capture_model,
+    capture_optimizer,
+    cloned,
+    restore_model,
+    restore_optimizer,
+)
+from esper.core.context import RunContext
+from esper.core.orchestrator import SeedOrchestrator
+from esper.core.randomness import capture_random_state, restore_random_state
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointStore(Protocol):
+    """Where checkpoints go; ``esper.recovery.CheckpointManager`` is one."""
+
+    @property
+    def interval_s(self) -> float:
+        """Seconds between two scheduled checkpoints."""
+
+    def save_state(self, state: Mapping[str, Mapping[str, Any]]) -> str:
+        """Write component states by name; give the id."""
+
+    def load_state(self, checkpoint_id: str) -> dict[str, Mapping[str, Any]]:
+        """Give component states by name."""
+
+
+class RunMemory:
+    """Snapshots and checkpoints of one run; belongs to the training thread."""
+
+    def __init__(self, context: RunContext, orchestrator: SeedOrchestrator, store: CheckpointStore | None) -> None:
+        self._context = context
+        self._orchestrator = orchestrator
+        self._store = store
+        self._tracked: dict[str, Stateful] = {}
+        self._snapshot: TrainingState | None = None
+        self._last_saved_s = time.monotonic()
+        self.rollbacks = 0
+
+    def track(self, name: str, item: Stateful) -> None:
+        """Let snapshots and checkpoints hold the item's state."""
+        if name in self._tracked:
+            raise InvalidInputError.of("name", "be new", name)
+        self._tracked[name] = item
+
+    def capture(self) -> TrainingState:
+        """Give the whole training state; the tensors are the live ones."""
+        context, clock = self._context, self._context.clock
+        tolaria = {
+            "run_id": context.run_id,
+            "epoch": clock.epoch,
+            "step": clock.step,
+            "epoch_began_step": clock.epoch_began_step,
+            "last_epoch_steps": clock.last_epoch_steps,
+            "control_loss": context.control_loss,
+            "optimizer": capture_optimizer(context.optimizer, context.model),
+            "tracked": {name: item.state_dict() for name, item in self._tracked.items()},
+            "random": capture_random_state(),
+        }
+        return {
+            "tolaria": tolaria,
+            "kasmina": capture_model(context.model),
+            "orchestrator": self._orchestrator.state_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Put the whole training state back.
+
+        Raises:
+            EsperError: It does not fit this model, optimizer or set of tracked objects.
+        """
+        context, tolaria = self._context, state["tolaria"]
+        if set(tolaria["tracked"]) != set(self._tracked):
+            raise InvalidStateError(
+                f"tracked objects must be {sorted(tolaria['tracked'])} as saved, got {sorted(self._tracked)}",
+                parameter="track",
+            )
+        self._orchestrator.let_go()
+        restore_model(context.model, state["kasmina"])
+        restore_optimizer(context.optimizer, context.model, tolaria["optimizer"])
+        for name, item in self._tracked.items():
+            item.load_state_dict(cloned(tolaria["tracked"][name]))
+        clock = context.clock
+        clock.epoch, clock.step = tolaria["epoch"], tolaria["step"]
+        clock.epoch_began_step, clock.last_epoch_steps = tolaria["epoch_began_step"], tolaria["last_epoch_steps"]
+        context.control_loss = tolaria["control_loss"]
+        self._orchestrator.load_state_dict(state["orchestrator"])
+        restore_random_state(tolaria["random"])
+
+    def take_snapshot(self) -> None:
+        """Remember the present state as good."""
+        self._snapshot = cloned(self.capture())
+
+    def end_epoch(self) -> None:
+        """Remember the state, and write a checkpoint when its time has come; a failing disk does not stop training."""
+        self.take_snapshot()
+        if self._store is None or time.monotonic() - self._last_saved_s < self._store.interval_s:
+            return
+        try:
+            self.save()
+        except (EsperError, OSError) as error:
+            self._last_saved_s = time.monotonic()
+            log.error("checkpoint_failed", extra={"run_id": self._context.run_id, "error": str(error)})
+
+    def roll_back(self, reason: str) -> None:
+        """Return to the last good snapshot.
+
+        Adaptations begun since then end ROLLED_BACK. The random streams go back too.
+        """
+        assert self._snapshot is not None
+        self.rollbacks += 1
+        log.warning("rolled_back", extra={"run_id": self._context.run_id, "reason": reason})
+        self._orchestrator.abandon_since(set(self._snapshot["orchestrator"]["adaptations"]), reason)
+        self.restore(cloned(self._snapshot))
+
+    def save(self) -> str:
+        """Write a checkpoint; give its id."""
+        if self._store is None:
+            raise InvalidStateError(
+                "checkpoints must have a place: SessionConfig(checkpoints=...)", parameter="checkpoints"
+            )
+        checkpoint_id = self._store.save_state(self.capture())
+        self._last_saved_s = time.monotonic()
+        return checkpoint_id
+
+    def load(self, checkpoint_id: str) -> None:
+        """Take a checkpoint over."""
+        if self._store is None:
+            raise InvalidStateError(
+                "checkpoints must have a place: SessionConfig(checkpoints=...)", parameter="checkpoints"
+            )
+        self.restore(self._store.load_state(checkpoint_id))
+        self.take_snapshot()

@@ -1,0 +1,545 @@
+"""The seed orchestrator: turns decisions into plans, carries them out, keeps their history, enforces the limits.
+
+    decision -> gates -> LOADING -> kernel arrives -> ACTIVE (learns alone) -> EVALUATING (alpha ramps, then the effect
+    is measured, at most ``max_looks`` times) -> FOSSILIZED or CULLED -> field report
+
+It works at step and epoch boundaries of the training thread, in memory alone. One seed is blended in at a time, so that
+a measured effect has one cause.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import torch
+
+from esper.contracts.blueprint import BlueprintCost
+from esper.contracts.decision import AdaptationDecision, AdaptationPlan, AdaptationType, PlanStatus
+from esper.contracts.errors import EsperError
+from esper.contracts.lifecycle import SeedLifecycleState
+from esper.contracts.run import AdaptationOutcome, Contribution, GateCheck, SeedEvent
+from esper.contracts.wire import parse, serialize
+from esper.core import gates, optimizers
+from esper.core.adaptation import Adaptation
+from esper.core.blending import BlendSchedule
+from esper.core.context import RunContext
+from esper.core.evaluation import Judgement, judge, level_per_look, seed_contribution
+from esper.core.incubator import Incubator
+from esper.core.link import KernelArrival
+from esper.core.tuning import ParameterTrial
+from esper.execution.layers.base import KasminaLayer
+from esper.execution.state import SeedTransition
+from esper.telemetry.subjects import Kind
+from esper.telemetry.tracing import adaptation_span, current_trace_id
+
+log = logging.getLogger(__name__)
+
+State = SeedLifecycleState
+_LIVE: Final = frozenset({State.ACTIVE, State.EVALUATING})
+
+
+class SeedOrchestrator:
+    """Carries adaptations through their life; see the module's docstring."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self.adaptations: dict[str, Adaptation] = {}
+        self._incubators: dict[str, Incubator] = {}
+        self._ramps: dict[str, BlendSchedule] = {}
+        self._trials: dict[str, ParameterTrial] = {}
+        self._early_kernels: dict[str, KernelArrival] = {}
+        self._embargo_until: dict[tuple[str, int], int] = {}
+        self._places: dict[tuple[str, int], Adaptation] = {}
+        self._cause: tuple[str, tuple[GateCheck, ...]] = ("", ())
+        self._unsubscribe = context.model.seed_states.subscribe(self._on_transition)
+        self._starters: Mapping[AdaptationType, Callable[[AdaptationDecision], list[GateCheck]]] = {
+            AdaptationType.ADD_SEED: self._start_seed,
+            AdaptationType.REMOVE_SEED: self._start_removal,
+            AdaptationType.OPTIMIZE_PARAMETERS: self._start_trial,
+            AdaptationType.MODIFY_ARCHITECTURE: self._refuse_architecture,
+        }
+
+    # ------------------------------------------------------------------ what others ask
+
+    @property
+    def layers(self) -> Mapping[str, KasminaLayer]:
+        """Layers with seeds by dotted name."""
+        return self._context.model.kasmina_layers
+
+    def ongoing(self) -> list[Adaptation]:
+        """Give the adaptations under way, oldest first."""
+        return [item for item in self.adaptations.values() if item.open]
+
+    def decide(self, decision: AdaptationDecision) -> list[GateCheck]:
+        """Take a decision: begin it when every gate opens; gives the gates' answers. A repeated one changes nothing."""
+        if decision.adaptation_id in self.adaptations or not decision.actionable:
+            return []
+        with adaptation_span("esper.adaptation.plan", decision.adaptation_id, run_id=self._context.run_id):
+            checks = self._starters[decision.adaptation_type](decision)
+            failed = [check for check in checks if not check.passed]
+            status = PlanStatus.REJECTED if failed else PlanStatus.ACCEPTED
+            reason = "; ".join(f"{check.name}: {check.detail}" for check in failed)
+            self._publish_plan(decision.adaptation_id, status, reason, tuple(checks))
+        early = self._early_kernels.pop(decision.adaptation_id, None)
+        if early is not None:
+            self.receive_kernel(early)
+        return checks
+
+    def receive_kernel(self, arrival: KernelArrival) -> None:
+        """Take a kernel: germinate the seed that waits for it; one that nobody waits for yet is kept for a while."""
+        adaptation = self.adaptations.get(arrival.ready.adaptation_id)
+        if adaptation is None:
+            self._early_kernels[arrival.ready.adaptation_id] = arrival
+            while len(self._early_kernels) > 64:
+                del self._early_kernels[next(iter(self._early_kernels))]
+            return
+        if adaptation.state is not State.LOADING:
+            return
+        if arrival.kernel is None:
+            self._fail(adaptation, f"no kernel: {arrival.error}")
+            return
+        try:
+            self._germinate(adaptation, arrival)
+        except EsperError as error:
+            self._fail(adaptation, f"kernel refused: {error}")
+
+    def tick(self, batch: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        """Do one step's share: seeds that learn alone learn, alphas on a ramp move. Nothing to do costs nothing."""
+        if not self._incubators and not self._ramps:
+            return
+        for adaptation_id, incubator in list(self._incubators.items()):
+            adaptation = self.adaptations[adaptation_id]
+            if self._tripped(adaptation):
+                continue
+            if batch is not None:
+                incubator.learn(*batch)
+            elif not incubator.learn_from_site():
+                continue
+            adaptation.isolated_steps += 1
+        for adaptation_id, ramp in list(self._ramps.items()):
+            adaptation = self.adaptations[adaptation_id]
+            if self._tripped(adaptation):
+                continue
+            adaptation.graft_steps += 1
+            layer = self.layers[adaptation.layer]
+            layer.set_alpha(adaptation.seed_index, ramp.alpha_at(adaptation.graft_steps))
+
+    def end_epoch(self) -> None:
+        """Move every adaptation on that has come to a gate; call after the clock has counted the epoch."""
+        for adaptation in self.ongoing():
+            if adaptation.decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
+                self._judge_trial(adaptation)
+            elif adaptation.state is State.LOADING:
+                self._check_loading(adaptation)
+            elif adaptation.state is State.ACTIVE:
+                self._check_incubation(adaptation)
+            elif adaptation.state is State.EVALUATING:
+                self._check_graft(adaptation)
+        self._lift_embargoes()
+
+    def finish(self) -> None:
+        """End what is still open at the end of the run: measured and kept if it pays, else removed."""
+        for adaptation in self.ongoing():
+            if adaptation.decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
+                self._judge_trial(adaptation, final=True)
+            elif adaptation.state is State.EVALUATING:
+                self._look(adaptation, last=True)
+            elif adaptation.state is State.ACTIVE:
+                self._remove(adaptation, AdaptationOutcome.CULLED, "the run ended before it was grafted")
+            else:
+                self._fail(adaptation, "the run ended before its kernel came")
+
+    def withdraw_grafts(self, reason: str) -> bool:
+        """Take every seed that is blended in out at once, as the governor asks; says whether there was one."""
+        blended = [item for item in self.ongoing() if item.state is State.EVALUATING]
+        for adaptation in blended:
+            self._remove(adaptation, AdaptationOutcome.ROLLED_BACK, reason)
+        return bool(blended)
+
+    def remove_seed(self, layer: str, seed_index: int, reason: str) -> None:
+        """Remove a live or fossilised seed at once.
+
+        Raises:
+            InvalidStateError: Nothing stands there.
+        """
+        found = [a for a in self.adaptations.values() if (a.layer, a.seed_index) == (layer, seed_index)]
+        live = next((a for a in reversed(found) if a.state in _LIVE | {State.FOSSILIZED}), None)
+        if live is not None:
+            self._remove(live, AdaptationOutcome.CULLED, reason)
+            return
+        target = self.layers[layer]
+        optimizers.leave(self._context.optimizer, target.seed_parameters(seed_index))
+        with self._because(reason):
+            target.state_layout.transition(seed_index, State.CULLED, self._context.clock.step)
+            target.state_layout.transition(seed_index, State.EMBARGOED, self._context.clock.step)
+        self._embargo_until[(layer, seed_index)] = self._context.clock.epoch + self._context.growth.embargo_epochs
+
+    @property
+    def awaits_kernel(self) -> bool:
+        """Whether a seed waits for its kernel."""
+        return any(item.state is State.LOADING for item in self.ongoing())
+
+    def germinate_in_place(self, adaptation_id: str) -> None:
+        """Build the blueprint of an accepted adaptation here, without compiler or library.
+
+        Raises:
+            EsperError: The blueprint does not build or fit; the adaptation has failed.
+        """
+        adaptation = self.adaptations[adaptation_id]
+        blueprint = adaptation.decision.blueprint
+        assert blueprint is not None
+        layer = self.layers[adaptation.layer]
+        try:
+            with self._because("built in place"):
+                layer.germinate(
+                    adaptation.seed_index, blueprint.ir, blueprint_id=blueprint.id, adaptation_id=adaptation_id
+                )
+        except EsperError as error:
+            self._fail(adaptation, f"does not germinate: {error}")
+            raise
+        self._incubate(adaptation)
+
+    def abandon_since(self, known: set[str], reason: str) -> None:
+        """End the adaptations begun after those ``known``: the state they stand in is about to be taken back."""
+        for adaptation in self.ongoing():
+            if adaptation.id not in known:
+                self._close(adaptation, AdaptationOutcome.ROLLED_BACK, reason)
+
+    def let_go(self) -> None:
+        """Drop everything under way without touching the model, before another state is loaded."""
+        for incubator in self._incubators.values():
+            incubator.close()
+        self._incubators.clear()
+        self._ramps.clear()
+        self._trials.clear()
+        self._places.clear()
+        self._embargo_until.clear()
+
+    def close(self) -> None:
+        """Stop listening to the model; idempotent."""
+        for incubator in self._incubators.values():
+            incubator.close()
+        self._unsubscribe()
+        self._unsubscribe = lambda: None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give adaptations, budget and what is under way, as plain data with tensors."""
+        return {
+            "adaptations": {key: item.to_plain() for key, item in self.adaptations.items()},
+            "booked": {key: serialize(cost).hex() for key, cost in self._context.ledger.booked.items()},
+            "begun": self._context.ledger.status().adaptations,
+            "incubators": {key: item.state_dict() for key, item in self._incubators.items()},
+            "ramps": {key: asdict(ramp) for key, ramp in self._ramps.items()},
+            "embargo": [(layer, index, until) for (layer, index), until in self._embargo_until.items()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; the model must hold the seeds already."""
+        kept = {key: item for key, item in self.adaptations.items() if key not in state["adaptations"]}
+        now_s = time.monotonic()
+        self.adaptations = {key: Adaptation.from_plain(item, now_s) for key, item in state["adaptations"].items()}
+        self.adaptations.update(kept)
+        booked = {key: parse(bytes.fromhex(item), BlueprintCost) for key, item in state["booked"].items()}
+        self._context.ledger.restore(booked, state["begun"])
+        self._embargo_until = {(layer, index): until for layer, index, until in state["embargo"]}
+        self._ramps = {key: BlendSchedule(**item) for key, item in state["ramps"].items()}
+        for adaptation in self.adaptations.values():
+            if adaptation.state is not None and adaptation.id in state["adaptations"]:
+                self._places[(adaptation.layer, adaptation.seed_index)] = adaptation
+        for key, item in state["incubators"].items():
+            self._incubate(self.adaptations[key])
+            self._incubators[key].load_state_dict(item)
+
+    # ------------------------------------------------------------------ beginning
+
+    def _start_seed(self, decision: AdaptationDecision) -> list[GateCheck]:
+        place = gates.check_place(decision, self.layers)
+        if not place.passed:
+            return [place]
+        layer = self.layers[decision.layer]
+        cost, priced = gates.price_blueprint(decision, layer)
+        checks = [
+            place,
+            gates.check_dormant(decision, layer),
+            gates.check_room(decision, self.ongoing(), self._context.growth),
+            gates.check_site(decision, layer),
+            priced,
+        ]
+        if cost is not None:
+            checks.append(gates.check_budget(cost, self._context.ledger))
+        if cost is None or not all(check.passed for check in checks):
+            return checks
+        self._context.ledger.book(decision.adaptation_id, cost)
+        adaptation = self._record(decision)
+        adaptation.cost = cost
+        share = cost.parameters / max(1, self._context.host_parameters)
+        adaptation.price = self._context.growth.price_per_host_share * share * self._context.control_loss
+        self._places[(adaptation.layer, adaptation.seed_index)] = adaptation
+        self._move(adaptation, State.LOADING, "decision accepted", tuple(checks))
+        return checks
+
+    def _start_removal(self, decision: AdaptationDecision) -> list[GateCheck]:
+        place = gates.check_place(decision, self.layers)
+        if not place.passed:
+            return [place]
+        live = gates.check_removable(decision, self.layers[decision.layer])
+        if live.passed:
+            adaptation = self._record(decision)
+            self.remove_seed(decision.layer, decision.seed_index or 0, decision.explanation or "removed by decision")
+            self._close(adaptation, AdaptationOutcome.KEPT, "removed")
+        return [place, live]
+
+    def _start_trial(self, decision: AdaptationDecision) -> list[GateCheck]:
+        named = decision.parameter_change is not None
+        detail = "a change is named" if named else "no change is named"
+        running = GateCheck(name="room", passed=not self._trials, detail=f"{len(self._trials)} changes are on trial")
+        if decision.parameter_change is not None and running.passed:
+            adaptation = self._record(decision)
+            before = self._context.control.evaluate(self._context.model, self._context.loss_rows).losses
+            self._trials[adaptation.id] = ParameterTrial(self._context.optimizer, decision.parameter_change, before)
+        return [GateCheck(name="change", passed=named, detail=detail), running]
+
+    def _refuse_architecture(self, decision: AdaptationDecision) -> list[GateCheck]:
+        detail = f"layer {decision.layer!r}: host layers are not widened or deepened by this version"
+        return [GateCheck(name="supported", passed=False, detail=detail)]
+
+    def _record(self, decision: AdaptationDecision) -> Adaptation:
+        clock = self._context.clock
+        adaptation = Adaptation(
+            decision=decision,
+            begun_step=clock.step,
+            begun_epoch=clock.epoch,
+            begun_monotonic_s=time.monotonic(),
+            run_progress=clock.progress,
+            state_since_epoch=clock.epoch,
+            trace_id=current_trace_id() or "",
+        )
+        self.adaptations[adaptation.id] = adaptation
+        return adaptation
+
+    # ------------------------------------------------------------------ on the way
+
+    def _germinate(self, adaptation: Adaptation, arrival: KernelArrival) -> None:
+        assert arrival.kernel is not None
+        context, index = self._context, adaptation.seed_index
+        layer = self.layers[adaptation.layer]
+        with adaptation_span("esper.adaptation.germinate", adaptation.id, run_id=context.run_id):
+            with self._because("kernel loaded"):
+                layer.attach_kernel(index, arrival.kernel, adaptation_id=adaptation.id)
+            adaptation.artifact_id = arrival.ready.artifact_id
+        self._incubate(adaptation)
+
+    def _incubate(self, adaptation: Adaptation) -> None:
+        context = self._context
+        rate = context.growth.incubation_learning_rate
+        self._incubators[adaptation.id] = Incubator(
+            context.model, context.loss_fn, layer=adaptation.layer, seed_index=adaptation.seed_index, learning_rate=rate
+        )
+
+    def _check_loading(self, adaptation: Adaptation) -> None:
+        waited_s = time.monotonic() - adaptation.begun_monotonic_s
+        if waited_s > self._context.growth.loading_timeout_s:
+            limit_s = self._context.growth.loading_timeout_s
+            self._fail(adaptation, f"kernel must come within {limit_s:g} s, waited {waited_s:.1f} s")
+
+    def _check_incubation(self, adaptation: Adaptation) -> None:
+        context = self._context
+        if context.clock.epoch - adaptation.state_since_epoch < context.growth.incubation_epochs:
+            return
+        if any(item.state is State.EVALUATING for item in self.ongoing()):
+            return  # one graft at a time; until its turn comes the seed goes on learning
+        contribution = self._measure(adaptation, context.growth.confidence_level)
+        adaptation.contribution = contribution
+        effect = f"{contribution.estimate:+.4f} ({contribution.low:+.4f} to {contribution.high:+.4f})"
+        helps = GateCheck(name="isolated_effect", passed=contribution.high > 0.0, detail=effect)
+        if not helps.passed:
+            self._remove(adaptation, AdaptationOutcome.CULLED, f"learnt alone, it does harm: {effect}", (helps,))
+            return
+        self._graft(adaptation, helps)
+
+    def _graft(self, adaptation: Adaptation, evidence: GateCheck) -> None:
+        context = self._context
+        layer = self.layers[adaptation.layer]
+        self._incubators.pop(adaptation.id).close()
+        group = optimizers.group_of(context.optimizer, layer)
+        optimizers.join(context.optimizer, layer.seed_parameters(adaptation.seed_index), group)
+        self._move(adaptation, State.EVALUATING, "graft begins", (evidence,))
+        self._ramps[adaptation.id] = self._ramp()
+
+    def _ramp(self) -> BlendSchedule:
+        growth = self._context.growth
+        steps = growth.graft_epochs * self._context.clock.steps_per_epoch
+        return BlendSchedule(kind=growth.blend, end=growth.hold_alpha, num_steps=steps)
+
+    def _check_graft(self, adaptation: Adaptation) -> None:
+        if self._tripped(adaptation):
+            return
+        ramp = self._ramps[adaptation.id]
+        if adaptation.graft_steps >= ramp.num_steps:
+            self._look(adaptation, last=adaptation.looks + 1 >= self._context.growth.max_looks)
+
+    def _look(self, adaptation: Adaptation, *, last: bool) -> None:
+        growth = self._context.growth
+        with adaptation_span("esper.adaptation.evaluate", adaptation.id, run_id=self._context.run_id):
+            contribution = self._measure(adaptation, level_per_look(growth.confidence_level, growth.max_looks))
+        adaptation.looks += 1
+        adaptation.contribution = contribution
+        price = adaptation.price or 0.0
+        judgement = judge(contribution, price)
+        detail = (
+            f"{contribution.estimate:+.5f} ({contribution.low:+.5f} to {contribution.high:+.5f}), price {price:.5f}"
+        )
+        check = GateCheck(name="contribution", passed=judgement is Judgement.PAYS, detail=detail)
+        if judgement is Judgement.PAYS:
+            self._fossilize(adaptation, check)
+        elif judgement is Judgement.DOES_NOT_PAY or last:
+            reason = f"{judgement.value} after {adaptation.looks} looks: {detail}"
+            self._remove(adaptation, AdaptationOutcome.CULLED, reason, (check,))
+
+    def _measure(self, adaptation: Adaptation, level: float) -> Contribution:
+        context = self._context
+        return seed_contribution(
+            context.model,
+            context.control,
+            context.loss_rows,
+            layer=adaptation.layer,
+            seed_index=adaptation.seed_index,
+            level=level,
+        )
+
+    # ------------------------------------------------------------------ ending
+
+    def _fossilize(self, adaptation: Adaptation, check: GateCheck) -> None:
+        self._ramps.pop(adaptation.id, None)
+        assert adaptation.contribution is not None
+        self.layers[adaptation.layer].record_contribution(adaptation.seed_index, adaptation.contribution)
+        self._move(adaptation, State.FOSSILIZED, "its effect is above its price", (check,))
+        self._close(adaptation, AdaptationOutcome.KEPT, f"kept: {check.detail}")
+
+    def _fail(self, adaptation: Adaptation, reason: str) -> None:
+        if self.layers[adaptation.layer].state_layout.state(adaptation.seed_index) is State.LOADING:
+            self._move(adaptation, State.ERROR, reason)
+        self._remove(adaptation, AdaptationOutcome.FAILED, reason)
+
+    def _tripped(self, adaptation: Adaptation) -> bool:
+        """Whether the seed's circuit breaker has ended it; then it is cleared away."""
+        state = self.layers[adaptation.layer].state_layout.state(adaptation.seed_index)
+        if state is not State.ERROR:
+            return False
+        self._remove(adaptation, AdaptationOutcome.FAILED, "its kernel failed three times in a row")
+        return True
+
+    def _remove(
+        self, adaptation: Adaptation, outcome: AdaptationOutcome, reason: str, checks: tuple[GateCheck, ...] = ()
+    ) -> None:
+        context, index = self._context, adaptation.seed_index
+        incubator = self._incubators.pop(adaptation.id, None)
+        if incubator is not None:
+            incubator.close()
+        self._ramps.pop(adaptation.id, None)
+        layer = self.layers[adaptation.layer]
+        if layer.find_seed(index) is not None:
+            optimizers.leave(context.optimizer, layer.seed_parameters(index))
+        if layer.state_layout.state(index) is not State.CULLED:
+            self._move(adaptation, State.CULLED, reason, checks)
+        self._move(adaptation, State.EMBARGOED, f"rests for {context.growth.embargo_epochs} epochs")
+        self._embargo_until[(adaptation.layer, index)] = context.clock.epoch + context.growth.embargo_epochs
+        context.ledger.release(adaptation.id)
+        if adaptation.open:
+            self._close(adaptation, outcome, reason)
+
+    def _close(self, adaptation: Adaptation, outcome: AdaptationOutcome, reason: str) -> None:
+        context = self._context
+        adaptation.outcome, adaptation.reason = outcome, reason[:500]
+        adaptation.ended_step = context.clock.step
+        report = adaptation.field_report(context.run_id)
+        with adaptation_span("esper.adaptation.report", adaptation.id, run_id=context.run_id):
+            context.link.send(Kind.FIELD_REPORT, report, layer=adaptation.layer or None, msg_id=report.report_id)
+            status = PlanStatus.FAILED if outcome is AdaptationOutcome.FAILED else PlanStatus.COMPLETED
+            self._publish_plan(adaptation.id, status, reason)
+        log.info("adaptation_ended", extra={"adaptation_id": adaptation.id, "outcome": outcome.name, "reason": reason})
+
+    def _lift_embargoes(self) -> None:
+        for (name, index), until in list(self._embargo_until.items()):
+            if self._context.clock.epoch >= until:
+                del self._embargo_until[(name, index)]
+                with self._because("embargo over"):
+                    self.layers[name].state_layout.transition(index, State.DORMANT, self._context.clock.step)
+                self._places.pop((name, index), None)
+
+    def _judge_trial(self, adaptation: Adaptation, *, final: bool = False) -> None:
+        context = self._context
+        age = context.clock.epoch - adaptation.begun_epoch
+        if age < context.growth.settle_epochs and not final:
+            return
+        trial = self._trials.pop(adaptation.id)
+        after = context.control.evaluate(context.model, context.loss_rows).losses
+        contribution = trial.effect(after, context.growth.confidence_level)
+        adaptation.contribution = contribution
+        effect = (
+            f"control loss fell by {contribution.estimate:+.5f} ({contribution.low:+.5f} to {contribution.high:+.5f})"
+        )
+        if contribution.high < 0.0:
+            trial.undo()
+            self._close(adaptation, AdaptationOutcome.CULLED, f"undone: {effect}")
+        else:
+            self._close(adaptation, AdaptationOutcome.KEPT, f"kept: {effect}")
+
+    # ------------------------------------------------------------------ telling
+
+    def _move(self, adaptation: Adaptation, to: State, reason: str, checks: tuple[GateCheck, ...] = ()) -> None:
+        layout = self.layers[adaptation.layer].state_layout
+        with self._because(reason, checks):
+            layout.transition(adaptation.seed_index, to, self._context.clock.step)
+
+    @contextmanager
+    def _because(self, reason: str, checks: tuple[GateCheck, ...] = ()) -> Iterator[None]:
+        """Let transitions made inside carry this reason."""
+        self._cause = (reason, checks)
+        try:
+            yield
+        finally:
+            self._cause = ("", ())
+
+    def _on_transition(self, transition: SeedTransition) -> None:
+        """Write down and tell every step a seed takes, whoever made it."""
+        context = self._context
+        adaptation = self._places.get((transition.layer, transition.seed_index))
+        if adaptation is not None:
+            adaptation.state, adaptation.state_since_epoch = transition.to_state, context.clock.epoch
+        reason, checks = self._cause
+        event = SeedEvent(
+            run_id=context.run_id,
+            adaptation_id=adaptation.id if adaptation is not None else "",
+            layer=transition.layer,
+            seed_index=transition.seed_index,
+            from_state=transition.from_state,
+            to_state=transition.to_state,
+            step=context.clock.step,
+            epoch=context.clock.epoch,
+            alpha=transition.alpha,
+            reason=reason[:500],
+            checks=checks,
+            created_at=datetime.now(UTC),
+        )
+        context.link.send(Kind.SEED, event, layer=transition.layer)
+
+    def _publish_plan(
+        self, adaptation_id: str, status: PlanStatus, reason: str, checks: tuple[GateCheck, ...] = ()
+    ) -> None:
+        plan = AdaptationPlan(
+            adaptation_id=adaptation_id,
+            run_id=self._context.run_id,
+            status=status,
+            checks=checks,
+            step=self._context.clock.step,
+            reason=reason[:500],
+            created_at=datetime.now(UTC),
+        )
+        self._context.link.send(Kind.PLAN, plan)

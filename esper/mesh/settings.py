@@ -1,0 +1,139 @@
+"""The one configuration of every service and client: file < environment < flag; unknown keys are refused.
+
+A file is TOML. Environment variables are ``ESPER_`` and the name of the setting in capitals. ``resolve`` says where
+each value came from.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from esper.contracts.errors import ConfigError
+
+PREFIX: Final = "ESPER_"
+CONFIG_FILE_VARIABLE: Final = "ESPER_CONFIG"
+SERVICES: Final = ("tolaria", "tamiyo", "karn", "urza", "tezzeret", "nissa")
+"""The six services, in the order of their default ports."""
+DEFAULT_PORTS: Final[Mapping[str, int]] = {name: 50051 + index for index, name in enumerate(SERVICES)}
+
+
+def default_state_dir() -> Path:
+    """Give ``$XDG_STATE_HOME/esper``, by default ``~/.local/state/esper``."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "esper"
+
+
+class MeshSettings(BaseSettings):
+    """Settings shared by services, command line and clients."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+
+    state_dir: Path = Field(
+        default_factory=default_state_dir, description="Where databases, keys, queues and logs rest."
+    )
+    host: str = Field("127.0.0.1", description="Address a service listens on.")
+    nats_url: str = Field("nats://127.0.0.1:4222", description="Message bus.")
+    database_url: str = Field("", description="PostgreSQL for all stores; empty: SQLite files in state_dir.")
+    redis_url: str = Field("", description="Redis for the second cache tier; empty: a directory in state_dir.")
+    trusted_keys_dir: Path | None = Field(
+        None, description="Public keys of trusted compilers; default: state_dir/keys."
+    )
+    signing_key_dir: Path | None = Field(None, description="Signing key of the compiler; default: state_dir/keys.")
+    otlp_endpoint: str = Field("", description="OpenTelemetry collector, e.g. http://127.0.0.1:4317; empty: no traces.")
+    log_json: bool | None = Field(None, description="Logs as JSON; default: JSON unless on a terminal.")
+    drain_deadline_s: float = Field(10.0, gt=0, le=600, description="Time a stopping service gives running calls.")
+    tezzeret_workers: int = Field(1, ge=1, le=64, description="Compile worker processes.")
+    tolaria_address: str = Field("127.0.0.1:50051", description="Where Tolaria listens.")
+    tamiyo_address: str = Field("127.0.0.1:50052", description="Where Tamiyo listens.")
+    karn_address: str = Field("127.0.0.1:50053", description="Where Karn listens.")
+    urza_address: str = Field("127.0.0.1:50054", description="Where Urza listens.")
+    tezzeret_address: str = Field("127.0.0.1:50055", description="Where Tezzeret listens.")
+    nissa_address: str = Field("127.0.0.1:50056", description="Where Nissa listens.")
+    nissa_http_port: int = Field(8080, ge=0, le=65535, description="Port of Nissa's /metrics and health; 0 picks one.")
+    urza_rest_port: int = Field(8081, ge=0, le=65535, description="Port of Urza's REST face; 0 picks one.")
+
+    def address_of(self, service: str) -> str:
+        """Give the address of a service as ``host:port``."""
+        found: str = getattr(self, f"{service}_address")
+        return found
+
+    def database_of(self, service: str) -> str:
+        """Give the database URL of a service's store."""
+        return self.database_url or f"sqlite:///{self.state_dir / 'stores' / f'{service}.db'}"
+
+    @property
+    def keys_dir(self) -> Path:
+        """Where the compiler's key pair rests."""
+        return self.signing_key_dir or self.state_dir / "keys"
+
+    @property
+    def trusted_dir(self) -> Path:
+        """Where the public keys of trusted compilers rest."""
+        return self.trusted_keys_dir or self.keys_dir
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resolved:
+    """Settings with the source of each value."""
+
+    settings: MeshSettings
+    """The settings."""
+    sources: Mapping[str, str]
+    """Setting to ``default``, ``file PATH``, ``environment`` or ``flag``."""
+
+
+def resolve(flags: Mapping[str, Any] | None = None, *, config_file: Path | None = None) -> Resolved:
+    """Read file, environment and flags; flags that are ``None`` were not given.
+
+    Raises:
+        ConfigError: A key is unknown, a value breaks its rule, or the file cannot be read.
+    """
+    named = os.environ.get(CONFIG_FILE_VARIABLE)
+    path = config_file or (Path(named) if named else None)
+    from_file = _read_file(path) if path is not None else {}
+    _refuse_unknown_variables()
+    from_flags = {key: value for key, value in (flags or {}).items() if value is not None}
+    environment = {key for key in MeshSettings.model_fields if f"{PREFIX}{key.upper()}" in os.environ}
+    file_only = {key: value for key, value in from_file.items() if key not in environment}
+    try:
+        settings = MeshSettings(**{**file_only, **from_flags})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "settings"
+        message = f"{name} must be valid: {first['msg']}, got {first.get('input')!r}"
+        raise ConfigError(message, parameter=name) from error
+    sources = dict.fromkeys(MeshSettings.model_fields, "default")
+    sources |= dict.fromkeys(file_only, f"file {path}")
+    sources |= dict.fromkeys(environment, "environment")
+    sources |= dict.fromkeys(from_flags, "flag")
+    return Resolved(settings=settings, sources=sources)
+
+
+def environment_of(settings: MeshSettings) -> dict[str, str]:
+    """Give the settings as environment variables for a child process."""
+    plain = settings.model_dump(mode="json", exclude_none=True)
+    return {f"{PREFIX}{key.upper()}": str(value) for key, value in plain.items()}
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file must be readable, got {path}: {error.strerror}", parameter="config") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config file must be TOML, got {path}: {error}", parameter="config") from error
+
+
+def _refuse_unknown_variables() -> None:
+    known = {f"{PREFIX}{key.upper()}" for key in MeshSettings.model_fields} | {CONFIG_FILE_VARIABLE}
+    unknown = sorted(key for key in os.environ if key.startswith(PREFIX) and key not in known)
+    if unknown:
+        raise ConfigError(f"environment must name known settings, got {unknown[0]}", parameter=unknown[0])

@@ -1,0 +1,195 @@
+"""The one place where services are built from configuration: embedded, local and ``esper serve`` all use it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from esper.contracts.errors import InvalidInputError
+from esper.execution.keys import KeyRing, SigningKey
+from esper.mesh import ChannelConfig, MeshServer, ServerConfig, open_channel
+from esper.mesh.settings import SERVICES, MeshSettings
+from esper.telemetry import Bus, NatsBus
+from esper.v1.karn_service_pb2_grpc import KarnServiceStub
+from esper.v1.nissa_service_pb2_grpc import NissaServiceStub
+from esper.v1.tamiyo_service_pb2_grpc import TamiyoServiceStub
+from esper.v1.tezzeret_service_pb2_grpc import TezzeretServiceStub
+from esper.v1.tolaria_service_pb2_grpc import TolariaServiceStub
+from esper.v1.urza_service_pb2_grpc import UrzaServiceStub
+
+log = logging.getLogger(__name__)
+
+STUBS: Final[Mapping[str, Callable[[Any], Any]]] = {
+    "tolaria": TolariaServiceStub,
+    "tamiyo": TamiyoServiceStub,
+    "karn": KarnServiceStub,
+    "urza": UrzaServiceStub,
+    "tezzeret": TezzeretServiceStub,
+    "nissa": NissaServiceStub,
+}
+"""Generated stub of every service; takes a gRPC or an in-process channel."""
+
+
+class Node(Protocol):
+    """A running service."""
+
+    def add_to(self, server: Any) -> None:
+        """Register with a server or in-process channel."""
+
+    async def close(self) -> None:
+        """Stop, and let go of what it holds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Surroundings:
+    """What a service is given to work with."""
+
+    settings: MeshSettings
+    """Configuration."""
+    bus: Bus
+    """Open bus with its streams; the caller closes it."""
+    stubs: Mapping[str, Any]
+    """Stub of every service by name."""
+    key: SigningKey | None
+    """Signing key; needed by the compiler alone."""
+    ring: KeyRing
+    """Keys of trusted compilers."""
+    embedded: bool
+    """Whether all services share this process: stores in memory, compiling in a thread, no HTTP."""
+
+    def database_of(self, service: str) -> str:
+        """Give the database URL of a service."""
+        return "sqlite://" if self.embedded else self.settings.database_of(service)
+
+
+async def open_node(service: str, given: Surroundings) -> Node:
+    """Build and start one service.
+
+    Raises:
+        InvalidInputError: There is no such service.
+        EsperError: Its store or the bus cannot be reached, or a port is taken.
+    """
+    opener = _OPENERS.get(service)
+    if opener is None:
+        raise InvalidInputError.of("service", f"be one of {', '.join(SERVICES)}", service)
+    return await opener(given)
+
+
+async def serve(service: str, settings: MeshSettings) -> None:
+    """Run one service until SIGTERM or SIGINT, then drain.
+
+    Raises:
+        EsperError: It cannot start; the message says why.
+    """
+    bus = await NatsBus.connect(settings.nats_url)
+    channels: dict[str, Any] = {}
+    try:
+        await bus.ensure_streams()
+        channels |= {
+            name: open_channel(settings.address_of(name), ChannelConfig()) for name in SERVICES if name != service
+        }
+        key = SigningKey.load_or_create(settings.keys_dir) if service == "tezzeret" else None
+        given = Surroundings(
+            settings=settings,
+            bus=bus,
+            stubs={name: STUBS[name](channel) for name, channel in channels.items()},
+            key=key,
+            ring=key.ring() if key is not None else _trusted(settings),
+            embedded=False,
+        )
+        await _serve_node(service, settings, await open_node(service, given))
+    finally:
+        for channel in channels.values():
+            await channel.close()
+        await bus.close()
+
+
+async def _serve_node(service: str, settings: MeshSettings, node: Node) -> None:
+    host, _, port = settings.address_of(service).rpartition(":")
+    config = ServerConfig(host=host or settings.host, port=int(port), drain_deadline_s=settings.drain_deadline_s)
+    server = MeshServer(config)
+    try:
+        node.add_to(server)
+        await server.start()
+        log.info("service_started", extra={"service": service, "address": server.address})
+        await server.serve_until_signal()
+    finally:
+        await node.close()
+
+
+def _trusted(settings: MeshSettings) -> KeyRing:
+    # On one machine the compiler may start after its readers: making the key pair is idempotent.
+    if not settings.trusted_dir.is_dir() and settings.trusted_keys_dir is None:
+        SigningKey.load_or_create(settings.keys_dir)
+    return KeyRing.from_dir(settings.trusted_dir)
+
+
+async def _open_tolaria(given: Surroundings) -> Node:
+    from esper.services.tolaria.server import TolariaNode, TolariaNodeConfig
+
+    return await TolariaNode.open(TolariaNodeConfig(database_url=given.database_of("tolaria")), bus=given.bus)
+
+
+async def _open_tamiyo(given: Surroundings) -> Node:
+    from esper.services.tamiyo.server import TamiyoNode, TamiyoNodeConfig
+
+    config = TamiyoNodeConfig(database_url=given.database_of("tamiyo"))
+    stubs = given.stubs
+    return await TamiyoNode.open(
+        config, bus=given.bus, urza=stubs["urza"], karn=stubs["karn"], tezzeret=stubs["tezzeret"]
+    )
+
+
+async def _open_karn(given: Surroundings) -> Node:
+    from esper.services.karn.server import KarnNode, KarnNodeConfig
+
+    config = KarnNodeConfig(database_url=given.database_of("karn"))
+    return await KarnNode.open(config, bus=given.bus, urza=given.stubs["urza"])
+
+
+async def _open_urza(given: Surroundings) -> Node:
+    from esper.services.urza.server import UrzaConfig, UrzaService
+
+    config = UrzaConfig(
+        database_url=given.database_of("urza"),
+        rest=not given.embedded,
+        rest_port=given.settings.urza_rest_port,
+    )
+    urza = UrzaService(config, bus=given.bus, key_ring=given.ring)
+    await urza.start()
+    return urza
+
+
+async def _open_tezzeret(given: Surroundings) -> Node:
+    from esper.services.tezzeret.server import TezzeretNode, TezzeretNodeConfig
+
+    config = TezzeretNodeConfig(
+        database_url=given.database_of("tezzeret"),
+        num_workers=given.settings.tezzeret_workers,
+        inline=given.embedded,
+    )
+    assert given.key is not None
+    return await TezzeretNode.open(config, bus=given.bus, urza=given.stubs["urza"], signer=given.key)
+
+
+async def _open_nissa(given: Surroundings) -> Node:
+    from esper.services.nissa.server import NissaNode, NissaNodeConfig
+
+    config = NissaNodeConfig(
+        database_url=given.database_of("nissa"),
+        http_port=None if given.embedded else given.settings.nissa_http_port,
+        components={} if given.embedded else {name: given.settings.address_of(name) for name in SERVICES},
+    )
+    return await NissaNode.open(config, bus=given.bus)
+
+
+_OPENERS: Final[Mapping[str, Callable[[Surroundings], Awaitable[Node]]]] = {
+    "tolaria": _open_tolaria,
+    "tamiyo": _open_tamiyo,
+    "karn": _open_karn,
+    "urza": _open_urza,
+    "tezzeret": _open_tezzeret,
+    "nissa": _open_nissa,
+}

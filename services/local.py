@@ -1,0 +1,162 @@
+"""The mesh on this machine: NATS and the six services as supervised processes on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from esper.execution.keys import SigningKey
+from esper.mesh import LOOPBACK, ProcessSpec, ProcessSupervisor, free_ports, probe, read_state
+from esper.mesh.process_state import write_state
+from esper.mesh.settings import SERVICES, MeshSettings, default_state_dir, environment_of
+from esper.services.loop_thread import LoopThread
+from esper.telemetry import NatsBus
+
+_READY_S: Final = 90.0
+_STOP_S: Final = 30.0
+_NATS: Final = "nats"
+_AFTER: Final[dict[str, tuple[str, ...]]] = {"urza": (_NATS,), "tezzeret": (_NATS, "urza")}
+
+
+def local_settings(state_dir: Path, *, fixed_ports: bool = False) -> MeshSettings:
+    """Give the settings of a local mesh: free ports, or the default ones with ``fixed_ports``."""
+    if fixed_ports:
+        return MeshSettings(state_dir=state_dir)
+    ports = free_ports(len(SERVICES) + 3)
+    addresses = {f"{name}_address": f"{LOOPBACK}:{port}" for name, port in zip(SERVICES, ports, strict=False)}
+    return MeshSettings(
+        state_dir=state_dir,
+        nats_url=f"nats://{LOOPBACK}:{ports[-3]}",
+        nissa_http_port=ports[-2],
+        urza_rest_port=ports[-1],
+        **addresses,
+    )
+
+
+def process_specs(settings: MeshSettings) -> list[ProcessSpec]:
+    """Give what runs on this machine, in terms of ``esper serve``."""
+    logs = settings.state_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    (settings.state_dir / "stores").mkdir(parents=True, exist_ok=True)
+    environment = environment_of(settings) | {"GRPC_ENABLE_FORK_SUPPORT": "0", "OMP_NUM_THREADS": "1"}
+    specs = [
+        ProcessSpec(
+            name=_NATS,
+            argv=_argv(_NATS),
+            log_path=logs / "nats.log",
+            env=environment,
+            ready=lambda: _ask_bus(settings.nats_url),
+            ready_deadline_s=_READY_S,
+            address=settings.nats_url.removeprefix("nats://"),
+        )
+    ]
+    for service in SERVICES:
+        address = settings.address_of(service)
+        specs.append(
+            ProcessSpec(
+                name=service,
+                argv=_argv(service),
+                log_path=logs / f"{service}.log",
+                env=environment,
+                ready=_prober(address),
+                ready_deadline_s=_READY_S,
+                address=address,
+                after=_AFTER.get(service, (_NATS,)),
+            )
+        )
+    return specs
+
+
+class LocalMesh:
+    """Starts and stops the processes of a mesh from a program; they die with it."""
+
+    def __init__(self, state_dir: Path | None) -> None:
+        self.state_dir = state_dir or default_state_dir() / "sessions" / f"{os.getpid()}-{secrets.token_hex(3)}"
+        self._loop = LoopThread("esper-local-mesh")
+        self._supervisor = ProcessSupervisor(self.state_dir, die_with_parent=True)
+
+    def start(self) -> MeshSettings:
+        """Start everything and wait until it is ready; give where it is.
+
+        Raises:
+            AlreadyExistsError: A mesh runs in this state directory.
+            UnavailableError: A process ended or was not ready in time.
+        """
+        self.state_dir.mkdir(parents=True, exist_ok=True)
+        settings = local_settings(self.state_dir)
+        SigningKey.load_or_create(settings.keys_dir)
+        try:
+            extra = environment_of(settings)
+            self._loop.run(self._supervisor.start(process_specs(settings), extra=extra), _READY_S * 2)
+        except BaseException:
+            self._loop.close()
+            raise
+        return settings
+
+    def stop(self) -> None:
+        """Stop every process; idempotent."""
+        try:
+            self._loop.run(self._supervisor.stop(), _STOP_S)
+        finally:
+            self._loop.close()
+
+
+async def supervise(settings: MeshSettings) -> None:
+    """Run the mesh on the settings' ports until SIGTERM or SIGINT, or until another process takes it down.
+
+    Raises:
+        AlreadyExistsError: A mesh runs in this state directory.
+        UnavailableError: A process ended or was not ready in time.
+    """
+    SigningKey.load_or_create(settings.keys_dir)
+    supervisor = ProcessSupervisor(settings.state_dir)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    starting = asyncio.create_task(supervisor.start(process_specs(settings), extra=environment_of(settings)))
+    try:
+        await _first_of(starting, asyncio.create_task(stop.wait()))
+        if starting.done():
+            starting.result()
+            mark_ready(settings.state_dir)
+            ended = asyncio.create_task(supervisor.wait_all_ended())
+            await _first_of(ended, asyncio.create_task(stop.wait()))
+    finally:
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+        await supervisor.stop()
+
+
+def mark_ready(state_dir: Path) -> None:
+    """Note in the state file that every process is ready."""
+    state = read_state(state_dir)
+    write_state(state_dir, replace(state, extra={**state.extra, "ready": "yes"}))
+
+
+async def _first_of(*tasks: asyncio.Task[Any]) -> None:
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _argv(service: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "esper.cli.main", "serve", service)
+
+
+def _prober(address: str) -> Callable[[], Awaitable[None]]:
+    async def ask() -> None:
+        await probe(address, 2.0)
+
+    return ask
+
+
+async def _ask_bus(url: str) -> None:
+    bus = await NatsBus.connect(url)
+    await bus.close()

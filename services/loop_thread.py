@@ -1,0 +1,77 @@
+"""A thread with an event loop, for code that serves while another thread works."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from esper.contracts.errors import DeadlineExceededError, InvalidStateError
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """Runs coroutines on an event loop of its own; ``close`` ends loop and thread."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop."""
+        return self._loop
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Start a coroutine on the loop from any thread.
+
+        Raises:
+            InvalidStateError: The loop has been closed.
+        """
+        if self._loop.is_closed() or not self._thread.is_alive():
+            work.close()
+            raise InvalidStateError("the loop must be running, got a closed one")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+        """Run a coroutine and wait for its result; it is cancelled when the time runs out.
+
+        Raises:
+            DeadlineExceededError: It took longer than ``timeout_s`` seconds.
+        """
+        future = self.submit(work)
+        try:
+            return future.result(timeout_s)
+        except concurrent.futures.TimeoutError as error:
+            if future.done():
+                raise
+            future.cancel()
+            raise DeadlineExceededError(f"work must end within {timeout_s:g} s") from error
+
+    def close(self) -> None:
+        """Cancel what is left, end the loop and the thread; idempotent."""
+        if self._loop.is_closed():
+            return
+        if self._thread.is_alive():
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result(5.0)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(5.0)
+        if not self._loop.is_running():
+            self._loop.close()
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+
+async def _cancel_others() -> None:
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

@@ -1,0 +1,205 @@
+"""Tolaria on the bus: takes in what runs say, and carries commands to them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from google.protobuf.message import Message
+
+from esper.contracts.decision import ControlCommand, ControlResult
+from esper.contracts.errors import DeadlineExceededError, EsperError, InvalidInputError, UnavailableError
+from esper.contracts.run import SystemStatePacket
+from esper.contracts.wire import from_wire, to_message
+from esper.services.tolaria.store import StoredEvent, TolariaStore
+from esper.telemetry.bus import CONTENT_TYPE_HEADER, Bus
+from esper.telemetry.consumer import Received, TypedConsumer, content_type, decode_any, durable_messages
+from esper.telemetry.streams import EVENTS
+from esper.telemetry.subjects import Kind, build_subject, kind_patterns
+from esper.v1 import decision_pb2, telemetry_pb2
+
+log = logging.getLogger(__name__)
+
+DURABLE_NAME: Final = "tolaria"
+"""Name under which Tolaria keeps its place in the stream."""
+
+_KINDS: Final = (Kind.STATE, Kind.DECISION, Kind.PLAN, Kind.SEED, Kind.FIELD_REPORT, Kind.CONTROL)
+_EVENT_KINDS: Final = {
+    decision_pb2.AdaptationDecision: "decision",
+    decision_pb2.AdaptationPlan: "plan",
+    telemetry_pb2.SeedEvent: "seed",
+    telemetry_pb2.FieldReport: "field_report",
+}
+_ANSWERS_KEPT: Final = 4096
+_RETRY_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunNews:
+    """Something that happened in a run."""
+
+    run_id: str
+    """Run."""
+    message: Message
+    """State packet, decision, seed event or field report."""
+
+
+class TolariaBusLoop:
+    """Consumes runs' events into the store and tells watchers. Belongs to one event loop."""
+
+    def __init__(self, store: TolariaStore, bus: Bus) -> None:
+        self._store = store
+        self._bus = bus
+        self._consumer: TypedConsumer[Message] | None = None
+        self._running: asyncio.Task[None] | None = None
+        self._watchers: dict[str, set[asyncio.Queue[RunNews]]] = {}
+        self._waiting: dict[str, asyncio.Future[ControlResult]] = {}
+        self._answers: dict[str, ControlResult] = {}
+        self._answered: deque[str] = deque()
+
+    async def start(self) -> None:
+        """Open the consumer and begin.
+
+        Raises:
+            UnavailableError: The bus cannot be reached.
+        """
+        patterns = [pattern for kind in _KINDS for pattern in kind_patterns(kind)]
+        self._consumer = await durable_messages(
+            self._bus, EVENTS.name, DURABLE_NAME, decode_any, subject_filter=patterns
+        )
+        self._running = asyncio.create_task(self._run(self._consumer), name="tolaria-bus-loop")
+
+    async def ready(self) -> None:
+        """Return when events are being taken in.
+
+        Raises:
+            UnavailableError: They are not.
+        """
+        if self._running is None or self._running.done():
+            raise UnavailableError("Tolaria's bus loop must run, got one that ended")
+        if not self._bus.stats().connected:
+            raise UnavailableError("the bus must be reachable, got a lost connection")
+
+    async def close(self) -> None:
+        """Stop consuming; idempotent."""
+        if self._running is not None:
+            self._running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._running
+            self._running = None
+        if self._consumer is not None:
+            await self._consumer.close()
+            self._consumer = None
+
+    async def command(self, command: ControlCommand, timeout_s: float) -> ControlResult:
+        """Send a command to its run and wait for the answer; a repeated request id is sent once.
+
+        Raises:
+            DeadlineExceededError: The run did not answer in time; it may still carry the command out.
+            UnavailableError: The bus cannot be reached.
+        """
+        known = self._answers.get(command.request_id)
+        if known is not None:
+            return known
+        waiting = self._waiting.get(command.request_id)
+        if waiting is None:
+            waiting = asyncio.get_running_loop().create_future()
+            self._waiting[command.request_id] = waiting
+        try:
+            await self._publish(command)
+            return await asyncio.wait_for(asyncio.shield(waiting), timeout_s)
+        except TimeoutError as error:
+            message = (
+                f"run {command.run_id} must answer within {timeout_s:.1f} s, got no answer to {command.action.name}"
+            )
+            raise DeadlineExceededError(message) from error
+        finally:
+            if waiting.done():
+                self._waiting.pop(command.request_id, None)
+
+    @contextlib.contextmanager
+    def watch(self, run_id: str) -> Iterator[AsyncIterator[RunNews]]:
+        """Give what happens in a run from now on; a watcher that falls 1,000 events behind loses the oldest."""
+        queue: asyncio.Queue[RunNews] = asyncio.Queue(1000)
+        self._watchers.setdefault(run_id, set()).add(queue)
+        try:
+            yield _drain(queue)
+        finally:
+            self._watchers[run_id].discard(queue)
+            if not self._watchers[run_id]:
+                del self._watchers[run_id]
+
+    async def _publish(self, command: ControlCommand) -> None:
+        message = decision_pb2.ControlMessage(command=to_message(command, decision_pb2.ControlCommand))
+        await self._bus.publish(
+            build_subject(command.run_id, Kind.CONTROL),
+            message.SerializeToString(),
+            headers={CONTENT_TYPE_HEADER: content_type(decision_pb2.ControlMessage)},
+            msg_id=f"command-{command.request_id}",
+            durable=True,
+        )
+
+    async def _run(self, consumer: TypedConsumer[Message]) -> None:
+        async for received in consumer:
+            delivery = received.delivery
+            assert delivery is not None
+            try:
+                await self._take(received)
+            except InvalidInputError as error:
+                log.warning("event_refused", extra={"subject": received.raw.subject, "error": str(error)})
+                await self._settle(delivery.term(str(error)))
+            except EsperError as error:
+                log.warning("event_postponed", extra={"subject": received.raw.subject, "error": str(error)})
+                await self._settle(delivery.nak(_RETRY_S, reason=str(error)))
+            else:
+                await self._settle(delivery.ack())
+
+    @staticmethod
+    async def _settle(settling: object) -> None:
+        try:
+            await settling  # type: ignore[misc]
+        except (UnavailableError, DeadlineExceededError) as error:  # it comes again, and is known then
+            log.warning("settling_postponed", extra={"error": str(error)})
+
+    async def _take(self, received: Received[Message]) -> None:
+        message, run_id = received.message, received.subject.run_id
+        if isinstance(message, decision_pb2.ControlMessage):
+            if message.WhichOneof("body") == "result":
+                self._answer(from_wire(message.result, ControlResult))
+            return
+        if isinstance(message, telemetry_pb2.SystemStatePacket):
+            if await self._store.keep_packet(from_wire(message, SystemStatePacket)):
+                self._tell(run_id, message)
+            return
+        kind = _EVENT_KINDS.get(type(message))
+        if kind is None:
+            raise InvalidInputError.of("message", "be an event of a run", message.DESCRIPTOR.full_name)
+        adaptation_id: str = message.adaptation_id  # type: ignore[attr-defined]
+        event = StoredEvent(adaptation_id=adaptation_id, kind=kind, payload=message.SerializeToString())
+        if await self._store.keep_event(run_id, int(received.raw.sequence or 0), event):
+            self._tell(run_id, message)
+
+    def _answer(self, result: ControlResult) -> None:
+        self._answers[result.request_id] = result
+        self._answered.append(result.request_id)
+        while len(self._answered) > _ANSWERS_KEPT:
+            self._answers.pop(self._answered.popleft(), None)
+        waiting = self._waiting.get(result.request_id)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(result)
+
+    def _tell(self, run_id: str, message: Message) -> None:
+        for queue in self._watchers.get(run_id, ()):
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(RunNews(run_id, message))
+
+
+async def _drain(queue: asyncio.Queue[RunNews]) -> AsyncIterator[RunNews]:
+    while True:
+        yield await queue.get()
