@@ -301,6 +301,30 @@ async def test_frozen_server_costs_a_row_of_deadlines_then_nothing(serve: Any, t
     assert (await mesh.stub.Say(text(value="closed again"), timeout=5)).value == "closed again"
 
 
+async def test_balanced_channel_leaves_out_a_server_that_is_not_serving(serve: Any, text: Any, echo: Any) -> None:
+    mesh = await serve()
+    port = mesh.server.address.rpartition(":")[2]
+    config = ChannelConfig(retry_attempts=1, breaker_failures=0)
+    async with open_channel(f"dns:///localhost:{port}", config) as channel:
+        stub = echo.stub(channel)
+        assert (await stub.Say(text(value="hi"), timeout=5)).value == "hi"
+        mesh.server.set_ready(echo.service, False)
+        async with asyncio.timeout(5):
+            while True:
+                try:
+                    await stub.Say(text(value="hi"), timeout=5)
+                except UnavailableError:
+                    break
+                await asyncio.sleep(0.01)
+        mesh.server.set_ready(echo.service, True)
+        async with asyncio.timeout(5):
+            while True:
+                with contextlib.suppress(UnavailableError):
+                    await stub.Say(text(value="back"), timeout=5)
+                    break
+                await asyncio.sleep(0.01)
+
+
 async def test_channelz_tells_of_calls_when_asked_for(serve: Any, text: Any) -> None:
     mesh = await serve(ServerConfig(channelz=True))
     await mesh.stub.Say(text(value="hi"), timeout=5)
