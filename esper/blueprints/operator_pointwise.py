@@ -123,8 +123,13 @@ class RmsNorm(_SameType):
 
     @override
     def emit(self, emitter: Emitter, args: Sequence[fx.Node], call: Call, output: TensorType) -> fx.Node:
-        module = nn.RMSNorm(output.features, eps=1e-6, elementwise_affine=call.flag("affine"), **_BORN)
-        return emitter.module(call.node, module, args[0])
+        # The factors are multiplied apart: torch warns of a module whose weights are not in autocast's dtype.
+        module = nn.RMSNorm(output.features, eps=1e-6, elementwise_affine=False)
+        normalised = emitter.module(call.node, module, args[0], part="norm")
+        if not call.flag("affine"):
+            return normalised
+        factors = emitter.parameter(call.node, torch.ones(output.features, **_BORN))
+        return emitter.function(torch.mul, normalised, factors)
 
 
 _ACTIVATIONS: Final[dict[str, tuple[Callable[..., Any], str]]] = {

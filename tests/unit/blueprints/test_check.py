@@ -66,6 +66,12 @@ def test_overflow_is_refused_in_the_dtype_where_it_happens(linear: Site) -> None
     assert {"finite_float32", "finite_bfloat16"} <= failed(steep, linear)
 
 
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm", "group_norm"])
+def test_norms_run_under_autocast_without_a_warning(norm: str, linear: Site) -> None:
+    ir = graph("d = linear(h)", f"n = {norm}(d)", "u = linear(n, init=zero)", "return u")
+    check_blueprint(ir, linear).require()
+
+
 def test_graph_tied_to_positions_says_so(tokens: Site, registry: BlueprintRegistry) -> None:
     rows = check_blueprint(registry.create_blueprint("token_channel_mixer").ir, tokens).checks
     row = next(check for check in rows if check.name == "positions")
