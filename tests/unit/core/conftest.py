@@ -68,12 +68,12 @@ class OneLineMesh:
 class Task:
     """Learn |x|-like features: a linear host is poor at it, a seed with a nonlinearity helps."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_train: int = 192, num_control: int = 128) -> None:
         generator = torch.Generator().manual_seed(7)
-        x = torch.randn(320, 6, generator=generator)
+        x = torch.randn(num_train + num_control, 6, generator=generator)
         y = (x[:, :3].abs().sum(1) > x[:, 3:].abs().sum(1)).long()
-        self.train = DataLoader(TensorDataset(x[:192], y[:192]), batch_size=32)
-        self.control = DataLoader(TensorDataset(x[192:], y[192:]), batch_size=64)
+        self.train = DataLoader(TensorDataset(x[:num_train], y[:num_train]), batch_size=32)
+        self.control = DataLoader(TensorDataset(x[num_train:], y[num_train:]), batch_size=64)
 
     def host(self) -> nn.Sequential:
         torch.manual_seed(3)
@@ -154,6 +154,12 @@ def kernel_for() -> Callable[[AdaptationDecision], KernelArrival]:
 
 
 @pytest.fixture
+def large_task() -> Task:
+    """The same task with enough examples to generalise from."""
+    return Task(num_train=1600, num_control=400)
+
+
+@pytest.fixture
 def open_session(task: Task, line: KeptLine) -> Iterator[Callable[..., esper.Session]]:
     """Open sessions over the task's wrapped host; closed at the end of the test."""
     opened: list[esper.Session] = []
@@ -164,11 +170,12 @@ def open_session(task: Task, line: KeptLine) -> Iterator[Callable[..., esper.Ses
         wrapped = model if model is not None else esper.wrap(task.host())
         budget = settings.pop("budget", None)
         loss_fn = settings.pop("loss_fn", nn.CrossEntropyLoss())
+        control = settings.pop("control", task.control)
         session = esper.Session(
             wrapped,
             optimizer or torch.optim.AdamW(wrapped.parameters(), lr=1e-2),
             loss_fn=loss_fn,
-            control_loader=task.control,
+            control_loader=control,
             mesh=OneLineMesh(line),
             budget=budget,
             config=esper.SessionConfig(run_id="r", **settings),

@@ -76,12 +76,13 @@ def test_one_adaptation_goes_through_its_whole_life(
 
 
 def test_a_seed_that_helps_is_kept_and_pays_its_price(
-    task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any
+    large_task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any
 ) -> None:
-    model = esper.wrap(nn.Sequential(task.host()[0], nn.Linear(6, 2)))
-    session = open_session(model, growth=esper.GrowthConfig(incubation_epochs=10, incubation_learning_rate=3e-2))
+    model = esper.wrap(nn.Sequential(large_task.host()[0], nn.Linear(6, 2)))
+    growth = esper.GrowthConfig(incubation_epochs=3, incubation_learning_rate=1e-2)
+    session = open_session(model, control=large_task.control, growth=growth)
     grow(session, line, decide, kernel_for, template="gated_mlp")
-    train(session, task, 20)
+    train(session, large_task, 9)
     (adaptation,) = session.report().adaptations
     assert adaptation.outcome == "kept", adaptation
     assert adaptation.interval is not None

@@ -1,0 +1,53 @@
+"""Entry point of the ``esper`` command: commands in groups, errors as one clear line, exit codes 0, 1 and 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# A forked DataLoader worker beside a busy gRPC client can crash the trainer; must be set before grpc is imported.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+import typer
+
+from esper.cli import catalogue, demo, mesh, runs, settings
+from esper.cli.output import fail
+from esper.contracts.errors import EsperError, InvalidInputError
+
+app = typer.Typer(
+    name="esper",
+    help="PyTorch networks that grow while they train.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("up")(mesh.up)
+app.command("down")(mesh.down)
+app.command("status")(mesh.status)
+app.command("logs")(mesh.logs)
+app.command("serve")(mesh.serve)
+app.command("demo")(demo.demo)
+app.command("bench")(demo.bench)
+app.command("report")(runs.report)
+app.add_typer(runs.app, name="runs")
+app.add_typer(runs.seeds_app, name="seeds")
+app.add_typer(catalogue.blueprints_app, name="blueprints")
+app.add_typer(catalogue.kernels_app, name="kernels")
+app.add_typer(settings.app, name="config")
+
+
+def main() -> None:
+    """Run the command line; the process ends with 0 (done), 1 (failed) or 2 (bad use)."""
+    try:
+        app()
+    except InvalidInputError as error:
+        fail(error, exit_code=2)
+    except EsperError as error:
+        fail(error, exit_code=1)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

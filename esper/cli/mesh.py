@@ -1,0 +1,192 @@
+"""``esper up``, ``down``, ``status``, ``logs``, ``serve``: the mesh on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from esper.cli.output import Json, console, print_rows
+from esper.contracts.errors import EsperError, InvalidInputError, NotFoundError, UnavailableError
+from esper.mesh import probe, read_state, stop_recorded
+from esper.mesh.processes import log_tail
+from esper.mesh.settings import SERVICES, resolve
+from esper.telemetry.logs import configure_service_logs
+from esper.telemetry.tracing import configure_tracing
+
+StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Where databases, keys, queues and logs rest.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.")]
+_UP_S = 180.0
+
+
+class Service(StrEnum):
+    """What ``esper serve`` can run."""
+
+    TOLARIA = "tolaria"
+    TAMIYO = "tamiyo"
+    KARN = "karn"
+    URZA = "urza"
+    TEZZERET = "tezzeret"
+    NISSA = "nissa"
+    NATS = "nats"
+    MESH = "mesh"
+
+
+def serve(service: Annotated[Service, typer.Argument(help="What to run.")], config: ConfigFile = None) -> None:
+    """Run one service (or the NATS server, or the whole local mesh) in the foreground until SIGTERM or Ctrl-C.
+
+    Settings come from --config and ESPER_* variables; `esper config show` prints them.
+    """
+    settings = resolve(config_file=config).settings
+    configure_service_logs(service.value, json=settings.log_json)
+    if service is Service.NATS:
+        _serve_nats(settings)
+        return
+    if service is Service.MESH:
+        _serve_mesh(settings)
+        return
+    from esper.services.compose import serve as serve_service
+
+    tracing = configure_tracing(f"esper-{service.value}", settings.otlp_endpoint or None)
+    try:
+        asyncio.run(serve_service(service.value, settings))
+    finally:
+        tracing.shutdown()
+
+
+def up(state_dir: StateDir = None, config: ConfigFile = None) -> None:
+    """Start NATS and the six services on this machine and leave them running.
+
+    Ports are those of the settings (50051 to 50056 by default). A service that ends is started again. `esper down`
+    stops them all.
+    """
+    settings = resolve({"state_dir": state_dir}, config_file=config).settings
+    running = read_state(settings.state_dir).running
+    if running:
+        names = ", ".join(record.name for record in running)
+        raise InvalidInputError.of("state_dir", "hold no running mesh (esper down stops it)", f"running: {names}")
+    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    log_path = settings.state_dir / "mesh.log"
+    with log_path.open("ab") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "esper.cli.main", "serve", "mesh"],
+            env=os.environ | _with_state_dir(state_dir, config),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    with console.status("starting the mesh ..."):
+        _await_up(child, settings.state_dir, log_path)
+    status()
+
+
+def down(state_dir: StateDir = None, config: ConfigFile = None) -> None:
+    """Stop what `esper up` started; services drain first."""
+    settings = resolve({"state_dir": state_dir}, config_file=config).settings
+    stopped = stop_recorded(settings.state_dir)
+    if not stopped:
+        console.print("nothing was running")
+        return
+    console.print("stopped " + ", ".join(record.name for record in stopped))
+
+
+def status(as_json: Json = False, state_dir: StateDir = None) -> None:
+    """Show the processes of the local mesh and what each answers to a health check."""
+    settings = resolve({"state_dir": state_dir}).settings
+    rows: list[tuple[Any, ...]] = []
+    for record in read_state(settings.state_dir).processes:
+        health = _health(record.address) if record.name in SERVICES else ("RUNNING" if record.running else "ENDED")
+        rows.append((record.name, record.pid, record.address or "", health, record.restarts))
+    if not rows and not as_json:
+        console.print(f"no mesh is running in {settings.state_dir} (esper up starts one)")
+        return
+    print_rows("mesh", ("service", "pid", "address", "health", "restarts"), rows, as_json=as_json)
+
+
+def logs(
+    service: Annotated[str, typer.Argument(help="Service, or nats.")],
+    lines: Annotated[int, typer.Option("--lines", "-n", help="Lines from the end.", min=1)] = 40,
+    state_dir: StateDir = None,
+) -> None:
+    """Print the end of a service's log."""
+    settings = resolve({"state_dir": state_dir}).settings
+    record = read_state(settings.state_dir).find(service)
+    if record is None:
+        raise NotFoundError(f"service must be one the mesh has run, got {service!r}", parameter="service")
+    text = log_tail(Path(record.log_path), max_bytes=lines * 400)
+    sys.stdout.write("\n".join(text.splitlines()[-lines:]) + "\n")
+
+
+def _health(address: str | None) -> str:
+    if address is None:
+        return "UNKNOWN"
+    try:
+        asyncio.run(probe(address, 2.0))
+    except EsperError as error:
+        return f"{error.reason}: {error}"[:120]
+    return "SERVING"
+
+
+def _with_state_dir(state_dir: Path | None, config: Path | None) -> dict[str, str]:
+    found = {} if state_dir is None else {"ESPER_STATE_DIR": str(state_dir.absolute())}
+    if config is not None:
+        found["ESPER_CONFIG"] = str(config.absolute())
+    return found
+
+
+def _await_up(child: subprocess.Popen[bytes], state_dir: Path, log_path: Path) -> None:
+    deadline_s = time.monotonic() + _UP_S
+    try:
+        while time.monotonic() < deadline_s:
+            if child.poll() is not None:
+                raise UnavailableError(f"the mesh must come up, got:\n{log_tail(log_path)}")
+            if read_state(state_dir).extra.get("ready") == "yes":
+                child.returncode = 0  # it stays; keeps Popen from warning that it still runs
+                return
+            time.sleep(0.1)
+        raise UnavailableError(f"the mesh must come up within {_UP_S:g} s, got:\n{log_tail(log_path)}")
+    except BaseException:
+        if child.returncode is None:
+            child.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(30.0)
+        raise
+
+
+def _serve_nats(settings: Any) -> None:
+    from esper.telemetry import NatsServer, NatsServerConfig
+
+    port = int(settings.nats_url.rpartition(":")[2])
+    with NatsServer(NatsServerConfig(store_dir=settings.state_dir / "nats", port=port)) as server:
+        _wait_for_signal_or_end(server)
+
+
+def _wait_for_signal_or_end(server: Any) -> None:
+    stopped = False
+
+    def stop(_number: int, _frame: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    while not stopped:
+        if server.pid is None:
+            raise UnavailableError("the NATS server must run, got one that ended")
+        time.sleep(0.2)
+
+
+def _serve_mesh(settings: Any) -> None:
+    from esper.services.local import supervise
+
+    asyncio.run(supervise(settings))

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import esper.core.export as export_module
+from esper.blueprints import default_registry
+from esper.contracts.errors import InvalidInputError, InvalidStateError
+from esper.contracts.lifecycle import SeedLifecycleState as State
+from esper.core.export import export
+from esper.core.wrap import wrap
+
+
+class Host(nn.Module):
+    """Convolution, norm, attention, linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, image: Tensor) -> Tensor:
+        tokens = F.relu(self.norm(self.conv(image))).flatten(2).permute(2, 0, 1)
+        mixed, _ = self.attention(tokens, tokens, tokens)
+        return self.head(mixed.mean(0))
+
+
+X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def shake(layer: Any, index: int) -> None:
+    generator = torch.Generator().manual_seed(index)
+    with torch.no_grad():
+        for parameter in layer.seed_parameters(index):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def grow(model: Any, name: str, index: int, blueprint: int, *states: State) -> None:
+    layer = model.kasmina_layer(name)
+    layer.germinate(index, default_registry().for_site(layer.site)[blueprint].ir)
+    for state in states:
+        layer.transition(index, state)
+    shake(layer, index)
+
+
+@pytest.fixture
+def host() -> Host:
+    torch.manual_seed(0)
+    return Host()
+
+
+@pytest.fixture
+def grown(host: Host) -> Any:
+    model = wrap(host).eval()
+    model(X)
+    for number, name in enumerate(model.kasmina_layers):
+        for index in range(2):
+            grow(model, name, index, number + index, State.EVALUATING, State.FOSSILIZED)
+    return model
+
+
+def test_the_plain_model_gives_the_grown_models_output_to_the_bit(grown: Any, host: Host) -> None:
+    plain = export(grown)
+    assert torch.equal(plain(X), grown(X))
+    assert plain is not host
+
+
+def test_nothing_of_esper_is_left(grown: Any) -> None:
+    plain = export(grown)
+    assert not [name for name, module in plain.named_modules() if type(module).__module__.startswith("esper")]
+    hooks = [hook for module in plain.modules() for hook in module._forward_hooks.values()]
+    assert len(hooks) == 4
+    assert all(isinstance(hook, torch.fx.GraphModule) for hook in hooks)
+    assert type(plain.head) is nn.Linear
+    assert plain.head.in_features == 8
+    assert "_kasmina" not in vars(plain.head)
+
+
+def test_the_grown_model_goes_on_growing(grown: Any) -> None:
+    before = grown(X)
+    export(grown)
+    assert torch.equal(grown(X), before)
+    grown.head.clear_seed(0)
+    assert not torch.equal(grown(X), before)
+
+
+def test_keys_are_those_of_the_grown_model_without_its_notes(grown: Any) -> None:
+    notes = {key for key in grown.state_dict() if key.endswith("_extra_state")}
+    assert len(notes) == 8
+    assert list(export(grown).state_dict()) == [key for key in grown.state_dict() if key not in notes]
+
+
+def test_gradients_and_training_mode_are_those_of_the_grown_model(grown: Any) -> None:
+    grown.train()
+    plain = export(grown)
+    for model in (grown, plain):
+        F.cross_entropy(model(X), torch.tensor([0, 1, 2, 3])).backward()
+    theirs = dict(plain.named_parameters())
+    for name, parameter in grown.named_parameters():
+        assert torch.equal(parameter.grad, theirs[name].grad), name
+    assert all(torch.equal(a, b) for a, b in zip(grown.norm.buffers(), plain.norm.buffers(), strict=True))
+
+
+def test_a_dormant_model_exports_as_its_host(host: Host) -> None:
+    twin = copy.deepcopy(host)
+    plain = export(wrap(host))
+    assert repr(plain) == repr(twin)
+    assert torch.equal(plain.eval()(X), twin.eval()(X))
+
+
+def test_open_seeds_are_named(grown: Any) -> None:
+    grow(grown, "head", 2, 0)
+    grow(grown, "conv", 3, 0, State.EVALUATING)
+    with pytest.raises(InvalidStateError, match=r"got conv\[3\] \(EVALUATING\), head\[2\] \(ACTIVE\)"):
+        export(grown)
+
+
+def test_a_fossil_on_its_way_out_is_open(grown: Any) -> None:
+    grown.head.set_alpha(1, 0.5)
+    with pytest.raises(InvalidStateError, match=r"got head\[1\] \(FOSSILIZED\)"):
+        export(grown)
+
+
+def test_only_a_wrapped_model_is_exported(host: Host) -> None:
+    with pytest.raises(InvalidInputError, match=r"model must be what wrap\(\) gave, got 'Host'"):
+        export(host)  # type: ignore[arg-type]
+
+
+def test_an_esper_class_as_kernel_is_refused(host: Host) -> None:
+    model = wrap(host).eval()
+    model(X)
+
+    class Theirs(nn.Module):
+        def forward(self, x: Tensor, h: Tensor) -> Tensor:
+            return h
+
+    Theirs.__module__ = export_module.__name__
+    model.head.attach_module(0, Theirs())
+    model.head.transition(0, State.EVALUATING)
+    model.head.transition(0, State.FOSSILIZED)
+    with pytest.raises(InvalidInputError, match=r"module 'head.seeds.0.kernel' must be of a class of its own"):
+        export(model)
+
+
+def test_a_plain_copy_is_whole(grown: Any) -> None:
+    plain = export(grown)
+    twin = copy.deepcopy(plain)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(X), grown(X))
+
+
+def test_a_fused_encoder_does_not_go_around_a_fossil() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model = wrap(nn.Sequential(nn.TransformerEncoder(layer, 2))).eval()
+    x = torch.randn(2, 5, 8)
+    model(x)
+    grow(model, "0.layers.1.linear1", 0, 1, State.EVALUATING, State.FOSSILIZED)
+    with torch.no_grad():
+        assert torch.equal(export(model)(x), model(x))
+
+
+def test_it_goes_through_torch_export(grown: Any) -> None:
+    plain = export(grown)
+    program = torch.export.export(plain, (X,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    wider = torch.randn(7, 3, 6, 6)
+    torch.testing.assert_close(program.module()(wider), plain(wider))
+
+
+def test_it_compiles_in_one_graph(grown: Any) -> None:
+    plain = export(grown)
+    compiled = torch.compile(plain, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(X), plain(X))
+
+
+def test_weights_go_through_safetensors(grown: Any, tmp_path: Any) -> None:
+    plain = export(grown)
+    save_file({name: value.contiguous() for name, value in plain.state_dict().items()}, tmp_path / "plain.safetensors")
+    twin = copy.deepcopy(plain)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    twin.load_state_dict(load_file(tmp_path / "plain.safetensors"))
+    assert torch.equal(twin(X), grown(X))
+
+
+SCRIPT = """
+import sys
+sys.modules["esper"] = None
+import torch
+program = torch.export.load(sys.argv[1])
+x = torch.arange(4 * 3 * 6 * 6, dtype=torch.float32).reshape(4, 3, 6, 6) / 100
+torch.save(program.module()(x), sys.argv[2])
+"""
+
+
+def test_a_saved_program_runs_where_esper_is_not(grown: Any, tmp_path: Any) -> None:
+    plain = export(grown)
+    torch.export.save(torch.export.export(plain, (X,)), tmp_path / "plain.pt2")
+    paths = [str(tmp_path / "plain.pt2"), str(tmp_path / "out.pt")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT, *paths], check=True, timeout=120)
+    out = torch.load(tmp_path / "out.pt", weights_only=True)
+    x = torch.arange(4 * 3 * 6 * 6, dtype=torch.float32).reshape(4, 3, 6, 6) / 100
+    torch.testing.assert_close(out, plain(x))
