@@ -150,9 +150,9 @@ def unwrap(model: MorphableModel) -> nn.Module:
     """
     if not isinstance(model, MorphableModel):
         raise InvalidInputError.of("model", "be what wrap() gave", type(model).__name__)
-    model.require_dormant()
     if any("_kasmina" not in vars(layer) for layer in model.kasmina_layers.values()):
         raise InvalidStateError("model must be wrapped, got one that was unwrapped before")
+    model.require_dormant()
     for layer in model.kasmina_layers.values():
         layer.set_terms(())
         host_class = type(layer).host_class
@@ -226,8 +226,8 @@ def _choose(
     for name, module in model.named_modules():
         if not name or id(module) in inside_fused:
             continue
-        if isinstance(module, nn.MultiheadAttention):
-            # Its projections are never called: attention reads their weights itself.
+        if isinstance(module, nn.MultiheadAttention) or _is_quantised(module):
+            # What is inside is never called: attention and packed layers read its weights themselves.
             inside_fused.update(id(child) for child in module.modules() if child is not module)
         if include is not None and not any(fnmatchcase(name, pattern) for pattern in include):
             continue
@@ -257,20 +257,19 @@ def _why_not(
             return f"{name} has no shape yet: run one forward pass first"
         clash = "seeds" in module._modules or "_kasmina" in vars(module)
         return f"{name} has an attribute of the name that Esper needs" if clash else None
-    if kasmina_class_of(type(module)) is not None:
+    if kasmina_class_of(type(module)) is not None or not isinstance(module, watched):
         return ""  # a kind that was not asked for
-    if not isinstance(module, watched) or any(True for _ in module.children()):
-        return _parametrised(module, watched)
-    if ".quantized" in type(module).__module__:
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return f"{name} is parametrised: its weight is computed anew in every pass"
+    if _is_quantised(module):
         return f"{name} is quantised: it cannot be trained"
+    is_leaf = next(module.children(), None) is None
     has_own = next(module.parameters(recurse=False), None) is not None
-    return f"{name} is not a registered kind" if has_own else ""
+    return f"{name} is not a registered kind" if is_leaf and has_own else ""
 
 
-def _parametrised(module: nn.Module, watched: tuple[type[nn.Module], ...]) -> str:
-    if isinstance(module, watched) and torch.nn.utils.parametrize.is_parametrized(module):
-        return f"{type(module).__name__} is parametrised: its weight is computed anew in every pass"
-    return ""
+def _is_quantised(module: nn.Module) -> bool:
+    return ".quantized" in type(module).__module__
 
 
 def _nothing_eligible(model: nn.Module, choice: _Choice) -> str:

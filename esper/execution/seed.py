@@ -98,7 +98,7 @@ class Seed(nn.Module):
         return (delta * (self.trial_alpha if self.mode is BlendMode.TRIAL else self.alpha)).to(like.dtype)
 
     def get_extra_state(self) -> Tensor:
-        """Give what ``load_state_dict`` needs to build this seed again, as bytes in a tensor; empty for a bare module."""
+        """Give what ``load_state_dict`` needs to build this seed again; empty for a bare module."""
         (layer,) = self._owner
         if self.ir is None:
             return torch.empty(0, dtype=torch.uint8)

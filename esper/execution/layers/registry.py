@@ -38,8 +38,8 @@ def register_layer(layer_class: type[nn.Module], *, kind: SiteKind) -> type[Kasm
     candidate: object = layer_class
     if not (isinstance(candidate, type) and issubclass(candidate, nn.Module)):
         raise InvalidInputError.of("layer_class", "be a subclass of torch.nn.Module", layer_class)
-    taken = sorted(name for name in vars(KasminaLayer) if not name.startswith("__") and name != "forward")
-    clashes = [name for name in (*taken, "seeds") if hasattr(layer_class, name) and not hasattr(nn.Module, name)]
+    ours = {"seeds", *dir(KasminaLayer)} - set(dir(nn.Module))
+    clashes = sorted(name for name in ours if hasattr(layer_class, name))
     if clashes:
         raise InvalidInputError.of("layer_class", f"leave the names {', '.join(clashes)} to Esper", layer_class)
     body: dict[str, Any] = {
