@@ -1,0 +1,147 @@
+"""What has to leave the house and may not be lost: signed kernels to the library, announcements to the runs.
+
+Both rest in the store until they are through, so that neither an outage nor a restart loses one; both are harmless to
+repeat. While the library or the bus is away, the pauses between attempts grow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from esper.contracts.errors import (
+    CapacityExceededError,
+    CorruptDataError,
+    EsperError,
+    InvalidInputError,
+    PermissionDeniedError,
+)
+from esper.contracts.kernel import CompileJob, JobPhase, KernelReady
+from esper.contracts.wire import serialize
+from esper.execution.tier_urza import KernelTransfer, upload_kernel
+from esper.services.tezzeret.config import TezzeretConfig
+from esper.services.tezzeret.job_store import Asker, JobStore
+from esper.telemetry.bus import CONTENT_TYPE_HEADER, Bus
+from esper.telemetry.consumer import content_type
+from esper.telemetry.subjects import Kind, build_subject
+from esper.telemetry.tracing import adaptation_span, inject_headers
+from esper.v1 import kernel_pb2
+
+log = logging.getLogger(__name__)
+
+_REFUSED = (CorruptDataError, InvalidInputError, PermissionDeniedError)
+"""What the library says of a kernel that it will never take."""
+
+
+class Outbox:
+    """Empties the store's outbox in the background. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        bus: Bus,
+        urza: KernelTransfer,
+        config: TezzeretConfig,
+        on_change: Callable[[CompileJob], None],
+    ) -> None:
+        self._store = store
+        self._bus = bus
+        self._urza = urza
+        self._config = config
+        self._on_change = on_change
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to empty it."""
+        self._task = asyncio.create_task(self._run())
+
+    def wake(self) -> None:
+        """Say that there is something to do."""
+        self._wake.set()
+
+    async def close(self) -> None:
+        """Stop; what is left stays in the store. Idempotent."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    async def _run(self) -> None:
+        pause_s = self._config.min_backoff_s
+        while True:
+            self._wake.clear()
+            try:
+                await self._empty()
+            except EsperError as error:
+                log.warning("outbox_delayed", extra={"error": str(error), "retry_s": pause_s})
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, self._config.max_backoff_s)
+                continue
+            pause_s = self._config.min_backoff_s
+            await self._idle()
+
+    async def _idle(self) -> None:
+        """Wait for work of this process, and look now and then for what a replica left behind."""
+        try:
+            async with asyncio.timeout(self._config.max_backoff_s):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+
+    async def _empty(self) -> None:
+        """Upload, then announce; an upload that fails holds no announcement back."""
+        trouble: EsperError | None = None
+        for job_id in await self._store.outbox():
+            try:
+                await self._upload(job_id)
+            except EsperError as error:
+                trouble = error
+        for job, asker in await self._store.unannounced():
+            await self._announce(job, asker)
+        if trouble is not None:
+            raise trouble
+
+    async def _upload(self, job_id: str) -> None:
+        data = await self._store.artifact(job_id)
+        if data is None:  # a replica was faster
+            return
+        job = await self._store.get(job_id)
+        try:
+            with adaptation_span("store", job.adaptation_id, job_id=job_id, size_bytes=len(data)):
+                artifact_id, _ = await upload_kernel(self._urza, data, timeout_s=self._config.upload_timeout_s)
+        except _REFUSED as error:
+            refused = str(error)[: self._config.max_error_chars]
+            log.error("kernel_refused_by_library", extra={"job_id": job_id, "error": refused})
+            self._on_change(await self._store.fail_upload(job_id, (refused, error.reason)))
+            return
+        self._on_change(await self._store.succeed(job_id, artifact_id, len(data)))
+        log.info("kernel_stored", extra={"job_id": job_id, "artifact_id": artifact_id, "size_bytes": len(data)})
+
+    async def _announce(self, job: CompileJob, asker: Asker) -> None:
+        ready = KernelReady(
+            adaptation_id=asker.adaptation_id,
+            run_id=asker.run_id,
+            job_id=job.job_id,
+            blueprint_id=job.blueprint_id,
+            site=job.spec.site,
+            artifact_id=job.artifact_id,
+            size_bytes=job.size_bytes,
+            error=None if job.phase is JobPhase.SUCCEEDED else job.error or job.phase.name,
+        )
+        headers = {CONTENT_TYPE_HEADER: content_type(kernel_pb2.KernelReady)}
+        ended_us = 0 if job.finished_at is None else int(job.finished_at.timestamp() * 1e6)
+        with adaptation_span("announce", asker.adaptation_id, job_id=job.job_id):
+            try:
+                await self._bus.publish(
+                    build_subject(asker.run_id, Kind.KERNEL),
+                    serialize(ready),
+                    headers=inject_headers(headers),
+                    msg_id=f"kernel:{job.job_id}:{asker.run_id}:{asker.adaptation_id}:{ended_us}",
+                    durable=True,
+                )
+            except CapacityExceededError as error:
+                log.error("kernel_announcement_refused", extra={"job_id": job.job_id, "error": str(error)})
+                raise
+        await self._store.mark_announced(job.job_id, asker)

@@ -1,0 +1,274 @@
+"""Tezzeret: one job per distinct request, whoever asks and however often; compiled once, kept until the library has it.
+
+The service owns no resource that it is given: store, bus, pool and stub are opened and closed by whoever made them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import grpc
+
+from esper.blueprints.cost import cost
+from esper.blueprints.ir import content_id
+from esper.contracts.errors import (
+    CapacityExceededError,
+    EsperError,
+    InvalidInputError,
+    InvalidStateError,
+    NotFoundError,
+)
+from esper.contracts.kernel import ENDED_PHASES, CompileJob, CompileSpec, JobPhase
+from esper.contracts.wire import serialize
+from esper.execution.keys import SigningKey
+from esper.mesh import remaining_s
+from esper.mesh.status import from_rpc_error
+from esper.services.tezzeret.config import TezzeretConfig
+from esper.services.tezzeret.content_key import content_key, job_id_of
+from esper.services.tezzeret.job_changes import JobChanges
+from esper.services.tezzeret.job_runner import GENERATION_HEADER, JobRunner
+from esper.services.tezzeret.job_store import Asker, JobStore
+from esper.services.tezzeret.outbox import Outbox
+from esper.services.tezzeret.pool import WorkerPool
+from esper.telemetry.bus import Bus
+from esper.telemetry.subjects import check_run_id, compile_job_subject
+from esper.telemetry.tracing import inject_headers
+from esper.v1 import urza_service_pb2
+
+log = logging.getLogger(__name__)
+
+_ANSWER_MARGIN_S: Final = 0.25
+_LOOKUP_TIMEOUT_S: Final = 2.0
+_MAX_SEED: Final = 2**63 - 1
+_MAX_ADAPTATION_CHARS: Final = 128
+
+
+class TezzeretService:
+    """What the gRPC face and embedded callers use. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        bus: Bus,
+        pool: WorkerPool,
+        urza_stub: Any,
+        signer: SigningKey,
+        config: TezzeretConfig | None = None,
+    ) -> None:
+        """Join the parts.
+
+        Args:
+            store: Where jobs rest.
+            bus: Work queue and announcements; its streams must exist.
+            pool: Workers; started with the service, closed by its owner.
+            urza_stub: ``UrzaServiceStub`` on an async channel or an `InProcessChannel`.
+            signer: Key that kernels are signed with; the library and the runs must trust it.
+            config: How jobs are treated.
+        """
+        self._store = store
+        self._bus = bus
+        self._pool = pool
+        self._urza = urza_stub
+        self._config = config or TezzeretConfig()
+        self._changes = JobChanges(store, self._config.poll_interval_s)
+        self._outbox = Outbox(store, bus, urza_stub, self._config, self._changed)
+        self._runner = JobRunner(store, bus, pool, signer, self._config, self._changed)
+        self._starting: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Open the store's tables, put unfinished jobs back on the queue, begin to work; workers warm up meanwhile.
+
+        Raises:
+            UnavailableError: Store or bus cannot be reached.
+        """
+        await self._store.open()
+        self._outbox.start()
+        for job in await self._store.unfinished():
+            await self._enqueue(job)
+        self._starting = asyncio.create_task(self._start_workers())
+
+    async def _start_workers(self) -> None:
+        await self._pool.start()
+        await self._runner.start()
+
+    async def warm(self) -> None:
+        """Return when every worker is warm and jobs are taken.
+
+        Raises:
+            UnavailableError: A worker or the bus failed at the start.
+        """
+        if self._starting is None:
+            raise InvalidStateError("service must be started to be warm, it is not")
+        await asyncio.shield(self._starting)
+
+    async def ready(self) -> bool:
+        """Say whether jobs are stored and worked on; a readiness probe."""
+        if self._starting is None or not self._starting.done():
+            return False
+        self._starting.result()
+        await self._store.ping()
+        return self._pool.ready()
+
+    async def close(self) -> None:
+        """Stop working; what is unfinished stays in store and queue. Idempotent."""
+        if self._starting is not None and not self._starting.done():
+            self._starting.cancel()
+        if self._starting is not None:
+            await asyncio.gather(self._starting, return_exceptions=True)
+        await self._runner.close()
+        await self._outbox.close()
+
+    async def compile(
+        self, spec: CompileSpec, *, run_id: str = "", adaptation_id: str = "", wait: bool = False
+    ) -> tuple[CompileJob, bool]:
+        """Give the job of a request, and whether its kernel was there already.
+
+        Args:
+            spec: What is to be compiled.
+            run_id: Run that asks; it is told on ``<run>.kernel`` how the job ended. May be empty.
+            adaptation_id: Adaptation that asks; may be empty.
+            wait: Return when the job has ended, or just before the call's deadline with the job as it stands.
+
+        Raises:
+            InvalidBlueprintError: The blueprint is not legal at the site.
+            InvalidInputError: Another field breaks its rule.
+            UnavailableError: Store or queue cannot be reached.
+            CapacityExceededError: The queue is full, or the blueprint larger than a kernel may be.
+        """
+        self._check(spec, run_id, adaptation_id)
+        key = content_key(spec)
+        asker = Asker(run_id=run_id, adaptation_id=adaptation_id) if run_id else None
+        job, cached = await self._job_of(spec, key, asker, adaptation_id)
+        if asker is not None and job.phase in ENDED_PHASES:
+            self._outbox.wake()
+        if wait and job.phase not in ENDED_PHASES:
+            job = await self._ended(job)
+        return job, cached
+
+    async def job(self, job_id: str) -> CompileJob:
+        """Give one job.
+
+        Raises:
+            NotFoundError: There is none of this id.
+        """
+        return await self._store.get(job_id)
+
+    async def watch(self, job_id: str) -> AsyncIterator[CompileJob]:
+        """Give a job now and on every change, until it has ended.
+
+        Raises:
+            NotFoundError: There is none of this id.
+        """
+        async for job in self._changes.follow(job_id):
+            yield job
+
+    async def jobs(self, phases: Sequence[JobPhase], limit: int, after: tuple[int, str] | None) -> list[CompileJob]:
+        """Give jobs in these phases (all when empty), newest first, after a place."""
+        return await self._store.page(phases, limit, after)
+
+    async def dead_letters(self, limit: int, after: tuple[int, str] | None) -> list[CompileJob]:
+        """Give the dead jobs, oldest first, after a place."""
+        return await self._store.page([JobPhase.DEAD], limit, after, oldest_first=True)
+
+    async def requeue(self, job_id: str) -> CompileJob:
+        """Put a dead job back on the queue.
+
+        Raises:
+            NotFoundError: It is unknown or not dead.
+            UnavailableError: The queue cannot be reached; the job is queued again at the next start or request.
+        """
+        job, generation = await self._store.requeue(job_id)
+        self._changed(job)
+        await self._publish(job, generation)
+        log.info("dead_job_requeued", extra={"job_id": job_id, "generation": generation})
+        return job
+
+    def _check(self, spec: CompileSpec, run_id: str, adaptation_id: str) -> None:
+        if not 0 <= spec.random_seed <= _MAX_SEED:
+            raise InvalidInputError.of("spec.random_seed", "be within [0, 2**63)", spec.random_seed)
+        if run_id:
+            check_run_id(run_id)
+        if len(adaptation_id) > _MAX_ADAPTATION_CHARS:
+            raise InvalidInputError.of("adaptation_id", f"be at most {_MAX_ADAPTATION_CHARS} characters", adaptation_id)
+        parameters = cost(spec.ir, spec.site).parameters
+        limit = self._pool.config.compiler.max_parameters
+        if parameters > limit:
+            raise CapacityExceededError(f"kernel must have at most {limit} parameters, got {parameters}")
+
+    async def _job_of(
+        self, spec: CompileSpec, key: str, asker: Asker | None, adaptation_id: str
+    ) -> tuple[CompileJob, bool]:
+        """Find the job or make it; a kernel that the library has needs none of the work."""
+        known = await self._store.find(job_id_of(key))
+        stored = await self._in_library(key) if known is None or known.phase is JobPhase.SUCCEEDED else None
+        fresh = CompileJob(
+            job_id=job_id_of(key),
+            content_key=key,
+            blueprint_id=content_id(spec.ir),
+            spec=spec,
+            phase=JobPhase.QUEUED,
+            adaptation_id=adaptation_id,
+            run_id="" if asker is None else asker.run_id,
+            created_at=datetime.now(UTC),
+        )
+        job, created = await self._store.add(fresh, asker)
+        if isinstance(stored, urza_service_pb2.GetKernelResponse):
+            if job.phase is not JobPhase.SUCCEEDED:
+                job = await self._store.succeed(job.job_id, stored.manifest.artifact_id, stored.size_bytes)
+                self._changed(job)
+            return job, True
+        if job.phase is JobPhase.SUCCEEDED and isinstance(stored, NotFoundError):
+            log.warning("kernel_lost_by_library", extra={"job_id": job.job_id})
+            job, generation = await self._store.requeue(job.job_id, dead_only=False)
+            await self._publish(job, generation)
+            return job, False
+        if created or job.phase is JobPhase.QUEUED:
+            await self._enqueue(job)
+        return job, job.phase is JobPhase.SUCCEEDED
+
+    async def _in_library(self, key: str) -> Any:
+        """Ask the library for the kernel of a content key; an error that says nothing about it is ``None``."""
+        request = urza_service_pb2.GetKernelRequest(content_key=key)
+        try:
+            try:
+                return await self._urza.GetKernel(request, timeout=_LOOKUP_TIMEOUT_S)
+            except grpc.RpcError as error:
+                raise from_rpc_error(error, method="UrzaService/GetKernel") from error
+        except NotFoundError as error:
+            return error
+        except EsperError as error:
+            log.warning("library_not_asked", extra={"content_key": key, "error": str(error)})
+            return None
+
+    async def _enqueue(self, job: CompileJob) -> None:
+        await self._publish(job, await self._store.generation(job.job_id))
+
+    async def _publish(self, job: CompileJob, generation: int) -> None:
+        """Put a job on the queue; one that is there already is not doubled."""
+        headers = inject_headers({GENERATION_HEADER: str(generation)})
+        await self._bus.publish(
+            compile_job_subject(job.spec.device.name.lower()),
+            serialize(job),
+            headers=headers,
+            msg_id=f"{job.job_id}.{generation}",
+            durable=True,
+        )
+
+    async def _ended(self, job: CompileJob) -> CompileJob:
+        """Wait for the end of a job, or until just before the deadline of the call."""
+        left_s = remaining_s()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(None if left_s is None else max(0.0, left_s - _ANSWER_MARGIN_S)):
+                async for changed in self._changes.follow(job.job_id):
+                    job = changed
+        return job
+
+    def _changed(self, job: CompileJob) -> None:
+        self._changes.tell(job)
+        if job.phase in ENDED_PHASES or job.phase is JobPhase.PACKAGING:
+            self._outbox.wake()

@@ -1,0 +1,94 @@
+"""A compile worker as a process of its own: job frames on standard input, result frames on standard output.
+
+``python -m esper.services.tezzeret.worker_main <settings as JSON>``, started by the pool. It holds no key, reaches no
+network, and gives up every other right before it imports torch. Whatever compiled code prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import BinaryIO
+
+from esper.contracts.errors import EsperError
+from esper.contracts.kernel import CompileSpec, JobPhase, ValidationCheck
+from esper.contracts.wire import parse, serialize
+from esper.services.tezzeret.config import CompilerConfig, WorkerLimits
+from esper.services.tezzeret.frames import FrameKind, pack_frame, read_frame
+from esper.services.tezzeret.sandbox import allow_cpu, enter
+from esper.v1 import tezzeret_service_pb2 as pb
+
+MAX_ERROR_CHARS = 500
+"""Longest error text sent."""
+
+
+def settings_json(limits: WorkerLimits, compiler: CompilerConfig, scratch: Path) -> str:
+    """Give the argument a worker is started with."""
+    return json.dumps({"limits": asdict(limits), "compiler": asdict(compiler), "scratch": str(scratch)})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Enter the sandbox, warm up, and serve jobs until standard input ends."""
+    [text] = sys.argv[1:] if arguments is None else arguments
+    settings = json.loads(text)
+    limits = WorkerLimits(**settings["limits"])
+    compiler = CompilerConfig(**settings["compiler"])
+    scratch = Path(settings["scratch"])
+    with os.fdopen(_take_stdout(), "wb", buffering=0) as out, os.fdopen(0, "rb", closefd=False) as jobs:
+        rows = enter(limits, scratch)
+        _serve(jobs, out, rows, limits, compiler)
+    return 0
+
+
+def _take_stdout() -> int:
+    """Keep standard output for frames alone; what is printed goes to standard error."""
+    frames = os.dup(1)
+    os.dup2(2, 1)
+    return frames
+
+
+def _serve(
+    jobs: BinaryIO, out: BinaryIO, rows: tuple[ValidationCheck, ...], limits: WorkerLimits, compiler: CompilerConfig
+) -> None:
+    from esper.services.tezzeret.warm_up import warm_worker
+
+    worker = warm_worker(compiler)
+    for row in rows:
+        _send(out, FrameKind.SANDBOX, serialize(row))
+    _send(out, FrameKind.READY)
+
+    def on_phase(phase: JobPhase) -> None:
+        _send(out, FrameKind.PHASE, pb.CompileJob(phase=int(phase)).SerializeToString())  # type: ignore[arg-type]
+
+    while (frame := read_frame(jobs)) is not None:
+        kind, payload = frame
+        assert kind is FrameKind.JOB
+        allow_cpu(limits)
+        try:
+            kernel = worker.compile_spec(parse(payload, CompileSpec), on_phase)
+        except EsperError as error:
+            _send_error(out, error.reason, str(error))
+        except MemoryError:
+            _send_error(out, "CAPACITY_EXCEEDED", "the worker's memory limit was reached")
+        except Exception as error:  # noqa: BLE001 - a defect fails its job, and the worker serves the next one
+            _send_error(out, "INTERNAL", f"{type(error).__name__}: {error}")
+        else:
+            _send(out, FrameKind.ARTIFACT, serialize(kernel.artifact))
+
+
+def _send_error(out: BinaryIO, reason: str, text: str) -> None:
+    message = pb.CompileJob(error=" ".join(text.split())[:MAX_ERROR_CHARS], error_reason=reason)
+    _send(out, FrameKind.ERROR, message.SerializeToString())
+
+
+def _send(out: BinaryIO, kind: FrameKind, payload: bytes = b"") -> None:
+    view = memoryview(pack_frame(kind, payload))
+    while view:
+        view = view[out.write(view) :]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
