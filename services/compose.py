@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from esper.contracts.errors import InvalidInputError
+from esper.contracts.errors import InvalidInputError, InvalidStateError
 from esper.execution.keys import KeyRing, SigningKey
 from esper.mesh import ChannelConfig, MeshServer, ServerConfig, open_channel
+from esper.mesh.database import Database
 from esper.mesh.settings import SERVICES, MeshSettings
 from esper.telemetry import Bus, NatsBus
 from esper.v1.karn_service_pb2_grpc import KarnServiceStub
@@ -18,6 +19,11 @@ from esper.v1.tamiyo_service_pb2_grpc import TamiyoServiceStub
 from esper.v1.tezzeret_service_pb2_grpc import TezzeretServiceStub
 from esper.v1.tolaria_service_pb2_grpc import TolariaServiceStub
 from esper.v1.urza_service_pb2_grpc import UrzaServiceStub
+
+if TYPE_CHECKING:
+    from esper.services.tezzeret.pool import WorkerPool
+    from esper.services.tezzeret.service import TezzeretService
+    from esper.services.urza.server import UrzaService
 
 log = logging.getLogger(__name__)
 
@@ -159,19 +165,67 @@ async def _open_urza(given: Surroundings) -> Node:
     )
     urza = UrzaService(config, bus=given.bus, key_ring=given.ring)
     await urza.start()
-    return urza
+    return _LibraryNode(urza)
+
+
+class _LibraryNode:
+    """The library under the one face that every node has."""
+
+    def __init__(self, urza: UrzaService) -> None:
+        self._urza = urza
+
+    def add_to(self, server: Any) -> None:
+        """Register with a server or in-process channel."""
+        from esper.v1.urza_service_pb2_grpc import add_UrzaServiceServicer_to_server
+
+        server.add_servicer(add_UrzaServiceServicer_to_server, self._urza.servicer, ready=[self._urza.ready])
+
+    async def close(self) -> None:
+        """Stop, and close the database."""
+        await self._urza.close()
 
 
 async def _open_tezzeret(given: Surroundings) -> Node:
-    from esper.services.tezzeret.server import TezzeretNode, TezzeretNodeConfig
+    from esper.services.tezzeret.config import TezzeretConfig, WorkerPoolConfig
+    from esper.services.tezzeret.job_store import JobStore
+    from esper.services.tezzeret.pool import WorkerPool
+    from esper.services.tezzeret.service import TezzeretService
 
-    config = TezzeretNodeConfig(
-        database_url=given.database_of("tezzeret"),
-        num_workers=given.settings.tezzeret_workers,
-        inline=given.embedded,
+    if given.key is None:
+        raise InvalidStateError("the compiler must be given a signing key, got none", parameter="key")
+    database = Database.open(given.database_of("tezzeret"))
+    pool = WorkerPool(
+        WorkerPoolConfig(mode="inline" if given.embedded else "process", num_workers=given.settings.tezzeret_workers)
     )
-    assert given.key is not None
-    return await TezzeretNode.open(config, bus=given.bus, urza=given.stubs["urza"], signer=given.key)
+    service = TezzeretService(JobStore(database), given.bus, pool, given.stubs["urza"], given.key, TezzeretConfig())
+    node = _CompilerNode(service, pool, database)
+    try:
+        await service.start()
+    except BaseException:
+        await node.close()
+        raise
+    return node
+
+
+class _CompilerNode:
+    """The compiler with the pool and the store it works on."""
+
+    def __init__(self, service: TezzeretService, pool: WorkerPool, database: Database) -> None:
+        self._service = service
+        self._pool = pool
+        self._database = database
+
+    def add_to(self, server: Any) -> None:
+        """Register with a server or in-process channel."""
+        from esper.services.tezzeret.server import register
+
+        register(server, self._service)
+
+    async def close(self) -> None:
+        """Stop working, end the workers, close the store."""
+        await self._service.close()
+        await self._pool.close()
+        await self._database.close()
 
 
 async def _open_nissa(given: Surroundings) -> Node:

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 _L1_BYTES: Final = 256 * 1024 * 1024
 _START_S: Final = 120.0
 _STOP_S: Final = 20.0
-_FETCH_S: Final = 60.0
+_START_ORDER: Final = ("urza", "tezzeret", "karn", "tamiyo", "nissa", "tolaria")
 
 
 class LoopSource:
@@ -102,7 +102,7 @@ class EmbeddedBackend:
             ring=self.ring(),
             embedded=True,
         )
-        for service in ("urza", "tezzeret", "karn", "tamiyo", "nissa", "tolaria"):
+        for service in _START_ORDER:
             node = await open_node(service, given)
             self._nodes.append(node)
             node.add_to(_ChannelServer(self._channel))
