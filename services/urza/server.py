@@ -83,7 +83,7 @@ class UrzaService:
 
     urza = UrzaService(UrzaConfig(database_url="sqlite:///urza.db"), bus=bus, key_ring=ring)
     await urza.start()
-    register(server, urza.servicer, ready=[urza.ready])
+    urza.add_to(server)
     """
 
     def __init__(self, config: UrzaConfig, *, bus: Bus | None = None, key_ring: KeyRing | None = None) -> None:
@@ -138,6 +138,10 @@ class UrzaService:
         except BaseException:
             await self.close()
             raise
+
+    def add_to(self, server: MeshServer | InProcessChannel) -> tuple[str, ...]:
+        """Register with a server or in-process channel, with `ready` as its probe; give the names of the services."""
+        return register(server, self.servicer, ready=[self.ready])
 
     async def ready(self) -> None:
         """Return while the library can do its work; a readiness probe.

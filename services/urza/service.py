@@ -38,6 +38,11 @@ class UploadBudget:
         self._max_bytes = max_bytes
         self._held_bytes = 0
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes set aside now."""
+        return self._held_bytes
+
     def take(self, num_bytes: int) -> None:
         """Set bytes aside.
 
@@ -63,6 +68,11 @@ class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
     def __init__(self, store: UrzaStore, *, upload_budget_bytes: int = 512 * _MIB) -> None:
         self._store = store
         self._uploads = UploadBudget(upload_budget_bytes)
+
+    @property
+    def upload_bytes_held(self) -> int:
+        """Bytes that uploads under way hold together."""
+        return self._uploads.held_bytes
 
     async def CreateBlueprint(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
         """Store a blueprint as a new version of its name, or give the version that exists."""
