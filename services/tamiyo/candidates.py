@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -13,7 +14,13 @@ from typing import Any, Final
 from esper.blueprints import Mixing, content_id, plan
 from esper.blueprints.cost import plan_cost
 from esper.contracts.blueprint import Blueprint, BlueprintCost, BlueprintState, Site, SiteKind
-from esper.contracts.errors import EsperError, InvalidBlueprintError, InvalidInputError
+from esper.contracts.errors import (
+    DeadlineExceededError,
+    EsperError,
+    InvalidBlueprintError,
+    InvalidInputError,
+    UnavailableError,
+)
 from esper.contracts.run import SystemStatePacket
 from esper.contracts.wire import from_wire, to_wire
 from esper.v1 import blueprint_pb2, karn_service_pb2, urza_service_pb2
@@ -48,7 +55,7 @@ class CandidateConfig:
     """Age at which the library is asked again, in seconds. >= 0."""
     proposals: int = 4
     """Designs asked of Karn per site, 0 to 32; 0 asks for none."""
-    call_timeout_s: float = 5.0
+    call_timeout_s: float = 8.0
     """Seconds one call may take. > 0."""
 
     def __post_init__(self) -> None:
@@ -63,7 +70,8 @@ class CandidateConfig:
 class CandidateSource:
     """Asks Urza and Karn, keeps their answers for a while, and tells what fits where. Belongs to one event loop.
 
-    With a service away the last answers stand; the failure is logged once per attempt and shows in ``failures``.
+    With a service away its last answers stand, and it is not asked again for ``refresh_s``; every failure is logged and
+    shows in ``failures``.
     """
 
     def __init__(
@@ -91,6 +99,7 @@ class CandidateSource:
         self._costs: OrderedDict[tuple[str, Site], BlueprintCost | None] = OrderedDict()
         self._gate = asyncio.Lock()
         self._names: dict[str, str] = {}
+        self._away_until_s: dict[str, float] = {}
         self.failures: dict[str, int] = {"urza": 0, "karn": 0}
 
     async def candidates(self, packet: SystemStatePacket) -> list[Candidate]:
@@ -123,7 +132,7 @@ class CandidateSource:
 
     async def _of_library(self, kind: SiteKind) -> Sequence[Blueprint]:
         held = self._library.get(kind)
-        if self._urza is None or (held is not None and held.fresh(self._clock(), self._config.refresh_s)):
+        if self._urza is None or self._away("urza") or self._fresh(held):
             return held.blueprints if held else ()
         try:
             found: Sequence[Blueprint] = await self._search(kind)
@@ -154,7 +163,7 @@ class CandidateSource:
     async def _of_karn(self, site: Site, random_seed: int) -> Sequence[Blueprint]:
         held = self._designs.get(site)
         wanted = self._karn is not None and self._config.proposals > 0
-        if not wanted or (held is not None and held.fresh(self._clock(), self._config.refresh_s)):
+        if not wanted or self._away("karn") or self._fresh(held):
             return held.blueprints if held else ()
         assert self._karn is not None
         request = karn_service_pb2.ProposeBlueprintsRequest(count=self._config.proposals, random_seed=random_seed)
@@ -180,7 +189,15 @@ class CandidateSource:
                 self._costs.popitem(last=False)
         return self._costs[key]
 
+    def _away(self, service: str) -> bool:
+        return self._clock() < self._away_until_s.get(service, -math.inf)
+
+    def _fresh(self, held: _Answer | None) -> bool:
+        return held is not None and self._clock() - held.asked_at_s < self._config.refresh_s
+
     def _note_failure(self, service: str, error: EsperError) -> None:
+        if isinstance(error, UnavailableError | DeadlineExceededError):
+            self._away_until_s[service] = self._clock() + self._config.refresh_s
         self.failures[service] += 1
         log.warning("candidates_stale", extra={"service": service, "reason": error.reason, "error": str(error)})
 
@@ -191,10 +208,6 @@ class _Answer:
 
     blueprints: Sequence[Blueprint]
     asked_at_s: float
-
-    def fresh(self, now_s: float, refresh_s: float) -> bool:
-        """Say whether the answer may still be used without asking again."""
-        return now_s - self.asked_at_s < refresh_s
 
 
 def _legal_cost(blueprint: Blueprint, site: Site) -> BlueprintCost | None:

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from esper.contracts.errors import ConfigError
 from esper.mesh.handlers import Registrar
+from esper.mesh.server import MeshServer
 from esper.services.tamiyo.bus_loop import BusLoopConfig, TamiyoBusLoop
 from esper.services.tamiyo.candidates import CandidateConfig, CandidateSource
 from esper.services.tamiyo.config import TamiyoConfig
@@ -91,7 +92,10 @@ class TamiyoNode:
         return cls(tamiyo, loop)
 
     def add_to(self, server: Any) -> None:
-        """Register with a `MeshServer`, which asks store and loop whether they are ready."""
+        """Register with an `InProcessChannel`, or a `MeshServer`, which asks store and loop whether they are ready."""
+        if not isinstance(server, MeshServer):
+            server.add_servicer(REGISTRAR, self.servicer)
+            return
         probes = [self.tamiyo.store.ping]
         if self._loop is not None:
             probes.append(self._loop.ready)
