@@ -23,7 +23,7 @@ from datetime import datetime
 from typing import Final, Protocol, Self
 
 from esper.contracts.errors import DeadlineExceededError, InvalidInputError, InvalidStateError, UnavailableError
-from esper.telemetry.streams import EVENTS, STREAMS, StreamSpec
+from esper.telemetry.streams import DEAD, EVENTS, STREAMS, StreamSpec
 from esper.telemetry.subjects import dead_subject
 
 log = logging.getLogger(__name__)
@@ -241,7 +241,17 @@ class Consumer(abc.ABC):
         """Stop consuming; the place is kept, and what was not handed out is free for others. Idempotent."""
 
     async def bury(self, message: BusMessage, num_delivered: int, reason: str) -> None:
-        """Copy a message to the dead letters of its stream, with the reason in its headers."""
+        """Copy a message to the dead letters of its stream, with the reason in its headers.
+
+        A message of the dead letters themselves stays where it is; it is counted and logged all the same.
+        """
+        self.num_dead += 1
+        log.warning(
+            "message_dead",
+            extra={"subject": message.subject, "consumer": self.name, "reason": reason, "deliveries": num_delivered},
+        )
+        if self.stream == DEAD.name:
+            return
         headers = {
             **message.headers,
             DEAD_REASON_HEADER: _one_line(reason),
@@ -253,11 +263,6 @@ class Consumer(abc.ABC):
         msg_id = f"dead:{self.stream}:{self.name}:{message.sequence}"
         await self._bus.publish(
             dead_subject(self.stream), message.payload, headers=headers, msg_id=msg_id, durable=True
-        )
-        self.num_dead += 1
-        log.warning(
-            "message_dead",
-            extra={"subject": message.subject, "consumer": self.name, "reason": reason, "deliveries": num_delivered},
         )
 
 
@@ -322,12 +327,14 @@ class Bus(abc.ABC):
         ack_wait_s: float = 30.0,
         max_deliver: int = 5,
         batch: int = 16,
+        forget_after_s: float | None = None,
     ) -> Consumer:
         """Consume a stream under a durable name, from where that name stopped (a new name: from the start).
 
         ``subject_filter`` is one pattern or several that do not overlap; ``None`` takes the whole stream.
         A delivery not settled within ``ack_wait_s`` seconds comes again. ``batch`` messages at most are fetched
-        ahead; their clock runs while they wait, so take 1 where work is slow.
+        ahead; their clock runs while they wait, so take 1 where work is slow. With ``forget_after_s`` the name and its
+        place are forgotten once nobody has consumed under it for so many seconds.
 
         Raises:
             NotFoundError: There is no such stream.

@@ -175,6 +175,11 @@ async def durable_messages(
     consumer = await bus.consume(
         stream, durable_name, subject_filter, ack_wait_s=ack_wait_s, max_deliver=max_deliver, batch=batch
     )
+    return typed_consumer(consumer, decoder)
+
+
+def typed_consumer(consumer: Consumer, decoder: type[M] | Callable[[BusMessage], M]) -> TypedConsumer[M]:
+    """Give a consumer's messages decoded as one type, or by a function."""
     if isinstance(decoder, type):
         message_type: type[M] = decoder
         return TypedConsumer(consumer, lambda raw: decode(raw, message_type))

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 
 from esper.contracts.errors import DeadlineExceededError, EsperError, InvalidInputError, UnavailableError
 from esper.telemetry.bus import Bus, BusMessage, Delivery
-from esper.telemetry.consumer import Received, TypedConsumer, durable_messages, messages
+from esper.telemetry.consumer import Received, messages, typed_consumer
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,8 @@ M = TypeVar("M", bound=Message)
 
 _REMEMBERED: Final = 4096
 _FULL_S: Final = 0.02
+_FORGET_AFTER_S: Final = 86_400.0
+"""A reader that stays away for a day has lost its place; a run that ended leaves nothing behind."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,16 +146,16 @@ class DurableFeed(Generic[M]):
 
     async def run(self, bus: Bus, opened: Callable[[], None]) -> None:
         """Fill it until the bus is closed."""
-        consumer: TypedConsumer[M] = await durable_messages(
-            bus,
+        raw = await bus.consume(
             self._stream,
             self._durable_name,
-            self._message_type,
-            subject_filter=self._subject_filter,
+            self._subject_filter,
             ack_wait_s=self.ack_wait_s,
             max_deliver=1_000_000,  # redelivery after an outage is no failure of the message
             batch=min(64, self.box.max_mail),
+            forget_after_s=_FORGET_AFTER_S,
         )
+        consumer = typed_consumer(raw, self._message_type)
         opened()
         try:
             async for received in consumer:

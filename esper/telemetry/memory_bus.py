@@ -192,6 +192,7 @@ class _MemoryConsumer(Consumer):
         self._closed = True
         with self.owner.broker.lock:
             self.place.wakers.discard(self.wake)
+            self.place.idle_since_s = time.monotonic()
         self.owner.detach(self)
         self._waker.wake()
 
@@ -280,12 +281,15 @@ class MemoryBus(Bus):
         ack_wait_s: float = 30.0,
         max_deliver: int = 5,
         batch: int = 16,
+        forget_after_s: float | None = None,
     ) -> Consumer:
         self.check_open()
         filters = check_consume(durable_name, subject_filter, ack_wait_s, max_deliver, batch)
+        check_forget_after(forget_after_s)
         with self.broker.lock:
             held = self.broker.streams.get(stream)
             place = held.place(durable_name, filters)
+            place.forget_after_s = forget_after_s
             consumer = _MemoryConsumer(self, held, place, (ack_wait_s, max_deliver))
         with self._guard:
             self._open.add(consumer)
@@ -385,3 +389,9 @@ def check_consume(
     if not 1 <= batch <= 1024:
         raise InvalidInputError.of("batch", "be 1 to 1024", batch)
     return filters
+
+
+def check_forget_after(forget_after_s: float | None) -> None:
+    """Raise ``InvalidInputError`` unless a place may be forgotten after so many seconds; ``None`` keeps it."""
+    if forget_after_s is not None and forget_after_s <= 0:
+        raise InvalidInputError.of("forget_after_s", "be > 0 seconds", forget_after_s)

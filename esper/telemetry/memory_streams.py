@@ -71,7 +71,16 @@ class DurablePlace:
     pending: dict[int, _Pending] = field(default_factory=dict)
     """Delivered and not acknowledged, by sequence."""
     wakers: set[Callable[[], None]] = field(default_factory=set)
-    """Called when there may be something to take."""
+    """Called when there may be something to take; none when nobody consumes."""
+    forget_after_s: float | None = None
+    """How long it is kept while nobody consumes, in seconds; ``None`` for ever."""
+    idle_since_s: float = 0.0
+    """Monotonic time since when nobody consumes."""
+
+    def forgotten(self, now_s: float) -> bool:
+        """Say whether it has been left alone for too long."""
+        idle = not self.wakers and self.forget_after_s is not None
+        return idle and now_s - self.idle_since_s > (self.forget_after_s or 0.0)
 
     def wants(self, subject: str) -> bool:
         """Say whether it takes messages of this subject."""
@@ -126,6 +135,7 @@ class MemoryStream:
 
     def place(self, name: str, filters: tuple[str, ...]) -> DurablePlace:
         """Give the durable place of a name, made on first use; new filters take the place of the old ones."""
+        self._places = {key: one for key, one in self._places.items() if not one.forgotten(time.monotonic())}
         if self.spec.retention is Retention.WORK_QUEUE:
             for other in self._places.values():
                 if other.name != name and other.shares_with(filters):

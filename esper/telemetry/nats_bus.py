@@ -30,7 +30,7 @@ from esper.contracts.errors import (
     UnavailableError,
 )
 from esper.telemetry.bus import Bus, BusMessage, BusStats, Consumer, PublishAck, Subscription, make_headers
-from esper.telemetry.memory_bus import check_consume
+from esper.telemetry.memory_bus import check_consume, check_forget_after
 from esper.telemetry.memory_streams import no_stream, queue_overlap, stream_mismatch
 from esper.telemetry.nats_connection import Connection, Link, NatsOptions
 from esper.telemetry.nats_consumer import NatsConsumer, PullFeed, message_of
@@ -126,8 +126,10 @@ class NatsBus(Bus):
         ack_wait_s: float = 30.0,
         max_deliver: int = 5,
         batch: int = 16,
+        forget_after_s: float | None = None,
     ) -> Consumer:
         filters = check_consume(durable_name, subject_filter, ack_wait_s, max_deliver, batch)
+        check_forget_after(forget_after_s)
         config = js_api.ConsumerConfig(
             durable_name=durable_name,
             filter_subject=filters[0] if len(filters) == 1 else None,
@@ -135,6 +137,7 @@ class NatsBus(Bus):
             ack_wait=ack_wait_s,
             max_deliver=-1,  # the limit is ours: after the server's own limit a message would stay in a work queue
             max_ack_pending=max(1000, batch),
+            inactive_threshold=forget_after_s,
         )
 
         async def make(link: Link) -> tuple[str, int]:

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 _HOST: Final = "127.0.0.1"
 _POLL_S: Final = 0.01
+_MAX_CONSUMERS: Final = 10_000
+"""Most durable places in one stream; every run has a few for its mailboxes."""
 _MIB: Final = 1024 * 1024
 
 
@@ -196,6 +198,7 @@ class NatsServer:
             "  sync_interval: always",
             f"  max_file_store: {self.config.max_store_bytes}",
             f"  max_memory_store: {self.config.max_memory_bytes}",
+            f"  limits {{ default_max_consumers: {_MAX_CONSUMERS} }}",
             "}",
         ]
         path = store / "nats-server.conf"

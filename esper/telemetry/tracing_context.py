@@ -26,7 +26,7 @@ def current_headers() -> dict[str, str]:
 
 def remote_context(headers: Mapping[str, str]) -> Context:
     """Give the trace context that a message's headers carry."""
-    return propagate.extract(headers)
+    return propagate.extract(headers, context=Context())
 
 
 @contextmanager

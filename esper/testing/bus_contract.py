@@ -403,6 +403,7 @@ class ConsumerContract:
             ({"ack_wait_s": 0}, "ack_wait_s must be > 0 seconds, got 0"),
             ({"max_deliver": 0}, "max_deliver must be >= 1, got 0"),
             ({"batch": 0}, "batch must be 1 to 1024, got 0"),
+            ({"forget_after_s": 0}, "forget_after_s must be > 0 seconds, got 0"),
         ],
     )
     async def test_bad_limits_are_refused(self, open_bus: OpenBus, bad: dict[str, int], rule: str) -> None:
@@ -424,6 +425,22 @@ class ConsumerContract:
         await bus.forget(EVENTS.name, "nissa")
         [again] = await take(await bus.consume(EVENTS.name, "nissa"), 1)
         assert (again.message.payload, again.num_delivered) == (b"x", 1)
+
+    async def test_a_name_left_alone_for_long_is_forgotten(self, open_bus: OpenBus) -> None:
+        """Runs that ended leave no places behind; with somebody there it stays."""
+        bus = await open_bus()
+        await bus.ensure_streams()
+        await keep(bus, STATE, b"x")
+        first = await bus.consume(EVENTS.name, "run-1", forget_after_s=0.5)
+        await (await take(first, 1))[0].ack()
+        assert await nothing_more(first, for_s=0.8)
+        await first.close()
+        for _ in range(4):  # the broker looks now and then, and looking at a place ourselves keeps it
+            await asyncio.sleep(2.0)
+            async with await bus.consume(EVENTS.name, "run-1", forget_after_s=0.5) as again:
+                if not await nothing_more(again):
+                    return
+        pytest.fail("the place is still there")
 
 
 class DeadLetterContract:
@@ -478,6 +495,17 @@ class DeadLetterContract:
         await delivery.term("undecodable")
         assert (await self._dead(bus, EVENTS.name)).headers[DEAD_REASON_HEADER] == "undecodable"
         assert await nothing_more(consumer, for_s=0.5)
+
+    async def test_a_dead_letter_that_cannot_be_processed_stays_where_it_is(self, open_bus: OpenBus) -> None:
+        """Else it would be copied beside itself for ever."""
+        bus = await open_bus()
+        await bus.ensure_streams()
+        await keep(bus, STATE, b"garbage")
+        for stream in (EVENTS.name, DEAD.name):
+            [delivery] = await take(await bus.consume(stream, "nissa"), 1)
+            await delivery.term("undecodable")
+        assert await replayed(bus, "esper.v1.dead.>", stream=DEAD.name) == [b"garbage"]
+        assert bus.stats().dead_letters == 2
 
 
 class ClosingContract:

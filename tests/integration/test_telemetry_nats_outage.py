@@ -17,7 +17,7 @@ from esper.telemetry.nats_connection import NatsOptions
 from esper.telemetry.nats_server import NatsServer, NatsServerConfig
 from esper.telemetry.publisher import OonaPublisher, PublisherConfig
 from esper.telemetry.streams import COMPILE, EVENTS
-from esper.telemetry.subjects import build_subject, compile_job_subject
+from esper.telemetry.subjects import build_subject, compile_job_subject, kind_patterns
 from esper.v1.telemetry_pb2 import SeedEvent
 
 SEED = build_subject("run-1", "seed", "layer1")
@@ -179,7 +179,7 @@ class TestPublisher:
         async def connect() -> Bus:
             return await NatsBus.connect(server.url, QUICK)
 
-        config = PublisherConfig(poll_interval_ms=10, max_event_buffer_bytes=20_000, flush_timeout_s=0.5)
+        config = PublisherConfig(poll_interval_ms=10, max_event_buffer_bytes=20_000_000, flush_timeout_s=0.5)
         publisher = OonaPublisher("run-1", config=config)
         await asyncio.to_thread(publisher.start, connect)
         yield publisher
@@ -209,7 +209,7 @@ class TestPublisher:
         await asyncio.to_thread(server.kill)
         await eventually(lambda: not publisher.stats().connected)
         for step in range(100):
-            publisher.offer(SEED, SeedEvent(step=step, reason="x" * 1000))
+            publisher.offer(SEED, SeedEvent(step=step, reason="x" * 1_000_000))
         await eventually(lambda: publisher.stats().dropped.get("seed", 0) > 0)
         await asyncio.to_thread(server.start)
         await eventually(lambda: publisher.stats().buffered_events == 0)
@@ -219,6 +219,39 @@ class TestPublisher:
         assert len(steps) == stats.published["seed"]
         assert steps == sorted(steps)
         assert steps[-1] == 99
+
+    async def test_mail_is_handed_over_once_over_a_restart(
+        self, server: NatsServer, bus: NatsBus, publisher: OonaPublisher
+    ) -> None:
+        box = await asyncio.to_thread(
+            publisher.open_durable_mailbox, EVENTS.name, "training", SeedEvent, subject_filter=kind_patterns("seed")
+        )
+        for step in range(3):
+            await bus.publish(SEED, SeedEvent(step=step).SerializeToString(), durable=True)
+        await eventually(lambda: len(box) == 3)
+        mail = box.drain()
+        mail[0].settle()
+        await restart(server)
+        mail[1].settle()
+        await bus.wait_connected(10)
+        await bus.publish(SEED, SeedEvent(step=3).SerializeToString(), durable=True)
+        await eventually(lambda: len(box) == 1)
+        [last] = box.drain()
+        assert [one.message.step for one in (*mail, last)] == [0, 1, 2, 3]
+        mail[2].settle()
+        last.settle()
+        await eventually(lambda: not box.settled)
+        await asyncio.to_thread(publisher.close)
+        consumer = await bus.consume(EVENTS.name, "training", kind_patterns("seed"))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await anext(consumer)
+
+    async def test_a_message_too_large_is_refused_and_the_rest_goes_on(self, publisher: OonaPublisher) -> None:
+        publisher.offer(SEED, SeedEvent(reason="x" * 9_000_000))
+        publisher.offer(SEED, SeedEvent())
+        await eventually(lambda: publisher.stats().published == {"seed": 1})
+        assert publisher.stats().refused == {"seed": 1}
 
     async def test_closing_without_a_server_keeps_its_deadline_and_counts_what_was_left(
         self, server: NatsServer, publisher: OonaPublisher

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -33,6 +33,7 @@ def envelope() -> HealthBatch:
     return HealthBatch(run_id="run-1", sequence=7, layer_index=entries, ring_dropped=2, batches_dropped=1)
 
 
+@settings(max_examples=25)
 @given(batches())
 def test_the_bytes_say_what_protobuf_itself_would_write(columns: Columns) -> None:
     by_hand = envelope()
@@ -45,6 +46,7 @@ def test_the_bytes_say_what_protobuf_itself_would_write(columns: Columns) -> Non
     assert len(encoded) <= len(envelope().SerializeToString()) + MAX_SIGNAL_BYTES * len(columns["step"]) + 11 * 6
 
 
+@settings(max_examples=25)
 @given(batches())
 def test_columns_come_back_bit_for_bit(columns: Columns) -> None:
     decoded = health_columns(HealthBatch.FromString(encode_health(envelope(), columns)))
