@@ -6,8 +6,6 @@ its ``code``, and it lives on without Esper once it has been exported.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import fx, nn
 
@@ -50,20 +48,6 @@ def build_plan(layout: Plan, *, seed: int) -> fx.GraphModule:
             graph.erase_node(node)
     graph.lint()
     return fx.GraphModule(root, graph, class_name="Seed")
-
-
-def script(module: fx.GraphModule) -> torch.jit.ScriptModule:
-    """Give the TorchScript form of a built module, sharing its parameters.
-
-    torch warns that TorchScript is deprecated, and that it will not compile an annotation in fx's own constructor;
-    both are known and say nothing about the module, so they are kept from the caller.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", message="The TorchScript type system doesn't support instance-level")
-        scripted = torch.jit.script(module)
-    assert isinstance(scripted, torch.jit.ScriptModule)
-    return scripted
 
 
 def _flatten_inputs(layout: Plan, emitter: Emitter, values: dict[str, fx.Node]) -> bool:

@@ -35,6 +35,10 @@ class Template:
         return f"blueprint 1\n{self.text}"
 
 
+_GRIDS: Final = (SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.BATCH_NORM1D, SiteKind.BATCH_NORM2D)
+_VECTORS: Final = (SiteKind.LINEAR, SiteKind.LAYER_NORM, SiteKind.BATCH_NORM1D)
+_SEQUENCES: Final = (SiteKind.LINEAR, SiteKind.ATTENTION, SiteKind.LAYER_NORM)
+
 _MAPS: Final = (
     Template(
         name="norm_shift",
@@ -114,6 +118,7 @@ _MAPS: Final = (
         description="As many new hidden units as the layer has outputs, beside it: widening that keeps the function.",
         tags=("widening", "mlp", "function_preserving"),
         citation="Chen et al., Net2Net: Accelerating Learning via Knowledge Transfer, arXiv:1511.05641 (Net2Wider)",
+        site_kinds=(*_SEQUENCES, SiteKind.BATCH_NORM1D),
     ),
     Template(
         name="deepen",
@@ -128,8 +133,6 @@ _MAPS: Final = (
         "He et al., Identity Mappings in Deep Residual Networks, arXiv:1603.05027",
     ),
 )
-
-_GRIDS: Final = (SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.BATCH_NORM1D, SiteKind.BATCH_NORM2D)
 
 _CONVOLUTIONS: Final = (
     Template(
@@ -189,6 +192,32 @@ _CONVOLUTIONS: Final = (
         site_kinds=_GRIDS,
     ),
     Template(
+        name="widen_conv",
+        text="""
+            units = conv(x, features={C}, kernel=3, stride={S})
+            near = align(units, h)
+            act = activation(near, fn=relu)
+            out = conv(act, kernel=3, init=zero)
+            return out
+        """,
+        description="As many new filters as the layer has, beside it, with a full convolution to bring them in.",
+        tags=("widening", "convolution", "spatial", "function_preserving"),
+        citation="Chen et al., Net2Net: Accelerating Learning via Knowledge Transfer, arXiv:1511.05641 (Net2Wider)",
+        site_kinds=_GRIDS,
+    ),
+    Template(
+        name="deepen_conv",
+        text="""
+            act = activation(h, fn=relu)
+            out = conv(act, kernel=3, init=zero)
+            return out
+        """,
+        description="A further convolution after this layer that begins as the identity.",
+        tags=("deepening", "convolution", "spatial", "function_preserving"),
+        citation="Chen et al., Net2Net: Accelerating Learning via Knowledge Transfer, arXiv:1511.05641 (Net2Deeper)",
+        site_kinds=_GRIDS,
+    ),
+    Template(
         name="squeeze_excite",
         text="""
             pooled = global_pool(h)
@@ -204,8 +233,6 @@ _CONVOLUTIONS: Final = (
         citation="Hu et al., Squeeze-and-Excitation Networks, arXiv:1709.01507",
     ),
 )
-
-_VECTOR_SITES: Final = (SiteKind.LINEAR, SiteKind.LAYER_NORM, SiteKind.BATCH_NORM1D)
 
 _VIEWS: Final = (
     Template(
@@ -225,7 +252,7 @@ _VIEWS: Final = (
         description="A small convolutional network on a signal that the host treats as a flat vector.",
         tags=("convolution", "spatial", "signal"),
         citation="Greydanus & Kobak, Scaling Down Deep Learning with MNIST-1D, arXiv:2011.14439",
-        site_kinds=_VECTOR_SITES,
+        site_kinds=_VECTORS,
     ),
     Template(
         name="image_conv",
@@ -242,7 +269,7 @@ _VIEWS: Final = (
         description="A small convolutional network on a square image that the host treats as a flat vector.",
         tags=("convolution", "spatial", "image"),
         citation="LeCun et al., Gradient-Based Learning Applied to Document Recognition, Proc. IEEE 86 (1998)",
-        site_kinds=_VECTOR_SITES,
+        site_kinds=_VECTORS,
     ),
 )
 
@@ -279,7 +306,7 @@ _TOKENS: Final = (
         description="Attention to earlier positions only, for language models.",
         tags=("attention", "low_rank", "causal"),
         citation="Radford et al., Improving Language Understanding by Generative Pre-Training (2018)",
-        site_kinds=(SiteKind.LINEAR, SiteKind.ATTENTION, SiteKind.LAYER_NORM),
+        site_kinds=_SEQUENCES,
     ),
     Template(
         name="causal_token_conv",
@@ -295,7 +322,7 @@ _TOKENS: Final = (
         tags=("convolution", "depthwise", "causal"),
         citation="So et al., Primer: Searching for Efficient Transformers, arXiv:2109.08668; "
         "Poli et al., Hyena Hierarchy, arXiv:2302.10866",
-        site_kinds=(SiteKind.LINEAR, SiteKind.ATTENTION, SiteKind.LAYER_NORM),
+        site_kinds=_SEQUENCES,
     ),
     Template(
         name="token_channel_mixer",

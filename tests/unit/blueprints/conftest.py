@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import pytest
+import torch
+from torch import nn
 
 from esper.blueprints import BlueprintRegistry, default_registry
 from esper.contracts.blueprint import Site, SiteKind
@@ -44,6 +49,21 @@ def conv2d() -> Site:
 @pytest.fixture
 def tokens() -> Site:
     return SITES["linear_tokens"]
+
+
+@pytest.fixture
+def script() -> Callable[[nn.Module], torch.jit.ScriptModule]:
+    """Gives the TorchScript form of a module; torch warns of an annotation in fx's own constructor."""
+
+    def run(module: nn.Module) -> torch.jit.ScriptModule:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The TorchScript type system doesn't support instance-level")
+            warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
+            scripted = torch.jit.script(module)
+        assert isinstance(scripted, torch.jit.ScriptModule)
+        return scripted
+
+    return run
 
 
 @pytest.fixture(scope="session")

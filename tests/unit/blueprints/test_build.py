@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import safetensors.torch
@@ -8,9 +9,10 @@ import torch
 from torch import nn
 
 from esper.blueprints import BlueprintRegistry, parse_text, to_module
-from esper.blueprints.build import script
 from esper.contracts.blueprint import BlueprintIR, Site, SiteKind
 from esper.contracts.errors import InvalidInputError
+
+Script = Callable[[nn.Module], torch.jit.ScriptModule]
 
 
 def graph(*lines: str) -> BlueprintIR:
@@ -108,11 +110,11 @@ def test_weights_travel_as_safetensors(registry: BlueprintRegistry, site: Site) 
         assert torch.equal(fresh(x, h), trained(x, h))
 
 
-def test_scripted_templates_train_like_eager_ones(registry: BlueprintRegistry, site: Site) -> None:
+def test_scripted_templates_train_like_eager_ones(registry: BlueprintRegistry, site: Site, script: Script) -> None:
     x, h = inputs(site)
     for blueprint in registry.for_site(site):
         eager, other = (wake(to_module(blueprint.ir, site, seed=0)) for _ in range(2))
-        scripted = script(other)  # type: ignore[arg-type]
+        scripted = script(other)
         eager(x, h).square().sum().backward()
         scripted(x, h).square().sum().backward()
         for mine, theirs in zip(eager.parameters(), scripted.parameters(), strict=True):
@@ -136,6 +138,15 @@ def export_and_compare(ir: BlueprintIR, site: Site) -> None:
     for size in (1, 5):
         x, h = inputs(site, size)
         torch.testing.assert_close(exported.module()(x, h), module(x, h))
+
+
+def test_compiles_to_one_graph_for_every_batch(registry: BlueprintRegistry, linear: Site, conv2d: Site) -> None:
+    for name, site in (("signal_conv", linear), ("conv3x3", conv2d), ("low_rank_attention", conv2d)):
+        module = wake(to_module(registry.create_blueprint(name).ir, site, seed=0))
+        compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
+        for batch in (2, 3, 5):
+            x, h = inputs(site, batch)
+            torch.testing.assert_close(compiled(x, h), module(x, h))
 
 
 def test_channels_last_inputs_give_the_same_delta(registry: BlueprintRegistry, conv2d: Site) -> None:
@@ -163,7 +174,7 @@ def test_module_is_made_of_torch_alone(registry: BlueprintRegistry, site: Site) 
         assert not any(getattr(value, "__module__", None) == "esper" for value in code_names.values())
 
 
-def test_names_that_python_reserves_are_legal_node_names(linear: Site) -> None:
+def test_names_that_python_reserves_are_legal_node_names(linear: Site, script: Script) -> None:
     ir = graph("lambda = linear(x)", "forward = activation(lambda)", "self = linear(forward, init=zero)", "return self")
     module = to_module(ir, linear, seed=0)
     x, h = inputs(linear)

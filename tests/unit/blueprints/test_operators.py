@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import fx, nn
 
 from esper.blueprints import BlueprintRegistry, cost, parse_text, plan, to_module
-from esper.blueprints.build import script
 from esper.blueprints.check import measured_flops
 from esper.blueprints.operators import OPERATORS, Emitter
 from esper.contracts.blueprint import BlueprintIR, Site, SiteKind
+
+Script = Callable[[nn.Module], torch.jit.ScriptModule]
 
 VECTOR = Site(kind=SiteKind.LINEAR, input_shape=(16,), output_shape=(12,))
 TOKENS = Site(kind=SiteKind.LINEAR, input_shape=(7, 16), output_shape=(7, 12))
@@ -141,7 +144,7 @@ def test_every_operator_gives_the_type_it_infers(case: tuple[BlueprintIR, Site])
         assert fx.GraphModule(root, graph)(*values).shape == (2, *step.output.shape)
 
 
-def test_scripted_form_gives_the_same_bits(case: tuple[BlueprintIR, Site]) -> None:
+def test_scripted_form_gives_the_same_bits(case: tuple[BlueprintIR, Site], script: Script) -> None:
     ir, site = case
     module = to_module(ir, site, seed=0)
     scripted = script(module)

@@ -73,7 +73,9 @@ def test_offers_are_legal_and_cheapest_first(registry: BlueprintRegistry, site: 
 
 def test_offers_span_kinds_and_not_only_sizes(registry: BlueprintRegistry, linear: Site, conv2d: Site) -> None:
     assert {"signal_conv", "image_conv", "lora", "gated_mlp"} <= {b.name for b in registry.for_site(linear)}
-    assert {"conv3x3", "squeeze_excite", "low_rank_attention"} <= {b.name for b in registry.for_site(conv2d)}
+    assert {"conv3x3", "widen_conv", "squeeze_excite", "low_rank_attention"} <= {
+        b.name for b in registry.for_site(conv2d)
+    }
 
 
 def test_image_view_is_offered_for_squares_only(registry: BlueprintRegistry) -> None:
