@@ -115,7 +115,7 @@ KernelCache::PutResult KernelCache::put(std::string_view key, CacheHandle handle
   Shard& shard = shard_of(key, hash);
   const std::uint64_t expires = ttl == 0 ? 0 : deadline(hooks_.now_ns(), ttl);
   const std::lock_guard lock(shard.mutex);
-  return shard.put(key, hash, handle, size_bytes, pinned, expires, removals.list);
+  return shard.put({key, hash, handle, size_bytes, pinned, expires}, removals.list);
 }
 
 bool KernelCache::pin(std::string_view key) {

@@ -32,47 +32,49 @@ bool KernelCache::Shard::contains(std::string_view key, std::uint64_t now,
   return find(key, now, removed) != none_.end();
 }
 
-KernelCache::PutResult KernelCache::Shard::put(std::string_view key, std::size_t hash,
-                                               CacheHandle handle, std::size_t size_bytes,
-                                               bool pinned, std::uint64_t expires,
+KernelCache::PutResult KernelCache::Shard::put(const NewEntry& item,
                                                std::vector<Removed>& removed) {
-  const auto known = index_.find(key);
-  const bool replaces = known != index_.end();
-  const Entry* old = replaces ? &*known->second : nullptr;
-  const std::uint32_t num_pins = (replaces ? old->num_pins : 0) + (pinned ? 1 : 0);
-  // What must stay beside the new entry: the pinned ones, less the one that it replaces.
-  const bool old_pinned = replaces && old->num_pins > 0;
-  const std::size_t fixed_bytes = pinned_bytes_ - (old_pinned ? old->size_bytes : 0);
-  const std::size_t fixed_entries = pinned_.size() - (old_pinned ? 1 : 0);
-  if (size_bytes > capacity_bytes_) {
+  const auto known = index_.find(item.key);
+  const Entry* old = known != index_.end() ? &*known->second : nullptr;
+  const PutResult verdict = admit(item, old);
+  if (verdict != PutResult::STORED) {
     ++counts_.rejected;
-    return PutResult::TOO_LARGE;
+    return verdict;
   }
-  if (size_bytes > capacity_bytes_ - fixed_bytes || fixed_entries + 1 > max_entries_) {
-    ++counts_.rejected;
-    return PutResult::PINNED_FULL;
-  }
-
-  Place place = forget_ghost(hash) ? Place::MAIN : Place::SMALL;
-  if (replaces) {
-    place = known->second->place == Place::PINNED ? Place::MAIN : known->second->place;
+  const std::uint32_t num_pins = (old != nullptr ? old->num_pins : 0) + (item.pinned ? 1 : 0);
+  Place place = forget_ghost(item.hash) ? Place::MAIN : Place::SMALL;
+  if (old != nullptr) {
+    if (old->place != Place::SMALL) place = Place::MAIN;
     remove(known->second, CacheRemoval::REPLACED, removed);
   }
-  while (bytes_ + size_bytes > capacity_bytes_) evict_one(true, removed);
-  while (index_.size() + 1 > max_entries_) evict_one(false, removed);
-  Queue fresh;
-  fresh.push_front(Entry{std::string(key), hash, handle, size_bytes, expires, num_pins, 0, place});
-  const Queue::iterator entry = fresh.begin();
-  index_.emplace(entry->key, entry);
-  if (num_pins > 0) entry->place = Place::PINNED;
-  Queue& queue = queue_of(entry->place);
-  queue.splice(queue.begin(), fresh);
-  bytes_ += size_bytes;
-  if (entry->place == Place::SMALL) small_bytes_ += size_bytes;
-  if (entry->place == Place::PINNED) pinned_bytes_ += size_bytes;
-  ++(replaces ? counts_.replaced : counts_.inserts);
-  forget_negative(key);
+  ++(old != nullptr ? counts_.replaced : counts_.inserts);
+  make_room(item.size_bytes, removed);
+  insert(item, num_pins, num_pins > 0 ? Place::PINNED : place);
+  forget_negative(item.key);
   return PutResult::STORED;
+}
+
+// STORED where the item has room beside the pinned entries, of which it replaces `old`.
+KernelCache::PutResult KernelCache::Shard::admit(const NewEntry& item, const Entry* old) const {
+  const bool frees_pinned = old != nullptr && old->num_pins > 0;
+  const std::size_t pinned_bytes = pinned_bytes_ - (frees_pinned ? old->size_bytes : 0);
+  const std::size_t pinned_entries = pinned_.size() - (frees_pinned ? 1 : 0);
+  if (item.size_bytes > capacity_bytes_) return PutResult::TOO_LARGE;
+  const bool fits =
+      item.size_bytes <= capacity_bytes_ - pinned_bytes && pinned_entries + 1 <= max_entries_;
+  return fits ? PutResult::STORED : PutResult::PINNED_FULL;
+}
+
+void KernelCache::Shard::insert(const NewEntry& item, std::uint32_t num_pins, Place place) {
+  Queue fresh;
+  fresh.push_front(Entry{std::string(item.key), item.hash, item.handle, item.size_bytes,
+                         item.expires_ns, num_pins, 0, place});
+  index_.emplace(fresh.front().key, fresh.begin());
+  Queue& queue = queue_of(place);
+  queue.splice(queue.begin(), fresh);
+  bytes_ += item.size_bytes;
+  if (place == Place::SMALL) small_bytes_ += item.size_bytes;
+  if (place == Place::PINNED) pinned_bytes_ += item.size_bytes;
 }
 
 bool KernelCache::Shard::pin(std::string_view key, std::uint64_t now,
@@ -191,6 +193,12 @@ void KernelCache::Shard::remove(Queue::iterator entry, CacheRemoval removal,
   if (entry->place == Place::PINNED) pinned_bytes_ -= entry->size_bytes;
   removed.push_back({std::move(entry->key), entry->handle, removal});
   queue_of(entry->place).erase(entry);
+}
+
+// REQUIRES: admitted, so that what is not pinned suffices.
+void KernelCache::Shard::make_room(std::size_t size_bytes, std::vector<Removed>& removed) {
+  while (bytes_ + size_bytes > capacity_bytes_) evict_one(true, removed);
+  while (index_.size() + 1 > max_entries_) evict_one(false, removed);
 }
 
 // The small queue gives way while it holds more than its share, measured in what is short.

@@ -26,14 +26,22 @@ struct Removed {
 
 class KernelCache::Shard {
  public:
+  struct NewEntry {
+    std::string_view key;
+    std::size_t hash;
+    CacheHandle handle;
+    std::size_t size_bytes;
+    bool pinned;
+    std::uint64_t expires_ns;  // 0: never
+  };
+
   Shard(std::size_t capacity_bytes, std::size_t max_entries)
       : capacity_bytes_(capacity_bytes), max_entries_(max_entries) {}
 
   std::optional<CacheHandle> get(std::string_view key, std::uint64_t now,
                                  std::vector<Removed>& removed);
   bool contains(std::string_view key, std::uint64_t now, std::vector<Removed>& removed);
-  PutResult put(std::string_view key, std::size_t hash, CacheHandle handle, std::size_t size_bytes,
-                bool pinned, std::uint64_t expires, std::vector<Removed>& removed);
+  PutResult put(const NewEntry& item, std::vector<Removed>& removed);
   bool pin(std::string_view key, std::uint64_t now, std::vector<Removed>& removed);
   bool unpin(std::string_view key);
   bool erase(std::string_view key, std::uint64_t now, std::vector<Removed>& removed);
@@ -72,6 +80,9 @@ class KernelCache::Shard {
   void move_to(Queue::iterator entry, Place place);
   Queue::iterator find(std::string_view key, std::uint64_t now, std::vector<Removed>& removed);
   void remove(Queue::iterator entry, CacheRemoval removal, std::vector<Removed>& removed);
+  PutResult admit(const NewEntry& item, const Entry* old) const;
+  void insert(const NewEntry& item, std::uint32_t num_pins, Place place);
+  void make_room(std::size_t size_bytes, std::vector<Removed>& removed);
   void evict_one(bool by_bytes, std::vector<Removed>& removed);
   bool evict_from_small(std::vector<Removed>& removed);
   bool evict_from_main(std::vector<Removed>& removed);

@@ -222,44 +222,59 @@ TEST_F(KernelCacheTest, ChoosesShardsBySizeAndSplitsItsBounds) {
   EXPECT_THROW(make(0), InvalidInput);
 }
 
-// Random operations against the rules that always hold: bounds, counts, and references that
-// balance.
-TEST_F(KernelCacheTest, RandomOperationsKeepTheInvariants) {
-  std::mt19937 engine(11);
-  const auto draw = [&](unsigned below) { return static_cast<unsigned>(engine()) % below; };
+// Random operations; `pins` is the model.
+class RandomUse {
+ public:
+  explicit RandomUse(unsigned seed) : engine_(seed) {}
+
+  unsigned draw(unsigned below) { return static_cast<unsigned>(engine_()) % below; }
+
+  void change_pins(KernelCache& cache, const std::string& key) {
+    if (draw(2) == 0) {
+      if (pins.size() < 4 && cache.pin(key)) ++pins[key];
+    } else if (!pins.empty()) {
+      const auto first = pins.begin();
+      EXPECT_TRUE(cache.unpin(first->first));
+      if (--first->second == 0) pins.erase(first);
+    }
+  }
+
   std::map<std::string, int> pins;
+
+ private:
+  std::mt19937 engine_;
+};
+
+void expect_invariants(KernelCache& cache, const RandomUse& use, std::uint64_t gets) {
+  const CacheStats stats = cache.stats();
+  EXPECT_LE(stats.bytes, 500U);
+  EXPECT_LE(stats.entries, 20U);
+  EXPECT_EQ(stats.pinned_entries, use.pins.size());
+  EXPECT_EQ(stats.hits + stats.misses + stats.negative_hits, gets);
+  for (const auto& [pinned, count] : use.pins) EXPECT_TRUE(cache.contains(pinned));
+}
+
+// Bounds, counts and pins hold after every operation, and references balance in the end.
+TEST_F(KernelCacheTest, RandomOperationsKeepTheInvariants) {
+  RandomUse use(11);
   {
     KernelCache cache = make(500, 20, 2);
     std::uint64_t gets = 0;
-    for (int i = 0; i < 20000; ++i) {
-      const std::string key = std::to_string(draw(60));
-      now_ns_ += draw(5);
-      switch (draw(6)) {
-        case 0:
-        case 1:
-          ++gets;
-          touch(cache, key);
-          break;
-        case 2:
-          put(cache, key, 1 + draw(80), false, draw(3) == 0 ? 20 : 0);
-          break;
-        case 3:
-          if (pins.size() < 4 && cache.pin(key)) ++pins[key];
-          break;
-        case 4:
-          if (!pins.empty() && cache.unpin(pins.begin()->first) && --pins.begin()->second == 0) {
-            pins.erase(pins.begin());
-          }
-          break;
-        default:
-          if (!pins.contains(key)) cache.erase(key);
+    for (int i = 0; i < 20000 && !HasFailure(); ++i) {
+      const std::string key = std::to_string(use.draw(60));
+      const unsigned operation = use.draw(5);
+      now_ns_ += use.draw(5);
+      if (operation < 2) {
+        ++gets;
+        touch(cache, key);
+      } else if (operation == 2) {
+        put(cache, key, 1 + use.draw(80), false, use.draw(3) == 0 ? 20 : 0);
+      } else if (operation == 3) {
+        use.change_pins(cache, key);
+      } else if (!use.pins.contains(key)) {
+        cache.erase(key);
       }
-      const CacheStats stats = cache.stats();
-      ASSERT_LE(stats.bytes, 500U);
-      ASSERT_LE(stats.entries, 20U);
-      ASSERT_EQ(stats.pinned_entries, pins.size());
-      ASSERT_EQ(stats.hits + stats.misses + stats.negative_hits, gets);
-      for (const auto& [pinned, count] : pins) ASSERT_TRUE(cache.contains(pinned));
+      expect_invariants(cache, use, gets);
     }
   }
   for (const auto& [handle, count] : references_) EXPECT_EQ(count, 0) << handle;
