@@ -6,8 +6,6 @@ import asyncio
 import dataclasses
 import json
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -55,7 +53,7 @@ async def until_held(service: UrzaService, num_bytes: int) -> None:
     """Return once uploads under way hold this many bytes."""
     async with asyncio.timeout(10):
         while service.servicer.upload_bytes_held != num_bytes:
-            await asyncio.sleep(0)
+            await service.ready()
 
 
 async def test_the_third_cache_tier_reads_what_a_worker_uploaded(stub: Any) -> None:
@@ -158,11 +156,15 @@ asyncio.run(main())
 async def test_what_was_answered_is_there_after_the_process_was_killed(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/urza.db"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-c", WRITER, url], stdout=subprocess.PIPE, env=environment) as writer:
-        assert writer.stdout is not None
-        answered = [json.loads(writer.stdout.readline()) for _ in range(20)]
-        writer.send_signal(signal.SIGKILL)
-        answered += [json.loads(line) for line in writer.stdout.read().splitlines() if line.endswith(b"]")]
+    writer = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", WRITER, url, stdout=asyncio.subprocess.PIPE, env=environment
+    )
+    assert writer.stdout is not None
+    answered = [json.loads(await writer.stdout.readline()) for _ in range(20)]
+    writer.kill()
+    rest = await writer.stdout.read()
+    await writer.wait()
+    answered += [json.loads(line) for line in rest.splitlines() if line.endswith(b"]")]
     async with UrzaService(UrzaConfig(database_url=url, seed_templates=False), key_ring=KEY.ring()) as service:
         for blueprint_id, version in answered:
             assert (await service.store.blueprints.get(blueprint_id)).version == version
