@@ -90,9 +90,11 @@ class JobRunner:
         self._tasks.append(asyncio.create_task(self._note_dead(buried)))
 
     async def close(self) -> None:
-        """Stop taking jobs; those that run are left to another delivery. Idempotent."""
+        """Stop taking jobs; those that don't end within ``drain_s`` are left to another delivery. Idempotent."""
         for consumer in self._consumers:
             await consumer.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self._config.drain_s)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -48,7 +48,7 @@ class JobStore:
         await self._database.ping()
 
     async def add(self, job: CompileJob, asker: Asker | None) -> tuple[CompileJob, bool]:
-        """Store a job unless one of its content key is there, and note who asks; give what is stored and whether new."""
+        """Store a job unless one of its key is there, and note who asks; give what is stored and whether it is new."""
         async with self._database.session() as session:
             values = {
                 "job_id": job.job_id,

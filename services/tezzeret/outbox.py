@@ -7,6 +7,7 @@ repeat. While the library or the bus is away, the pauses between attempts grow.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -51,6 +52,7 @@ class Outbox:
         self._config = config
         self._on_change = on_change
         self._wake = asyncio.Event()
+        self._closing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -64,31 +66,27 @@ class Outbox:
     async def close(self) -> None:
         """Stop; what is left stays in the store. Idempotent."""
         if self._task is not None:
+            self._closing.set()
+            self._wake.set()
+            await asyncio.wait({self._task}, timeout=self._config.drain_s)
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
 
     async def _run(self) -> None:
         pause_s = self._config.min_backoff_s
-        while True:
+        while not self._closing.is_set():
             self._wake.clear()
             try:
                 await self._empty()
             except EsperError as error:
                 log.warning("outbox_delayed", extra={"error": str(error), "retry_s": pause_s})
-                await asyncio.sleep(pause_s)
+                await _either(self._closing, pause_s)
                 pause_s = min(pause_s * 2, self._config.max_backoff_s)
                 continue
             pause_s = self._config.min_backoff_s
-            await self._idle()
-
-    async def _idle(self) -> None:
-        """Wait for work of this process, and look now and then for what a replica left behind."""
-        try:
-            async with asyncio.timeout(self._config.max_backoff_s):
-                await self._wake.wait()
-        except TimeoutError:
-            return
+            # Look now and then without being woken, for what a replica left behind.
+            await _either(self._wake, self._config.max_backoff_s)
 
     async def _empty(self) -> None:
         """Upload, then announce; an upload that fails holds no announcement back."""
@@ -145,3 +143,10 @@ class Outbox:
                 log.error("kernel_announcement_refused", extra={"job_id": job.job_id, "error": str(error)})
                 raise
         await self._store.mark_announced(job.job_id, asker)
+
+
+async def _either(event: asyncio.Event, timeout_s: float) -> None:
+    """Wait for an event or the end of a time, whichever comes first."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()

@@ -63,7 +63,7 @@ class TezzeretServicer(TezzeretServiceServicer):
         """Give jobs, newest first."""
         del context
         descriptor = pb.JobPhase.DESCRIPTOR
-        phases = [JobPhase(enum_from_wire(phase, JobPhase, descriptor, "phases")) for phase in request.phases]
+        phases = [JobPhase[enum_from_wire(phase, JobPhase, descriptor, "phases").name] for phase in request.phases]
         scope = f"ListJobs|{','.join(sorted(phase.name for phase in set(phases)))}"
         size = require_page_size(request.page_size, default=DEFAULT_PAGE, maximum=MAX_PAGE)
         found = await self._service.jobs(phases, size + 1, _after(request.page_token, scope))

@@ -1,0 +1,262 @@
+"""From blueprint to kernel: every target, fall-backs that are recorded, and checks that can fail."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from esper.blueprints import BlueprintRegistry, to_module
+from esper.contracts.blueprint import Blueprint, BlueprintIR, BlueprintMetadata, IRNode, Site, SiteKind
+from esper.contracts.errors import CapacityExceededError, CompilationError, InvalidBlueprintError, InvalidInputError
+from esper.contracts.kernel import CompileSpec, CompileTarget, DeviceKind, JobPhase
+from esper.execution.artifact import artifact_bytes, verify
+from esper.execution.keys import SigningKey
+from esper.services.tezzeret import compiler, kernel_validator
+from esper.services.tezzeret.compiler import load_binary
+from esper.services.tezzeret.config import CompilerConfig
+from esper.services.tezzeret.content_key import content_key
+from esper.services.tezzeret.default_sites import DEFAULT_SITES, default_site
+from esper.services.tezzeret.kernel_optimizer import NO_CUDA, KernelOptimizer
+from esper.services.tezzeret.worker import TezzeretWorker
+
+WORKER = TezzeretWorker()
+IMAGE = Site(kind=SiteKind.CONV2D, input_shape=(8, 8, 8), output_shape=(8, 8, 8))
+REQUIRED = {
+    "identity", "learning", "gradients", "batch", "parameters", "flops", "determinism", "finite_float32",
+    "finite_bfloat16", "compiled_shapes", "compiled_determinism", "compiled_finite_float32",
+    "compiled_finite_bfloat16", "compiled_equality", "compiled_gradients", "latency", "memory",
+}  # fmt: skip
+
+
+def test_a_blueprint_becomes_a_checked_kernel(blueprint: Blueprint) -> None:
+    kernel = WORKER.compile_blueprint(blueprint)
+    assert kernel.binary_data
+    assert 0 < kernel.metadata.compilation_time < 5.0
+    assert kernel.metadata.validated
+    assert kernel.metadata.target is CompileTarget.TORCHSCRIPT
+    assert {check.name for check in kernel.metadata.checks} >= REQUIRED
+    assert all(check.passed for check in kernel.metadata.checks)
+    assert kernel.manifest.blueprint_id == blueprint.id
+    assert kernel.artifact.signature == b""
+
+
+def test_a_worker_with_a_key_signs(blueprint: Blueprint) -> None:
+    key = SigningKey.generate()
+    kernel = TezzeretWorker(signer=key).compile_blueprint(blueprint, random_seed=3)
+    verified = verify(artifact_bytes(kernel.artifact), key.ring(), artifact_id=kernel.artifact_id)
+    rebuilt = to_module(verified.ir, verified.manifest.site, seed=3)
+    assert all(torch.equal(verified.weights[name], tensor) for name, tensor in rebuilt.state_dict().items())
+
+
+@pytest.mark.parametrize("target", [CompileTarget.TORCHSCRIPT, CompileTarget.EXPORTED_PROGRAM])
+def test_compiled_bytes_compute_what_the_module_does(blueprint: Blueprint, target: CompileTarget) -> None:
+    kernel = WORKER.compile_blueprint(blueprint, target=target)
+    assert kernel.metadata.target is target
+    compiled = load_binary(kernel.binary_data, target)
+    assert isinstance(compiled, torch.nn.Module)
+    eager = to_module(kernel.spec.ir, kernel.spec.site, seed=0)
+    for parameter in eager.parameters():
+        torch.nn.init.normal_(parameter)
+    compiled.load_state_dict(eager.state_dict())
+    x, h = torch.randn(7, 64), torch.randn(7, 64)
+    torch.testing.assert_close(compiled(x, h), eager(x, h))
+
+
+def test_eager_has_no_bytes_and_no_row_that_compares_it_with_itself(blueprint: Blueprint) -> None:
+    kernel = WORKER.compile_blueprint(blueprint, target=CompileTarget.EAGER)
+    assert kernel.binary_data == b""
+    names = {check.name for check in kernel.metadata.checks}
+    assert "compiled_shapes" in names
+    assert not names & {"compiled_equality", "compiled_gradients"}
+
+
+def test_aot_inductor_falls_back_and_says_why(blueprint: Blueprint) -> None:
+    kernel = WORKER.compile_blueprint(blueprint, target=CompileTarget.AOT_INDUCTOR)
+    assert kernel.metadata.target is CompileTarget.EXPORTED_PROGRAM
+    [given_up] = kernel.manifest.fallbacks
+    assert given_up.target is CompileTarget.AOT_INDUCTOR
+    assert "tens of seconds" in given_up.reason
+
+
+def test_a_target_that_breaks_falls_back_down_to_eager(blueprint: Blueprint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Any:
+        raise RuntimeError("compiler\nfell over")
+
+    monkeypatch.setattr(compiler, "script_of", broken)
+    monkeypatch.setattr(compiler, "_export", broken)
+    kernel = WORKER.compile_blueprint(blueprint)
+    assert kernel.metadata.target is CompileTarget.EAGER
+    assert [(row.target, row.reason) for row in kernel.metadata.fallbacks] == [
+        (CompileTarget.TORCHSCRIPT, "compiler fell over"),
+        (CompileTarget.EXPORTED_PROGRAM, "compiler fell over"),
+    ]
+
+
+def test_a_target_that_computes_something_else_is_given_up(
+    blueprint: Blueprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong only away from birth, where every delta is zero."""
+    honest = compiler.load_torchscript
+
+    class Doubled(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def load_state_dict(self, state: Any, *_: Any, **__: Any) -> Any:
+            return self.inner.load_state_dict(state)
+
+        def forward(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+            doubled: torch.Tensor = 2 * self.inner(x, h)
+            return doubled
+
+    monkeypatch.setattr(compiler, "load_torchscript", lambda binary: Doubled(honest(binary)))
+    kernel = WORKER.compile_blueprint(blueprint)
+    assert kernel.metadata.target is CompileTarget.EXPORTED_PROGRAM
+    [given_up] = kernel.metadata.fallbacks
+    assert "compiled_equality" in given_up.reason
+    assert "compiled_gradients" in given_up.reason
+
+
+def test_a_blueprint_that_cannot_learn_fails_and_names_the_check() -> None:
+    dead = BlueprintIR(
+        nodes=(
+            IRNode(name="a", op="linear", inputs=("h",), attributes={"init": "zero"}),
+            IRNode(name="b", op="activation", inputs=("a",), attributes={"fn": "relu"}),
+            IRNode(name="c", op="linear", inputs=("b",), attributes={"init": "zero"}),
+        ),
+        output="c",
+    )
+    with pytest.raises(CompilationError, match=r"failed (gradients|learning)"):
+        WORKER.compile_spec(CompileSpec(ir=dead, site=DEFAULT_SITES[0]))
+
+
+def test_a_kernel_too_slow_or_too_large_fails(spec: CompileSpec) -> None:
+    with pytest.raises(CompilationError, match="failed latency: best of 5"):
+        TezzeretWorker(CompilerConfig(max_latency_ms=1e-6)).compile_spec(spec)
+    with pytest.raises(CompilationError, match=r"failed memory: \d+ parameters"):
+        TezzeretWorker(CompilerConfig(max_memory_bytes=1)).compile_spec(spec)
+    with pytest.raises(CapacityExceededError, match="at most 1 parameters"):
+        TezzeretWorker(CompilerConfig(max_parameters=1)).compile_spec(spec)
+
+
+def test_phases_are_told_in_order(spec: CompileSpec) -> None:
+    phases: list[JobPhase] = []
+    WORKER.compile_spec(spec, phases.append)
+    assert phases == [JobPhase.COMPILING, JobPhase.VALIDATING, JobPhase.PACKAGING]
+
+
+def test_equal_requests_give_equal_kernels(spec: CompileSpec) -> None:
+    """Weights and IR to the bit; the TorchScript archive carries no time or name of its own either."""
+    first, second = (WORKER.compile_spec(spec) for _ in range(2))
+    assert first.artifact.weights == second.artifact.weights
+    assert first.artifact.ir == second.artifact.ir
+    assert first.manifest.content_key == second.manifest.content_key == content_key(spec)
+
+
+def test_torch_random_state_is_left_alone(spec: CompileSpec) -> None:
+    before = torch.get_rng_state()
+    WORKER.compile_spec(spec)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_second_process_gives_the_same_bits(spec: CompileSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = TezzeretWorker(CompilerConfig(check_processes=True))
+    rows = {check.name: check for check in checked.compile_spec(spec).metadata.checks}
+    assert rows["determinism_processes"].detail == "a second process gave the same bits"
+    import os
+
+    mine = os.getpid()
+    honest = kernel_validator.output_digest
+    monkeypatch.setattr(
+        kernel_validator, "output_digest", lambda given: honest(given) if os.getpid() == mine else bytes(32)
+    )
+    with pytest.raises(CompilationError, match="determinism_processes: a second process gave 0000"):
+        checked.compile_spec(spec)
+
+
+@pytest.mark.parametrize("name", ["conv3x3", "low_rank_attention", "token_channel_mixer", "squeeze_excite"])
+def test_templates_of_images_compile(registry: BlueprintRegistry, name: str) -> None:
+    kernel = WORKER.compile_blueprint(registry.create_blueprint(name), site=IMAGE)
+    assert kernel.metadata.target is CompileTarget.TORCHSCRIPT
+    assert kernel.metadata.validated
+
+
+def test_without_a_site_the_first_that_fits_is_taken(registry: BlueprintRegistry, blueprint: Blueprint) -> None:
+    assert default_site(blueprint) == DEFAULT_SITES[0]
+    image_only = replace(blueprint, metadata=BlueprintMetadata(site_kinds=(SiteKind.CONV2D,)))
+    assert default_site(image_only).kind is SiteKind.CONV2D
+    assert default_site(registry.create_blueprint("conv3x3")).kind is SiteKind.CONV2D
+
+
+def test_a_blueprint_that_fits_no_default_site_is_named(blueprint: Blueprint) -> None:
+    nowhere = BlueprintIR(nodes=(IRNode(name="a", op="linear", inputs=("h",), attributes={"features": 3}),), output="a")
+    with pytest.raises(InvalidBlueprintError, match="must be legal at a default site of LINEAR"):
+        default_site(replace(blueprint, ir=nowhere))
+
+
+class TestOptimizer:
+    """Inference forms, each within its stated tolerance of the module."""
+
+    @pytest.fixture
+    def image_kernel(self, registry: BlueprintRegistry) -> Any:
+        return WORKER.compile_blueprint(registry.create_blueprint("conv3x3"), site=IMAGE)
+
+    def test_cuda_without_a_cuda_device_is_device_neutral_and_says_so(self, image_kernel: Any) -> None:
+        optimized = KernelOptimizer().optimize(image_kernel, device="cuda")
+        assert optimized.metadata.optimization_applied == ("channels_last", "freeze")
+        assert optimized.metadata.target_device == "cuda"
+        assert optimized.manifest.device is DeviceKind.CUDA
+        if not torch.cuda.is_available():
+            assert optimized.metadata.device_neutral
+            assert optimized.metadata.notes == (NO_CUDA,)
+            row = next(check for check in optimized.metadata.checks if check.name == "optimized_equality")
+            assert NO_CUDA in row.detail
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda", "mobile"])
+    def test_the_form_runs_and_equals_the_module_within_its_limit(self, blueprint: Blueprint, device: str) -> None:
+        kernel = WORKER.compile_blueprint(blueprint)
+        optimized = KernelOptimizer().optimize(kernel, device=device)
+        row = next(check for check in optimized.metadata.checks if check.name == "optimized_equality")
+        assert row.figure is not None
+        assert row.limit is not None
+        assert row.figure <= row.limit
+        form = load_binary(optimized.binary_data, CompileTarget.TORCHSCRIPT)
+        x, h = torch.randn(3, 64), torch.randn(3, 64)
+        assert form(x, h).abs().max() <= 1e-6, "identity at birth"
+        assert optimized.manifest.content_key != kernel.manifest.content_key
+        assert optimized.artifact.weights == kernel.artifact.weights
+
+    def test_int8_is_smaller_and_within_its_own_limit(self, registry: BlueprintRegistry) -> None:
+        site = Site(kind=SiteKind.LINEAR, input_shape=(256,), output_shape=(256,))
+        kernel = WORKER.compile_blueprint(registry.create_blueprint("gated_mlp"), site=site)
+        mobile = KernelOptimizer().optimize(kernel, device="mobile")
+        assert "int8_dynamic" in mobile.metadata.optimization_applied
+        assert len(mobile.binary_data) < len(kernel.binary_data) / 2
+
+    def test_a_form_beyond_its_limit_is_refused(self, blueprint: Blueprint) -> None:
+        kernel = WORKER.compile_blueprint(blueprint)
+        strict = KernelOptimizer(CompilerConfig(int8_equality_limit=1e-9))
+        with pytest.raises(
+            CompilationError, match="optimised form for mobile must equal the module, failed optimized_"
+        ):
+            strict.optimize(kernel, device="mobile")
+
+    def test_an_unknown_device_is_refused(self, image_kernel: Any) -> None:
+        with pytest.raises(InvalidInputError, match="device must be cpu, cuda or mobile, got 'tpu'"):
+            KernelOptimizer().optimize(image_kernel, device="tpu")
+
+
+@pytest.mark.slow
+def test_aot_inductor_compiles_where_it_may_take_its_time(spec: CompileSpec) -> None:
+    worker = TezzeretWorker(CompilerConfig(aot_inductor=True))
+    kernel = worker.compile_spec(replace(spec, target=CompileTarget.AOT_INDUCTOR))
+    assert kernel.metadata.target is CompileTarget.AOT_INDUCTOR, kernel.metadata.fallbacks
+    compiled = load_binary(kernel.binary_data, CompileTarget.AOT_INDUCTOR)
+    eager = to_module(spec.ir, spec.site, seed=0).eval()
+    x, h = torch.randn(4, 8), torch.randn(4, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, h), eager(x, h))
