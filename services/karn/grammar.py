@@ -15,6 +15,7 @@ gradients and finiteness is for the blueprint contract test to say; see ``propos
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
@@ -102,6 +103,8 @@ class Variation:
     """What was done, in words."""
     parents: tuple[int, ...]
     """Which of the graphs given it was made from."""
+    structure: str = ""
+    """Its structure id, once it was found to be new."""
 
 
 class Grammar:
@@ -116,16 +119,19 @@ class Grammar:
         """Say whether a graph uses allowed operators only."""
         return all(node.op in self._allowed for node in ir.nodes)
 
-    def vary(self, designs: Sequence[BlueprintIR], random: np.random.Generator) -> Variation | None:
+    def vary(
+        self, designs: Sequence[BlueprintIR], random: np.random.Generator, known: AbstractSet[str] = frozenset()
+    ) -> Variation | None:
         """Give a variation of the first design, perhaps crossed with the second; ``None`` when no try was legal.
 
-        The result differs from its parents in structure and uses allowed operators only.
+        The result uses allowed operators only, and its structure id is not among ``known``.
         """
-        known = {structure_id(design) for design in designs}
         for _ in range(_TRIES):
             made = self._try(designs, random)
-            if made is not None and self.permits(made.ir) and structure_id(made.ir) not in known:
-                return made
+            if made is not None and self.permits(made.ir):
+                structure = structure_id(made.ir)
+                if structure not in known:
+                    return replace(made, structure=structure)
         return None
 
     def _try(self, designs: Sequence[BlueprintIR], random: np.random.Generator) -> Variation | None:

@@ -44,7 +44,7 @@ MAX_COUNT: Final = 32
 """Proposals one request may ask for, at most."""
 
 _NOVELTY_WEIGHT: Final = 0.02
-_ATTEMPTS: Final = 160
+_ATTEMPTS: Final = 96
 _POOL_CAP: Final = 64
 _TOURNAMENT: Final = 3
 
@@ -178,13 +178,13 @@ class Proposer:
         children: list[_Design] = []
         for _ in range(attempts):
             parents = [self._parent(pool, random), self._parent(pool, random)]
-            made = grammar.vary([one.blueprint.ir for one in parents], random)
-            if made is None or structure_id(made.ir) in known:
+            made = grammar.vary([one.blueprint.ir for one in parents], random, known)
+            if made is None:
                 continue
-            known.add(structure_id(made.ir))
-            child = _Design(_blueprint(made, parents, site), view(made.ir, site))
-            if child.view.layout.mixing <= mixing and constraints.admit(child.view):
-                children.append(child)
+            known.add(made.structure)
+            seen = view(made.ir, site)
+            if seen.layout.mixing <= mixing and constraints.admit(seen):
+                children.append(_Design(_blueprint(made, parents, site, seen.kind), seen))
         return children
 
     def _parent(self, pool: Sequence[_Design], random: np.random.Generator) -> _Design:
@@ -254,7 +254,7 @@ def passes_contract(ir: BlueprintIR, site: Site) -> bool:
     return check_blueprint(ir, site).passed
 
 
-def _blueprint(made: Variation, parents: Sequence[_Design], site: Site) -> Blueprint:
+def _blueprint(made: Variation, parents: Sequence[_Design], site: Site, family: str) -> Blueprint:
     identity = content_id(made.ir)
     origins = [parents[place].blueprint for place in made.parents]
     kind = site.kind.name.lower()
@@ -264,7 +264,7 @@ def _blueprint(made: Variation, parents: Sequence[_Design], site: Site) -> Bluep
         name=f"karn-{kind.replace('_', '-')}-{identity[:16]}",
         ir=made.ir,
         metadata=BlueprintMetadata(
-            tags=["karn", "generated", view(made.ir, site).kind],
+            tags=["karn", "generated", family],
             description=described,
             site_kinds=(site.kind,),
         ),

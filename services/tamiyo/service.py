@@ -45,7 +45,7 @@ class Tamiyo:
         self.store = store
         self.policy = policy
         self.tracker = PerformanceTracker()
-        self._candidates = candidates
+        self.candidates = candidates
         self._gate = asyncio.Lock()
         self._random = np.random.default_rng(random_seed)
 
@@ -77,7 +77,7 @@ class Tamiyo:
             known = known or await self.store.decision(packet.run_id, packet.sequence)
             if known is not None:
                 return known
-            candidates = await self._candidates.candidates(packet)
+            candidates = await self.candidates.candidates(packet)
             decision = self.policy.analyze(packet, candidates)
             await self._keep(packet, decision)
         self.tracker.observe_packet(packet)
@@ -126,7 +126,7 @@ class Tamiyo:
         """
         config = self.policy.config.selection
         if site is not None:
-            blueprints = await self._candidates.blueprints(site)
+            blueprints = await self.candidates.blueprints(site)
             asked = [
                 features_of(site, one.id, parameters=None, progress=None, family=family_of(one.ir))
                 for one in blueprints
@@ -145,7 +145,7 @@ class Tamiyo:
 
     def posterior(self, site_kind: SiteKind | None) -> list[tuple[Arm, str]]:
         """Give every arm with the name of its blueprint (empty where it is not known), best mean first."""
-        return [(arm, self._candidates.name_of(arm.blueprint_id)) for arm in self.policy.posterior.arms(site_kind)]
+        return [(arm, self.candidates.name_of(arm.blueprint_id)) for arm in self.policy.posterior.arms(site_kind)]
 
     async def _keep(self, packet: SystemStatePacket, decision: AdaptationDecision) -> None:
         """Store a decision; when that fails the run is forgotten, so that it is read back before the next try."""

@@ -22,10 +22,12 @@ def test_every_variation_is_legal_and_new(any_site):
     found = Counter()
     for place in range(60):
         pair = [base[place % len(base)], base[(7 * place + 1) % len(base)]]
-        made = grammar.vary(pair, random)
+        known = {structure_id(one) for one in pair}
+        made = grammar.vary(pair, random, known)
         assert made is not None
         validate(made.ir, any_site)
-        assert structure_id(made.ir) not in {structure_id(one) for one in pair}
+        assert made.structure == structure_id(made.ir)
+        assert made.structure not in known
         assert made.change
         assert len(made.parents) == (2 if made.operator == CROSSOVER else 1)
         found[made.operator] += 1
