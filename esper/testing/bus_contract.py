@@ -358,10 +358,10 @@ class ConsumerContract:
         bus = await open_bus()
         await bus.ensure_streams()
         await keep(bus, JOB, b"slow")
-        consumer = await bus.consume(COMPILE.name, "workers", ack_wait_s=0.6, batch=1)
+        consumer = await bus.consume(COMPILE.name, "workers", ack_wait_s=1.5, batch=1)
         [delivery] = await take(consumer, 1)
-        for _ in range(4):
-            assert await nothing_more(consumer, for_s=0.3)
+        for _ in range(5):
+            assert await nothing_more(consumer, for_s=0.4)
             await delivery.in_progress()
         await delivery.ack()
         assert await nothing_more(consumer, for_s=0.8)
