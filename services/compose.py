@@ -12,13 +12,8 @@ from esper.execution.keys import KeyRing, SigningKey
 from esper.mesh import ChannelConfig, MeshServer, ServerConfig, open_channel
 from esper.mesh.database import Database
 from esper.mesh.settings import SERVICES, MeshSettings
+from esper.mesh.stubs import STUBS
 from esper.telemetry import Bus, NatsBus
-from esper.v1.karn_service_pb2_grpc import KarnServiceStub
-from esper.v1.nissa_service_pb2_grpc import NissaServiceStub
-from esper.v1.tamiyo_service_pb2_grpc import TamiyoServiceStub
-from esper.v1.tezzeret_service_pb2_grpc import TezzeretServiceStub
-from esper.v1.tolaria_service_pb2_grpc import TolariaServiceStub
-from esper.v1.urza_service_pb2_grpc import UrzaServiceStub
 
 if TYPE_CHECKING:
     from esper.services.tezzeret.pool import WorkerPool
@@ -26,16 +21,6 @@ if TYPE_CHECKING:
     from esper.services.urza.server import UrzaService
 
 log = logging.getLogger(__name__)
-
-STUBS: Final[Mapping[str, Callable[[Any], Any]]] = {
-    "tolaria": TolariaServiceStub,
-    "tamiyo": TamiyoServiceStub,
-    "karn": KarnServiceStub,
-    "urza": UrzaServiceStub,
-    "tezzeret": TezzeretServiceStub,
-    "nissa": NissaServiceStub,
-}
-"""Generated stub of every service; takes a gRPC or an in-process channel."""
 
 
 class Node(Protocol):

@@ -14,9 +14,9 @@ from typing import Any, Final
 
 from esper.execution.keys import SigningKey
 from esper.mesh import LOOPBACK, ProcessSpec, ProcessSupervisor, free_ports, probe, read_state
+from esper.mesh.loop_thread import LoopThread
 from esper.mesh.process_state import write_state
 from esper.mesh.settings import SERVICES, MeshSettings, default_state_dir, environment_of
-from esper.services.loop_thread import LoopThread
 from esper.telemetry import NatsBus
 
 _READY_S: Final = 90.0

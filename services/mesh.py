@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
+from esper.client import EsperClient
+from esper.client.transport import AsyncStubTransport, Transport
 from esper.contracts.errors import EsperError, InvalidStateError, UnavailableError
 from esper.contracts.run import CacheTierStatus
 from esper.core.link import BusLink, RunLink
@@ -25,9 +27,10 @@ from esper.execution.tier_redis import RedisTier
 from esper.execution.tier_urza import UrzaTier
 from esper.execution.tiers import TieredKernelSource
 from esper.mesh import ChannelConfig, InProcessChannel, open_channel, probe
+from esper.mesh.loop_thread import LoopThread
 from esper.mesh.settings import SERVICES, MeshSettings, resolve
-from esper.services.compose import STUBS, Node, Surroundings, open_node
-from esper.services.loop_thread import LoopThread
+from esper.mesh.stubs import STUBS
+from esper.services.compose import Node, Surroundings, open_node
 from esper.telemetry import Bus, MemoryBroker, MemoryBus, NatsBus, OonaClient
 
 log = logging.getLogger(__name__)
@@ -198,6 +201,17 @@ class RemoteBackend:
         return DirectoryTier(self.settings.state_dir / "kernels")
 
 
+class _MeshTransport(AsyncStubTransport):
+    """Calls through the stubs of a mesh."""
+
+    def __init__(self, backend: MeshBackend) -> None:
+        self._backend = backend
+
+    def stub(self, service: str) -> Any:
+        """Give the stub of a service."""
+        return self._backend.stub(service)
+
+
 class Mesh:
     """The services a training run grows with; a context manager.
 
@@ -272,13 +286,9 @@ class Mesh:
         self._links.append(link)
         return link
 
-    def call(self, service: str, method: str, request: Any, *, timeout_s: float = 10.0) -> Any:
-        """Call a unary method of a service and wait for the answer.
-
-        Raises:
-            EsperError: What the service answers; ``UnavailableError`` when it cannot be reached.
-        """
-        return self._loop.run(self._call(service, method, request, timeout_s), timeout_s + 5.0)
+    def client(self) -> EsperClient:
+        """Give a client of this mesh's services; it is of use until the mesh is closed."""
+        return EsperClient(transport=Transport(_MeshTransport(self._backend), self._loop))
 
     def close(self) -> None:
         """End every line, then what this mesh brought up; idempotent."""
@@ -310,6 +320,3 @@ class Mesh:
         cache = KernelCache(_L1_BYTES)
         source = TieredKernelSource(cache, self._backend.second_tier(), library, self._backend.ring())
         self._source = LoopSource(source, self._loop)
-
-    async def _call(self, service: str, method: str, request: Any, timeout_s: float) -> Any:
-        return await getattr(self._backend.stub(service), method)(request, timeout=timeout_s)

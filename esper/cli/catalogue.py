@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from esper.blueprints import to_text
 from esper.cli.connection import call, pages
 from esper.cli.output import Json, Timeout, console, plain, print_json, print_rows
 from esper.contracts.blueprint import Blueprint
@@ -25,16 +24,10 @@ def search(
     without: Annotated[list[str] | None, typer.Option("--without", help="Tag it must not have; may repeat.")] = None,
     text: Annotated[str, typer.Option("--text", help="Text in name or description.")] = "",
     as_json: Json = False,
-    timeout: Timeout = 10.0,
 ) -> None:
     """List blueprints that match, by name."""
-
-    def request(token: str) -> urza_service_pb2.SearchBlueprintsRequest:
-        return urza_service_pb2.SearchBlueprintsRequest(
-            all_tags=tag or [], no_tags=without or [], text=text, page_token=token
-        )
-
-    found = [one for page in pages("urza", "SearchBlueprints", request, timeout) for one in page.blueprints]
+    request = urza_service_pb2.SearchBlueprintsRequest(all_tags=tag or [], no_tags=without or [], text=text)
+    found = [one for page in pages("urza", "SearchBlueprints", request) for one in page.blueprints]
     rows = [
         (
             f"{one.name}@{one.version}",
@@ -56,6 +49,8 @@ def show(reference: Reference, as_json: Json = False, timeout: Timeout = 10.0) -
     if as_json:
         print_json(plain(response))
         return
+    from esper.blueprints import to_text  # torch is behind it: only who needs it waits for it
+
     blueprint = from_wire(response.blueprint, Blueprint)
     console.print(f"{blueprint.name}@{blueprint.version}  {blueprint.id}", highlight=False)
     console.print(f"{blueprint.state.name.lower()}  tags: {' '.join(blueprint.metadata.tags)}", highlight=False)
@@ -94,10 +89,8 @@ def list_kernels(
     """List kernels, newest first."""
     blueprint_id = _blueprint(blueprint, timeout).blueprint.id if blueprint else ""
 
-    def request(token: str) -> urza_service_pb2.ListKernelsRequest:
-        return urza_service_pb2.ListKernelsRequest(blueprint_id=blueprint_id, page_token=token)
-
-    found = [one for page in pages("urza", "ListKernels", request, timeout) for one in page.kernels]
+    request = urza_service_pb2.ListKernelsRequest(blueprint_id=blueprint_id)
+    found = [one for page in pages("urza", "ListKernels", request) for one in page.kernels]
     rows = [
         (
             one.artifact_id,

@@ -1,14 +1,14 @@
-"""One unary call to one service, for commands."""
+"""Calls to the mesh at hand, for commands."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from esper.mesh import ChannelConfig, open_channel, read_state
+from esper.client.transport import ChannelTransport
+from esper.mesh.process_state import read_state
 from esper.mesh.settings import PREFIX, MeshSettings, resolve
-from esper.services.compose import STUBS
 
 
 def current_settings() -> MeshSettings:
@@ -17,7 +17,9 @@ def current_settings() -> MeshSettings:
     state = read_state(configured.state_dir)
     if not state.running:
         return configured
-    recorded = {key.removeprefix(PREFIX).lower(): value for key, value in state.extra.items() if key.startswith(PREFIX)}
+    recorded: dict[str, Any] = {
+        key.removeprefix(PREFIX).lower(): value for key, value in state.extra.items() if key.startswith(PREFIX)
+    }
     return MeshSettings(**recorded)
 
 
@@ -27,15 +29,8 @@ def call(service: str, method: str, request: Any, timeout_s: float) -> Any:
     Raises:
         EsperError: What the service answers.
     """
-
-    async def go() -> Any:
-        channel = open_channel(current_settings().address_of(service), ChannelConfig())
-        try:
-            return await getattr(STUBS[service](channel), method)(request, timeout=timeout_s)
-        finally:
-            await channel.close()
-
-    return asyncio.run(go())
+    with contextlib.closing(ChannelTransport(current_settings())) as transport:
+        return transport.call(service, method, request, timeout_s=timeout_s)
 
 
 def watch(service: str, method: str, request: Any, show: Callable[[Any], None]) -> None:
@@ -44,25 +39,16 @@ def watch(service: str, method: str, request: Any, show: Callable[[Any], None]) 
     Raises:
         EsperError: What the service answers.
     """
-
-    async def go() -> None:
-        channel = open_channel(current_settings().address_of(service), ChannelConfig())
-        try:
-            stream: AsyncIterator[Any] = getattr(STUBS[service](channel), method)(request, timeout=86_400.0)
-            async for item in stream:
-                show(item)
-        finally:
-            await channel.close()
-
-    asyncio.run(go())
+    with contextlib.closing(ChannelTransport(current_settings())) as transport:
+        for item in transport.stream(service, method, request):
+            show(item)
 
 
-def pages(service: str, method: str, make: Callable[[str], Any], timeout_s: float) -> Iterator[Any]:
-    """Give every page of a listing; ``make`` builds the request from a page token."""
-    token = ""
-    while True:
-        response = call(service, method, make(token), timeout_s)
-        yield response
-        token = response.next_page_token
-        if not token:
-            return
+def pages(service: str, method: str, request: Any) -> Iterator[Any]:
+    """Give every page of a listing.
+
+    Raises:
+        EsperError: What the service answers.
+    """
+    with contextlib.closing(ChannelTransport(current_settings())) as transport:
+        yield from transport.pages(service, method, request)

@@ -8,20 +8,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.live import Live
 from rich.table import Table
 
-import esper
-from esper.cli import digits
-from esper.cli.demo_report import describe_margin, write_report
-from esper.cli.demo_run import DemoResult, DemoSettings, SeedResult, run_seed
 from esper.cli.output import console
 from esper.contracts.errors import NotFoundError
-from esper.core.report import EpochRecord
-from esper.core.session import Session
+
+if TYPE_CHECKING:
+    from esper.cli.demo_run import DemoResult, DemoSettings, SeedResult
+    from esper.core.report import EpochRecord
+    from esper.core.session import Session
 
 
 def demo(
@@ -35,6 +34,12 @@ def demo(
     Starts NATS and the six services on this machine, trains on three splits (train, control, sealed test), and compares
     with the host alone and with a static network of the grown size. Takes a few minutes on two cores; no network.
     """
+    # torch is behind these: only who needs it waits for it
+    import esper
+    from esper.cli import digits
+    from esper.cli.demo_report import write_report
+    from esper.cli.demo_run import DemoResult, DemoSettings, run_seed
+
     settings = DemoSettings(epochs=epochs, seeds=seeds)
     splits = digits.load_digits()
     runs: list[SeedResult] = []
@@ -116,6 +121,8 @@ def _say_seed(run: SeedResult) -> None:
 
 
 def _say_result(result: DemoResult, path: Path, state_dir: Path) -> None:
+    from esper.cli.demo_report import describe_margin
+
     for name, control in (("the host alone", "host"), ("a static net of the grown size", "static")):
         margin = result.margin(control)
         if margin is not None:

@@ -17,7 +17,8 @@ import typer
 
 from esper.cli.output import Json, console, print_rows
 from esper.contracts.errors import EsperError, InvalidInputError, NotFoundError, UnavailableError
-from esper.mesh import probe, read_state, stop_recorded
+from esper.mesh.channel import probe
+from esper.mesh.process_state import read_state, stop_recorded
 from esper.mesh.processes import log_tail
 from esper.mesh.settings import SERVICES, resolve
 from esper.telemetry.logs import configure_service_logs

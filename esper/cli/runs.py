@@ -35,13 +35,10 @@ class RefusedError(EsperError):
 
 
 @app.command("list")
-def list_runs(as_json: Json = False, timeout: Timeout = 10.0) -> None:
+def list_runs(as_json: Json = False) -> None:
     """List runs, newest first."""
-
-    def request(token: str) -> tolaria_service_pb2.ListRunsRequest:
-        return tolaria_service_pb2.ListRunsRequest(page_token=token)
-
-    found = [run for page in pages("tolaria", "ListRuns", request, timeout) for run in page.runs]
+    request = tolaria_service_pb2.ListRunsRequest()
+    found = [run for page in pages("tolaria", "ListRuns", request) for run in page.runs]
     rows = [
         (
             run.run_id,

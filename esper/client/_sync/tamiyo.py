@@ -1,0 +1,82 @@
+# Generated from ../_async by esper.client.generate; edit that.
+"""Tamiyo: decisions, seed selection, the posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from esper.client.paging import decoded
+from esper.client.transport import Transport
+from esper.contracts.blueprint import Site, SiteKind
+from esper.contracts.decision import AdaptationDecision
+from esper.contracts.run import FieldReport, SystemStatePacket
+from esper.contracts.wire import enum_to_wire, from_wire, to_message
+from esper.v1 import blueprint_pb2, tamiyo_service_pb2, telemetry_pb2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeedChoice:
+    """A seed drawn from the posterior."""
+
+    seed_index: int
+    """Seed within its layer."""
+    expected_reward: float
+    """Mean of its posterior reward."""
+    exploration_bonus: float
+    """What the draw added for being uncertain."""
+    explanation: str
+    """Why, in words."""
+
+
+class TamiyoClient:
+    """Calls of ``TamiyoService``."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def analyze(self, state: SystemStatePacket) -> AdaptationDecision:
+        """Decide on one state packet; the same run and sequence give the same decision."""
+        request = tamiyo_service_pb2.AnalyzeRequest(state=to_message(state, telemetry_pb2.SystemStatePacket))
+        response = self._transport.call("tamiyo", "Analyze", request)
+        return from_wire(response.decision, AdaptationDecision)
+
+    def select_seed(
+        self, layer: str, rewards: Mapping[int, Sequence[float]], *, site: Site | None = None
+    ) -> SeedChoice:
+        """Draw one of a layer's available seeds; ``rewards`` holds what was seen at each, oldest first."""
+        seeds = [
+            tamiyo_service_pb2.SeedPerformance(seed_index=index, rewards=seen, available=True)
+            for index, seen in rewards.items()
+        ]
+        request = tamiyo_service_pb2.SelectSeedRequest(layer=layer, seeds=seeds)
+        if site is not None:
+            request.site.CopyFrom(to_message(site, blueprint_pb2.Site))
+        response = self._transport.call("tamiyo", "SelectSeed", request)
+        return SeedChoice(
+            seed_index=response.seed_index,
+            expected_reward=response.expected_reward,
+            exploration_bonus=response.exploration_bonus,
+            explanation=response.explanation,
+        )
+
+    def submit_field_report(self, report: FieldReport) -> bool:
+        """Teach an outcome; false when it had been learned before."""
+        message = to_message(report, telemetry_pb2.FieldReport)
+        request = tamiyo_service_pb2.SubmitFieldReportRequest(report=message)
+        return bool((self._transport.call("tamiyo", "SubmitFieldReport", request)).learned)
+
+    def list_decisions(self, run_id: str = "") -> Iterator[AdaptationDecision]:
+        """Give decisions, newest first, of one run or all."""
+        request = tamiyo_service_pb2.ListDecisionsRequest(run_id=run_id)
+        for page in self._transport.pages("tamiyo", "ListDecisions", request):
+            for decision in decoded(page.decisions, AdaptationDecision):
+                yield decision
+
+    def get_posterior(self, site_kind: SiteKind | None = None) -> Sequence[tamiyo_service_pb2.PosteriorArm]:
+        """Give the posterior by arm, best mean first."""
+        request = tamiyo_service_pb2.GetPosteriorRequest()
+        if site_kind is not None:
+            number = enum_to_wire(site_kind, blueprint_pb2.SiteKind.DESCRIPTOR)
+            request.site_kind = blueprint_pb2.SiteKind.ValueType(number)
+        return tuple((self._transport.call("tamiyo", "GetPosterior", request)).arms)
