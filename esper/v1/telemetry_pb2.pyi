@@ -168,7 +168,7 @@ class HealthBatch(_message.Message):
 
     @_builtins.property
     def times_ns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Column: monotonic clock of the training process, in nanoseconds."""
+        """Column: Unix time of the signal, in nanoseconds."""
 
     @_builtins.property
     def means(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
