@@ -249,7 +249,8 @@ void bind_access(CacheClass& cls) {
            "threads ask.\n\n"
            "Threads that ask meanwhile wait without the GIL and get the same value or the same "
            "exception. A value that does\n"
-           "not fit is handed out and not kept.\n\n"
+           "not fit is handed out and not kept. Loaders must not wait for one another in a "
+           "circle.\n\n"
            "Raises:\n    NotFoundError: the key is noted as absent.\n"
            "    InvalidStateError: a loader asks for its own key.")
       .def(

@@ -90,9 +90,8 @@ std::optional<CacheHandle> KernelCache::get(std::string_view key) {
   Removals removals(hooks_);
   std::size_t hash = 0;
   Shard& shard = shard_of(key, hash);
-  const std::uint64_t now = hooks_.now_ns();
   const std::lock_guard lock(shard.mutex);
-  const std::optional<CacheHandle> handle = shard.get(key, now, removals.list);
+  const std::optional<CacheHandle> handle = shard.get(key, hooks_.now_ns, removals.list);
   if (handle) hooks_.acquire(*handle);
   return handle;
 }
@@ -101,9 +100,8 @@ bool KernelCache::contains(std::string_view key) {
   Removals removals(hooks_);
   std::size_t hash = 0;
   Shard& shard = shard_of(key, hash);
-  const std::uint64_t now = hooks_.now_ns();
   const std::lock_guard lock(shard.mutex);
-  return shard.contains(key, now, removals.list);
+  return shard.contains(key, hooks_.now_ns, removals.list);
 }
 
 KernelCache::PutResult KernelCache::put(std::string_view key, CacheHandle handle,
@@ -122,9 +120,8 @@ bool KernelCache::pin(std::string_view key) {
   Removals removals(hooks_);
   std::size_t hash = 0;
   Shard& shard = shard_of(key, hash);
-  const std::uint64_t now = hooks_.now_ns();
   const std::lock_guard lock(shard.mutex);
-  return shard.pin(key, now, removals.list);
+  return shard.pin(key, hooks_.now_ns, removals.list);
 }
 
 bool KernelCache::unpin(std::string_view key) {
@@ -138,9 +135,8 @@ bool KernelCache::erase(std::string_view key) {
   Removals removals(hooks_);
   std::size_t hash = 0;
   Shard& shard = shard_of(key, hash);
-  const std::uint64_t now = hooks_.now_ns();
   const std::lock_guard lock(shard.mutex);
-  return shard.erase(key, now, removals.list);
+  return shard.erase(key, hooks_.now_ns, removals.list);
 }
 
 void KernelCache::put_negative(std::string_view key, std::uint64_t ttl_ns) {
@@ -148,17 +144,15 @@ void KernelCache::put_negative(std::string_view key, std::uint64_t ttl_ns) {
   Removals removals(hooks_);
   std::size_t hash = 0;
   Shard& shard = shard_of(key, hash);
-  const std::uint64_t now = hooks_.now_ns();
   const std::lock_guard lock(shard.mutex);
-  shard.put_negative(key, now, deadline(now, ttl_ns), removals.list);
+  shard.put_negative(key, hooks_.now_ns, deadline(hooks_.now_ns(), ttl_ns), removals.list);
 }
 
 bool KernelCache::is_negative(std::string_view key) {
   std::size_t hash = 0;
   Shard& shard = shard_of(key, hash);
-  const std::uint64_t now = hooks_.now_ns();
   const std::lock_guard lock(shard.mutex);
-  return shard.is_negative(key, now);
+  return shard.is_negative(key, hooks_.now_ns);
 }
 
 std::size_t KernelCache::clear(bool pinned_too) {

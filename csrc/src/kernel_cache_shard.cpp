@@ -15,7 +15,7 @@ constexpr std::size_t kMinGhosts = 16;
 
 }  // namespace
 
-std::optional<CacheHandle> KernelCache::Shard::get(std::string_view key, std::uint64_t now,
+std::optional<CacheHandle> KernelCache::Shard::get(std::string_view key, const Clock& now,
                                                    std::vector<Removed>& removed) {
   const Queue::iterator entry = find(key, now, removed);
   if (entry != none_.end()) {
@@ -27,7 +27,7 @@ std::optional<CacheHandle> KernelCache::Shard::get(std::string_view key, std::ui
   return std::nullopt;
 }
 
-bool KernelCache::Shard::contains(std::string_view key, std::uint64_t now,
+bool KernelCache::Shard::contains(std::string_view key, const Clock& now,
                                   std::vector<Removed>& removed) {
   return find(key, now, removed) != none_.end();
 }
@@ -77,7 +77,7 @@ void KernelCache::Shard::insert(const NewEntry& item, std::uint32_t num_pins, Pl
   if (place == Place::PINNED) pinned_bytes_ += item.size_bytes;
 }
 
-bool KernelCache::Shard::pin(std::string_view key, std::uint64_t now,
+bool KernelCache::Shard::pin(std::string_view key, const Clock& now,
                              std::vector<Removed>& removed) {
   const Queue::iterator entry = find(key, now, removed);
   if (entry == none_.end()) return false;
@@ -92,7 +92,7 @@ bool KernelCache::Shard::unpin(std::string_view key) {
   return true;
 }
 
-bool KernelCache::Shard::erase(std::string_view key, std::uint64_t now,
+bool KernelCache::Shard::erase(std::string_view key, const Clock& now,
                                std::vector<Removed>& removed) {
   const Queue::iterator entry = find(key, now, removed);
   if (entry == none_.end()) return false;
@@ -104,8 +104,8 @@ bool KernelCache::Shard::erase(std::string_view key, std::uint64_t now,
   return true;
 }
 
-void KernelCache::Shard::put_negative(std::string_view key, std::uint64_t now,
-                                      std::uint64_t expires, std::vector<Removed>& removed) {
+void KernelCache::Shard::put_negative(std::string_view key, const Clock& now, std::uint64_t expires,
+                                      std::vector<Removed>& removed) {
   if (find(key, now, removed) != none_.end()) {
     throw InvalidState("key must have no value when it is noted as absent, got a stored key");
   }
@@ -118,10 +118,10 @@ void KernelCache::Shard::put_negative(std::string_view key, std::uint64_t now,
   negatives_.emplace(negative_order_.front(), Negative{expires, negative_order_.begin()});
 }
 
-bool KernelCache::Shard::is_negative(std::string_view key, std::uint64_t now) {
+bool KernelCache::Shard::is_negative(std::string_view key, const Clock& now) {
   const auto note = negatives_.find(key);
   if (note == negatives_.end()) return false;
-  if (now < note->second.expires_ns) return true;
+  if (now() < note->second.expires_ns) return true;
   forget_negative(key);
   return false;
 }
@@ -171,13 +171,12 @@ void KernelCache::Shard::move_to(Queue::iterator entry, Place place) {
 }
 
 // The live entry, or none_.end(); an expired one is removed on the way.
-KernelCache::Shard::Queue::iterator KernelCache::Shard::find(std::string_view key,
-                                                             std::uint64_t now,
+KernelCache::Shard::Queue::iterator KernelCache::Shard::find(std::string_view key, const Clock& now,
                                                              std::vector<Removed>& removed) {
   const auto known = index_.find(key);
   if (known == index_.end()) return none_.end();
   const Queue::iterator entry = known->second;
-  const bool expired = entry->expires_ns != 0 && now >= entry->expires_ns && entry->num_pins == 0;
+  const bool expired = entry->expires_ns != 0 && entry->num_pins == 0 && now() >= entry->expires_ns;
   if (!expired) return entry;
   remove(entry, CacheRemoval::EXPIRED, removed);
   ++counts_.expirations;
@@ -186,7 +185,8 @@ KernelCache::Shard::Queue::iterator KernelCache::Shard::find(std::string_view ke
 
 void KernelCache::Shard::remove(Queue::iterator entry, CacheRemoval removal,
                                 std::vector<Removed>& removed) {
-  removed.reserve(removed.size() + 1);  // the one step that can throw comes first
+  // The one step that can throw comes first.
+  if (removed.size() == removed.capacity()) removed.reserve(2 * removed.size() + 1);
   index_.erase(entry->key);
   bytes_ -= entry->size_bytes;
   if (entry->place == Place::SMALL) small_bytes_ -= entry->size_bytes;

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <list>
 #include <mutex>
 #include <optional>
@@ -26,6 +27,9 @@ struct Removed {
 
 class KernelCache::Shard {
  public:
+  // Read only where something may have expired, so that most calls read no clock.
+  using Clock = std::function<std::uint64_t()>;
+
   struct NewEntry {
     std::string_view key;
     std::size_t hash;
@@ -38,16 +42,16 @@ class KernelCache::Shard {
   Shard(std::size_t capacity_bytes, std::size_t max_entries)
       : capacity_bytes_(capacity_bytes), max_entries_(max_entries) {}
 
-  std::optional<CacheHandle> get(std::string_view key, std::uint64_t now,
+  std::optional<CacheHandle> get(std::string_view key, const Clock& now,
                                  std::vector<Removed>& removed);
-  bool contains(std::string_view key, std::uint64_t now, std::vector<Removed>& removed);
+  bool contains(std::string_view key, const Clock& now, std::vector<Removed>& removed);
   PutResult put(const NewEntry& item, std::vector<Removed>& removed);
-  bool pin(std::string_view key, std::uint64_t now, std::vector<Removed>& removed);
+  bool pin(std::string_view key, const Clock& now, std::vector<Removed>& removed);
   bool unpin(std::string_view key);
-  bool erase(std::string_view key, std::uint64_t now, std::vector<Removed>& removed);
-  void put_negative(std::string_view key, std::uint64_t now, std::uint64_t expires,
+  bool erase(std::string_view key, const Clock& now, std::vector<Removed>& removed);
+  void put_negative(std::string_view key, const Clock& now, std::uint64_t expires,
                     std::vector<Removed>& removed);
-  bool is_negative(std::string_view key, std::uint64_t now);
+  bool is_negative(std::string_view key, const Clock& now);
   std::size_t clear(bool pinned_too, std::vector<Removed>& removed);
   void add_to(CacheStats& total) const;
   void for_each_handle(const std::function<void(CacheHandle)>& visit) const;
@@ -78,7 +82,7 @@ class KernelCache::Shard {
 
   Queue& queue_of(Place place) noexcept;
   void move_to(Queue::iterator entry, Place place);
-  Queue::iterator find(std::string_view key, std::uint64_t now, std::vector<Removed>& removed);
+  Queue::iterator find(std::string_view key, const Clock& now, std::vector<Removed>& removed);
   void remove(Queue::iterator entry, CacheRemoval removal, std::vector<Removed>& removed);
   PutResult admit(const NewEntry& item, const Entry* old) const;
   void insert(const NewEntry& item, std::uint32_t num_pins, Place place);
