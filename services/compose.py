@@ -18,7 +18,6 @@ from esper.telemetry import Bus, NatsBus
 if TYPE_CHECKING:
     from esper.services.tezzeret.pool import WorkerPool
     from esper.services.tezzeret.service import TezzeretService
-    from esper.services.urza.server import UrzaService
 
 log = logging.getLogger(__name__)
 
@@ -150,24 +149,7 @@ async def _open_urza(given: Surroundings) -> Node:
     )
     urza = UrzaService(config, bus=given.bus, key_ring=given.ring)
     await urza.start()
-    return _LibraryNode(urza)
-
-
-class _LibraryNode:
-    """The library under the one face that every node has."""
-
-    def __init__(self, urza: UrzaService) -> None:
-        self._urza = urza
-
-    def add_to(self, server: Any) -> None:
-        """Register with a server or in-process channel."""
-        from esper.v1.urza_service_pb2_grpc import add_UrzaServiceServicer_to_server
-
-        server.add_servicer(add_UrzaServiceServicer_to_server, self._urza.servicer, ready=[self._urza.ready])
-
-    async def close(self) -> None:
-        """Stop, and close the database."""
-        await self._urza.close()
+    return urza
 
 
 async def _open_tezzeret(given: Surroundings) -> Node:
