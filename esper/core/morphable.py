@@ -15,6 +15,7 @@ from torch import nn
 from esper.contracts.errors import InvalidStateError, NotFoundError
 from esper.execution.grown import GrownSeed
 from esper.execution.layers import KasminaLayer
+from esper.execution.seed import extra_states
 from esper.execution.state import SeedStates
 from esper.telemetry.client import OonaClient
 
@@ -149,6 +150,9 @@ class MorphableModel(nn.Module):
             CorruptDataError: A seed's entry is not ours, or is damaged.
             InvalidBlueprintError: A seed's graph is not legal at its site.
         """
+        if strict:
+            for name, layer in self.kasmina_layers.items():
+                layer.clear_others(extra_states(state_dict, f"{name}."))
         return self.host_module.load_state_dict(state_dict, strict=strict, assign=assign)
 
     # --- growth ---
@@ -177,7 +181,9 @@ class MorphableModel(nn.Module):
             self.kasmina_layer(grown.layer).state_layout.index(grown.seed_index)
             by_layer.setdefault(grown.layer, {})[grown.seed_index] = grown
         for name, layer in self.kasmina_layers.items():
-            layer.match_seeds(by_layer.get(name, {}))
+            wanted = by_layer.get(name, {})
+            layer.clear_others(wanted)
+            layer.match_seeds(wanted)
 
     def settle_failures(self) -> int:
         """Read the failures that devices and compiled graphs have counted; gives how many there were.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,7 +14,8 @@ from torch.func import functional_call
 
 from esper.blueprints import to_module
 from esper.contracts.blueprint import BlueprintIR, Site
-from esper.contracts.errors import KernelExecutionError, ShapeMismatchError
+from esper.contracts.errors import CorruptDataError, InvalidInputError, KernelExecutionError, ShapeMismatchError
+from esper.contracts.kernel import CompileTarget
 from esper.execution.artifact import VerifiedKernel
 
 _BATCH_SIZES = (2, 3)
@@ -128,3 +131,34 @@ class KernelExecutor:
         load_weights(module, kernel.weights)
         check_shapes(module, site, placement)
         return module
+
+    def inference_form(self, kernel: VerifiedKernel, site: Site, placement: Placement) -> nn.Module:
+        """Give the compiled form of a kernel, for running without gradients; the eager form where it has no binary.
+
+        The bytes are read from memory, and only here, after ``verify`` has held signature and digests against them.
+
+        Raises:
+            InvalidInputError: The target has no form that is read from memory (AOT_INDUCTOR is a shared library).
+            CorruptDataError: The bytes are not what the manifest says.
+            InvalidBlueprintError, ShapeMismatchError: As :meth:`prepare`, for the eager form.
+        """
+        target = kernel.manifest.target
+        if target is CompileTarget.EAGER:
+            return self.prepare(kernel, site, placement).eval()
+        if target is CompileTarget.AOT_INDUCTOR:
+            raise InvalidInputError.of("kernel", "be TORCHSCRIPT, EXPORTED_PROGRAM or EAGER", target.name)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # torch says so of TorchScript at every load
+                return _read_binary(kernel.binary, target, placement.device)
+        except Exception as error:
+            raise CorruptDataError(
+                f"binary of {kernel.artifact_id} must be a {target.name} archive: {error}"
+            ) from error
+
+
+def _read_binary(binary: bytes, target: CompileTarget, device: torch.device) -> nn.Module:
+    if target is CompileTarget.TORCHSCRIPT:
+        script: nn.Module = torch.jit.load(io.BytesIO(binary), map_location=device)  # type: ignore[no-untyped-call]
+        return script
+    return torch.export.load(io.BytesIO(binary)).module().to(device)

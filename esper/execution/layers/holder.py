@@ -308,10 +308,7 @@ class SeedHolder(nn.Module):
             self.transition(seed_idx, states.DORMANT)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Bring the seeds to what the state dict says, before their weights are read.
-
-        Seeds it names are built; a strict load also clears those it does not name.
-        """
+        """Build the seeds that the state dict names and the layer lacks, before their weights are read."""
         packed = extra_states(state_dict, prefix)
         bare = [index for index, value in packed.items() if not value.numel()]
         for index in bare:
@@ -324,22 +321,22 @@ class SeedHolder(nn.Module):
         for index, grown in saved.items():
             if grown.seed_index != index:
                 raise CorruptDataError(f"{prefix}seeds.{index} must describe seed {index}, got {grown.seed_index}")
-        strict = bool(args[1])
-        self.match_seeds(saved, kept=bare if strict else range(self.num_seeds))
+        self.match_seeds(saved)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def match_seeds(self, saved: Mapping[int, GrownSeed], *, kept: Collection[int] = ()) -> None:
-        """Bring the seeds to saved ones by index, without telling listeners; weights come after.
-
-        Seeds that were not saved are cleared, but for those ``kept``.
-        """
+    def clear_others(self, kept: Collection[int]) -> None:
+        """Bring every live seed but those ``kept`` back to DORMANT, without telling listeners."""
         with self.state_layout.states.silenced():
-            for index in range(self.num_seeds):
-                grown, present = saved.get(index), self.find_seed(index)
-                if grown is None:
-                    if present is not None and index not in kept:
-                        self.clear_seed(index)
-                elif present is None or present.ir != grown.ir or self.state_layout.state(index) is not grown.state:
+            for seed in self.live_seeds():
+                if seed.index not in kept:
+                    self.clear_seed(seed.index)
+
+    def match_seeds(self, saved: Mapping[int, GrownSeed]) -> None:
+        """Bring these seeds to their saved form by index, without telling listeners; weights come after."""
+        with self.state_layout.states.silenced():
+            for index, grown in saved.items():
+                present = self.find_seed(index)
+                if present is None or present.ir != grown.ir or self.state_layout.state(index) is not grown.state:
                     self.clear_seed(index)
                     self.rebuild_seed(grown)
                 else:
