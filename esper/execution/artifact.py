@@ -142,11 +142,15 @@ def assemble(content: KernelContent) -> KernelArtifact:
 
     Raises:
         InvalidInputError: The content key or the weights are not legal.
+        CapacityExceededError: The kernel would be larger than ``MAX_ARTIFACT_BYTES``.
     """
     if not _HEX_64.fullmatch(content.content_key):
         raise InvalidInputError.of("content_key", "be 64 lower-case hex digits", content.content_key)
     data = {"binary": content.binary, "ir": content.ir, "weights": dump_weights(content.weights)}
     parts = tuple(_digest(name, data[name]) for name in PART_NAMES)
+    size_bytes = sum(part.size_bytes for part in parts)
+    if size_bytes > MAX_ARTIFACT_BYTES:
+        raise CapacityExceededError(f"artefact must be at most {MAX_ARTIFACT_BYTES} bytes, got {size_bytes} bytes")
     manifest = KernelManifest(
         artifact_id=artifact_id_of(content.content_key, parts),
         content_key=content.content_key,

@@ -34,7 +34,7 @@ class CompilerConfig:
     aot_inductor: bool = False
     """Whether AOT_INDUCTOR is tried: one kernel takes tens of seconds, so the job's time must allow it."""
     check_processes: bool = False
-    """Whether determinism is checked in a forked process too; only for processes with no other threads."""
+    """Whether determinism is checked in a forked process too; worker processes always do, threads must not."""
 
     def __post_init__(self) -> None:
         _positive(self, "max_parameters", "max_memory_bytes", "max_latency_ms")

@@ -72,8 +72,15 @@ class JobRunner:
         """Begin to take jobs.
 
         Raises:
-            UnavailableError: The bus cannot be reached.
+            UnavailableError: The bus cannot be reached; nothing was begun.
         """
+        try:
+            await self._begin()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _begin(self) -> None:
         config = self._config
         for _ in range(self._pool.num_workers):
             consumer = await self._bus.consume(

@@ -49,7 +49,7 @@ class WorkerPool:
         return self._started and not self._closed and (self._threads is not None or bool(self._workers))
 
     async def start(self) -> None:
-        """Start every worker and return when all are warm.
+        """Start every worker and return when all are warm; after a failure it may be called again.
 
         Raises:
             UnavailableError: A worker ended before it was ready.
@@ -57,14 +57,15 @@ class WorkerPool:
         """
         if self._started:
             raise InvalidStateError("pool must be started once, got a second start")
-        self._started = True
         if self.config.mode == "inline":
             self._threads = ThreadPoolExecutor(self.config.num_workers, thread_name_prefix="esper-compile")
             detail = "NOT ENFORCED: inline workers are threads of this process"
             self._sandbox = (ValidationCheck(name="sandbox", passed=False, detail=detail),)
             log.warning("compile_pool_inline", extra={"num_workers": self.config.num_workers})
-            return
-        await asyncio.gather(*(self._add_worker() for _ in range(self.config.num_workers)))
+        else:
+            missing = self.config.num_workers - len(self._workers)
+            await asyncio.gather(*(self._add_worker() for _ in range(missing)))
+        self._started = True
 
     async def compile(self, spec: CompileSpec, on_phase: OnPhase = lambda _: None) -> KernelArtifact:
         """Have one kernel compiled, waiting for a free worker; it comes without a signature and unproven.

@@ -8,6 +8,7 @@ from typing import Any, Final
 from esper.contracts.errors import InvalidInputError
 from esper.contracts.kernel import CompileJob, CompileSpec, CompileTarget, DeviceKind, JobPhase
 from esper.contracts.wire import enum_from_wire, from_wire, to_wire
+from esper.mesh import InProcessChannel, MeshServer
 from esper.mesh.page_token import decode_page_token, encode_page_token
 from esper.mesh.validation import require_name, require_page_size, require_size
 from esper.services.tezzeret.job_store import place_of
@@ -27,10 +28,12 @@ _MAX_SPEC_BYTES: Final = 128 * 1024
 _MAX_ADAPTATION_BYTES: Final = 128
 
 
-def register(server: Any, service: TezzeretService) -> tuple[str, ...]:
-    """Add the servicer, with its readiness, to a `MeshServer`; give the names of the services it brought."""
-    names: tuple[str, ...] = server.add_servicer(REGISTRAR, TezzeretServicer(service), ready=[service.ready])
-    return names
+def register(server: MeshServer | InProcessChannel, service: TezzeretService) -> tuple[str, ...]:
+    """Register with a server (which serves it only while it is ready) or a channel; give the names of the services."""
+    servicer = TezzeretServicer(service)
+    if isinstance(server, MeshServer):
+        return server.add_servicer(REGISTRAR, servicer, ready=[service.ready])
+    return server.add_servicer(REGISTRAR, servicer)
 
 
 class TezzeretServicer(TezzeretServiceServicer):

@@ -22,6 +22,7 @@ from esper.contracts.errors import (
     InvalidInputError,
     InvalidStateError,
     NotFoundError,
+    UnavailableError,
 )
 from esper.contracts.kernel import ENDED_PHASES, CompileJob, CompileSpec, JobPhase
 from esper.contracts.wire import serialize
@@ -79,6 +80,7 @@ class TezzeretService:
         self._outbox = Outbox(store, bus, urza_stub, self._config, self._changed)
         self._runner = JobRunner(store, bus, pool, signer, self._config, self._changed)
         self._starting: asyncio.Task[None] | None = None
+        self._trouble = "they are warming up"
 
     async def start(self) -> None:
         """Open the store's tables, put unfinished jobs back on the queue, begin to work; workers warm up meanwhile.
@@ -93,24 +95,35 @@ class TezzeretService:
         self._starting = asyncio.create_task(self._start_workers())
 
     async def _start_workers(self) -> None:
-        await self._pool.start()
-        await self._runner.start()
+        """Start what takes jobs, as often as it takes; until then the service is not ready and says why."""
+        pause_s = self._config.min_backoff_s
+        while True:
+            try:
+                if not self._pool.ready():
+                    await self._pool.start()
+                await self._runner.start()
+            except (EsperError, OSError) as error:
+                self._trouble = str(error)
+                log.error("compile_workers_not_started", extra={"error": str(error), "retry_s": pause_s})
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, self._config.max_backoff_s)
+            else:
+                return
 
     async def warm(self) -> None:
-        """Return when every worker is warm and jobs are taken.
-
-        Raises:
-            UnavailableError: A worker or the bus failed at the start.
-        """
+        """Return when every worker is warm and jobs are taken."""
         if self._starting is None:
             raise InvalidStateError("service must be started to be warm, it is not")
         await asyncio.shield(self._starting)
 
     async def ready(self) -> bool:
-        """Say whether jobs are stored and worked on; a readiness probe."""
+        """Say whether jobs are stored and worked on; a readiness probe.
+
+        Raises:
+            UnavailableError: The store is away, or workers do not start; the message says why.
+        """
         if self._starting is None or not self._starting.done():
-            return False
-        self._starting.result()
+            raise UnavailableError(f"compile workers are not ready: {self._trouble}")
         await self._store.ping()
         return self._pool.ready()
 

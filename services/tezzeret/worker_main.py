@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from esper.contracts.errors import EsperError
+from google.protobuf.message import EncodeError
+
+from esper.contracts.errors import CapacityExceededError, EsperError
 from esper.contracts.kernel import CompileSpec, JobPhase, ValidationCheck
 from esper.contracts.wire import parse, serialize
 from esper.services.tezzeret.config import CompilerConfig, WorkerLimits
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     [text] = sys.argv[1:] if arguments is None else arguments
     settings = json.loads(text)
     limits = WorkerLimits(**settings["limits"])
-    compiler = CompilerConfig(**settings["compiler"])
+    compiler = replace(CompilerConfig(**settings["compiler"]), check_processes=True)
     scratch = Path(settings["scratch"])
     with os.fdopen(_take_stdout(), "wb", buffering=0) as out, os.fdopen(0, "rb", closefd=False) as jobs:
         rows = enter(limits, scratch)
@@ -69,14 +71,15 @@ def _serve(
         allow_cpu(limits)
         try:
             kernel = worker.compile_spec(parse(payload, CompileSpec), on_phase)
+            artifact = serialize(kernel.artifact)
         except EsperError as error:
             _send_error(out, error.reason, str(error))
-        except MemoryError:
-            _send_error(out, "CAPACITY_EXCEEDED", "the worker's memory limit was reached")
+        except (MemoryError, EncodeError):  # protobuf reports a failed allocation as the latter
+            _send_error(out, CapacityExceededError.reason, "the worker's memory limit was reached")
         except Exception as error:  # noqa: BLE001 - a defect fails its job, and the worker serves the next one
             _send_error(out, "INTERNAL", f"{type(error).__name__}: {error}")
         else:
-            _send(out, FrameKind.ARTIFACT, serialize(kernel.artifact))
+            _send(out, FrameKind.ARTIFACT, artifact)
 
 
 def _send_error(out: BinaryIO, reason: str, text: str) -> None:

@@ -170,6 +170,12 @@ def test_too_large_is_refused_before_parsing(data: bytes, monkeypatch: pytest.Mo
         verify(data, RING)
 
 
+def test_too_large_is_not_even_assembled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifact_module, "MAX_ARTIFACT_BYTES", 100)
+    with pytest.raises(CapacityExceededError, match="artefact must be at most 100 bytes, got"):
+        assemble(content())
+
+
 def test_eager_without_parameters_has_empty_parts() -> None:
     eager = content(target=CompileTarget.EAGER, binary=b"", weights={})
     kernel = verify(artifact_bytes(pack(eager, KEY)), RING)

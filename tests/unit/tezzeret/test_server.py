@@ -96,9 +96,9 @@ async def test_dead_jobs_are_listed_and_requeued(mill: Mill, stub: Any, spec: Co
 async def test_bad_requests_are_answered_with_their_reason(stub: Any, spec: CompileSpec) -> None:
     with pytest.raises(InvalidInputError, match="spec must be set, got 'nothing'"):
         await stub.Compile(pb.CompileRequest())
+    broken = request(spec)
+    broken.spec.ir.ClearField("nodes")
     with pytest.raises(InvalidBlueprintError, match="nodes must be 1 to 64, got 0"):
-        broken = request(spec)
-        broken.spec.ir.ClearField("nodes")
         await stub.Compile(broken)
     with pytest.raises(InvalidInputError, match="phases must be one of"):
         await stub.ListJobs(pb.ListJobsRequest(phases=[pb.JOB_PHASE_UNSPECIFIED]))

