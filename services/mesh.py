@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 _L1_BYTES: Final = 256 * 1024 * 1024
 _START_S: Final = 120.0
 _STOP_S: Final = 20.0
+_FETCH_S: Final = 60.0
 _START_ORDER: Final = ("urza", "tezzeret", "karn", "tamiyo", "nissa", "tolaria")
 
 
@@ -54,6 +55,14 @@ class LoopSource:
         if found is not None:
             return found
         return await asyncio.wrap_future(self._home.submit(self._source.fetch(artifact_id)))
+
+    def name(self, name: str, artifact_id: str) -> None:
+        """Let a kernel be fetched by a name of one's own.
+
+        Raises:
+            InvalidInputError: The name or the id is not well formed.
+        """
+        self._source.name(name, artifact_id)
 
     def stats(self) -> Sequence[CacheTierStatus]:
         """Give the statistics of every tier."""
@@ -285,6 +294,22 @@ class Mesh:
         link = BusLink(client, self._source)
         self._links.append(link)
         return link
+
+    @property
+    def kernel_source(self) -> LoopSource:
+        """Kernels through the cache tiers; what a layer takes as ``kernel_source``."""
+        if self._closed or self._source is None:
+            raise InvalidStateError("mesh must be open, got a closed one", parameter="mesh")
+        return self._source
+
+    def fetch_kernel(self, artifact_id: str) -> VerifiedKernel:
+        """Fetch a kernel into memory and wait for it.
+
+        Raises:
+            NotFoundError: No tier has it.
+            UnavailableError: The tiers that may have it cannot be reached.
+        """
+        return self._loop.run(self.kernel_source.fetch(artifact_id), _FETCH_S)
 
     def client(self) -> EsperClient:
         """Give a client of this mesh's services; it is of use until the mesh is closed."""
