@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from esper.contracts.errors import InvalidInputError, InvalidStateError
 from esper.execution.keys import KeyRing, SigningKey
-from esper.mesh import ChannelConfig, MeshServer, ServerConfig, open_channel
+from esper.mesh import MeshServer, open_channel
 from esper.mesh.database import Database
 from esper.mesh.settings import SERVICES, MeshSettings
 from esper.mesh.stubs import STUBS
-from esper.telemetry import Bus, NatsBus
+from esper.telemetry import Bus, NatsBus, NatsOptions
+from esper.telemetry.streams import streams_with_replicas
 
 if TYPE_CHECKING:
     from esper.services.tezzeret.pool import WorkerPool
@@ -67,18 +69,33 @@ async def open_node(service: str, given: Surroundings) -> Node:
     return await opener(given)
 
 
+async def connect_bus(settings: MeshSettings) -> NatsBus:
+    """Connect to the message bus of the settings; over TLS, with the own certificate, where the URL says so.
+
+    Raises:
+        UnavailableError: It cannot be reached.
+    """
+    files = settings.tls_config()
+    if files is None or not settings.nats_url.startswith("tls://"):
+        return await NatsBus.connect(settings.nats_url)
+    context = ssl.create_default_context(cafile=files.ca_path)
+    context.load_cert_chain(files.cert_path, files.key_path)
+    return await NatsBus.connect(settings.nats_url, NatsOptions(tls=context))
+
+
 async def serve(service: str, settings: MeshSettings) -> None:
     """Run one service until SIGTERM or SIGINT, then drain.
 
     Raises:
         EsperError: It cannot start; the message says why.
     """
-    bus = await NatsBus.connect(settings.nats_url)
+    bus = await connect_bus(settings)
     channels: dict[str, Any] = {}
     try:
-        await bus.ensure_streams()
+        await bus.ensure_streams(streams_with_replicas(settings.nats_replicas))
+        channel_config = settings.channel_config()
         channels |= {
-            name: open_channel(settings.address_of(name), ChannelConfig()) for name in SERVICES if name != service
+            name: open_channel(settings.address_of(name), channel_config) for name in SERVICES if name != service
         }
         key = SigningKey.load_or_create(settings.keys_dir) if service == "tezzeret" else None
         given = Surroundings(
@@ -97,10 +114,8 @@ async def serve(service: str, settings: MeshSettings) -> None:
 
 
 async def _serve_node(service: str, settings: MeshSettings, node: Node) -> None:
-    host, _, port = settings.address_of(service).rpartition(":")
-    config = ServerConfig(host=host or settings.host, port=int(port), drain_deadline_s=settings.drain_deadline_s)
-    server = MeshServer(config)
     try:
+        server = MeshServer(settings.server_config(service))
         node.add_to(server)
         await server.start()
         log.info("service_started", extra={"service": service, "address": server.address})

@@ -26,12 +26,13 @@ from esper.execution.tier_directory import DirectoryTier
 from esper.execution.tier_redis import RedisTier
 from esper.execution.tier_urza import UrzaTier
 from esper.execution.tiers import TieredKernelSource
-from esper.mesh import ChannelConfig, InProcessChannel, open_channel, probe
+from esper.mesh import InProcessChannel, open_channel, probe
 from esper.mesh.loop_thread import LoopThread
 from esper.mesh.settings import SERVICES, MeshSettings, resolve
 from esper.mesh.stubs import STUBS
-from esper.services.compose import Node, Surroundings, open_node
-from esper.telemetry import Bus, MemoryBroker, MemoryBus, NatsBus, OonaClient
+from esper.services.compose import Node, Surroundings, connect_bus, open_node
+from esper.telemetry import Bus, MemoryBroker, MemoryBus, OonaClient
+from esper.telemetry.streams import streams_with_replicas
 
 log = logging.getLogger(__name__)
 
@@ -170,16 +171,17 @@ class RemoteBackend:
         Raises:
             UnavailableError: One of them cannot.
         """
-        bus = await NatsBus.connect(self.settings.nats_url)
+        bus = await connect_bus(self.settings)
         try:
-            await bus.ensure_streams()
+            await bus.ensure_streams(streams_with_replicas(self.settings.nats_replicas))
         finally:
             await bus.close()
-        await probe(self.settings.address_of("urza"), 5.0)
-        self._channels = {name: open_channel(self.settings.address_of(name), ChannelConfig()) for name in SERVICES}
+        config = self.settings.channel_config()
+        await probe(self.settings.address_of("urza"), 5.0, config=config)
+        self._channels = {name: open_channel(self.settings.address_of(name), config) for name in SERVICES}
         for service in ("tamiyo", "tezzeret"):
             try:
-                await probe(self.settings.address_of(service), 2.0)
+                await probe(self.settings.address_of(service), 2.0, config=config)
             except UnavailableError as error:
                 log.warning("service_away", extra={"service": service, "error": str(error)})
 
@@ -191,7 +193,7 @@ class RemoteBackend:
 
     async def connect_bus(self) -> Bus:
         """Connect to NATS."""
-        return await NatsBus.connect(self.settings.nats_url)
+        return await connect_bus(self.settings)
 
     def stub(self, service: str) -> Any:
         """Give a stub over a gRPC channel."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any, Final, Protocol
 
-from esper.mesh.channel import ChannelConfig, open_channel
+from esper.mesh.channel import open_channel
 from esper.mesh.loop_thread import LoopThread
 from esper.mesh.settings import MeshSettings, resolve
 from esper.mesh.stubs import STUBS
@@ -83,7 +83,7 @@ class AsyncChannelTransport(AsyncStubTransport):
     def stub(self, service: str) -> Any:
         """Give the stub of a service."""
         if service not in self._channels:
-            self._channels[service] = open_channel(self._settings.address_of(service), ChannelConfig())
+            self._channels[service] = open_channel(self._settings.address_of(service), self._settings.channel_config())
         return STUBS[service](self._channels[service])
 
     async def close(self) -> None:

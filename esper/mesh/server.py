@@ -36,6 +36,8 @@ from esper.mesh.tls import TlsConfig, server_credentials
 
 log = logging.getLogger(__name__)
 
+LIVE = "live"
+"""The health name of the process itself: it serves whatever its stores and neighbours do."""
 _HEALTH_NAME = "grpc.health.v1.Health"
 _POSITIVE = ("max_message_bytes", "drain_deadline_s", "probe_interval_s", "probe_deadline_s")
 
@@ -49,6 +51,10 @@ class ServerConfig:
 
     port: int = 0
     """TCP port; 0 lets the system pick one."""
+
+    health_port: int | None = None
+    """TCP port that answers health checks alone, in plain text, for probes that speak no TLS (those of Kubernetes), and
+    knows the name ``live``, which serves as long as the process answers; ``None`` has no such port, 0 picks one."""
 
     max_concurrent_rpcs: int = 256
     """RPCs running at once, health and reflection not counted. At least 1."""
@@ -91,6 +97,8 @@ class ServerConfig:
             raise InvalidInputError.of("host", "be an address to listen on", self.host)
         if not 0 <= self.port <= 65535:
             raise InvalidInputError.of("port", "be within [0, 65535]", self.port)
+        if self.health_port is not None and not 0 <= self.health_port <= 65535:
+            raise InvalidInputError.of("health_port", "be within [0, 65535]", self.health_port)
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise InvalidInputError.of(name, "be above 0", getattr(self, name))
@@ -150,6 +158,9 @@ class MeshServer:
         self._server: grpc.aio.Server | None = None
         self._probing: asyncio.Task[None] | None = None
         self._port: int | None = None
+        self._health_server: grpc.aio.Server | None = None
+        self.health_port: int | None = None
+        """Bound port of health checks alone, once started."""
 
     def add_servicer(
         self, registrar: Registrar, servicer: object, *, ready: Sequence[ReadinessProbe] = ()
@@ -226,6 +237,7 @@ class MeshServer:
         self._server = server
         await self._health.probe_once()
         await server.start()
+        await self._start_health_port()
         self._probing = asyncio.create_task(self._health.probe_forever(), name="esper-readiness")
         log.info("server_started", extra={"address": self.address, "services": list(self._handlers.service_names)})
         return self._port
@@ -252,6 +264,8 @@ class MeshServer:
                 self._probing.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await self._probing
+            if self._health_server is not None:
+                await self._health_server.stop(0)
         finally:
             self._drained.set()
         log.info("server_stopped", extra={"address": self.address})
@@ -294,6 +308,17 @@ class MeshServer:
             # Somebody may have taken the port since it was looked at: then this says so.
             require_free(self._config.host, self._config.port)
             raise UnavailableError(f"the server must be able to listen on {address}, got: {error}") from error
+
+    async def _start_health_port(self) -> None:
+        if self._config.health_port is None:
+            return
+        require_free(self._config.host, self._config.health_port)
+        self._health.add(LIVE, ())
+        server = grpc.aio.server(interceptors=(RpcEnvelope(self._config.policy()),), options=self._options())
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self.health_port = server.add_insecure_port(host_port(self._config.host, self._config.health_port))
+        self._health_server = server
+        await server.start()
 
     def _options(self) -> list[tuple[str, Any]]:
         return [

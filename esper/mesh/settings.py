@@ -11,12 +11,16 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from esper.contracts.errors import ConfigError
+from esper.mesh.channel import ChannelConfig
+from esper.mesh.ports import LOOPBACK
+from esper.mesh.server import ServerConfig
+from esper.mesh.tls import TlsConfig
 
 PREFIX: Final = "ESPER_"
 CONFIG_FILE_VARIABLE: Final = "ESPER_CONFIG"
@@ -39,8 +43,16 @@ class MeshSettings(BaseSettings):
     state_dir: Path = Field(
         default_factory=default_state_dir, description="Where databases, keys, queues and logs rest."
     )
-    host: str = Field("127.0.0.1", description="Address a service listens on.")
-    nats_url: str = Field("nats://127.0.0.1:4222", description="Message bus.")
+    host: str = Field("", description="Address a service listens on; empty: the host of its own address.")
+    health_port: int | None = Field(
+        None, ge=0, le=65535, description="Port of health checks alone, in plain text, for probes; none: no such port."
+    )
+    tls_ca: Path | None = Field(None, description="Authorities of the mesh, PEM; the three TLS files are set together.")
+    tls_cert: Path | None = Field(None, description="Own certificate chain, PEM.")
+    tls_key: Path | None = Field(None, description="Own private key, PEM.")
+    allow_plaintext: bool = Field(False, description="Whether calls may leave this machine without TLS.")
+    nats_url: str = Field("nats://127.0.0.1:4222", description="Message bus; tls:// takes the three TLS files.")
+    nats_replicas: int = Field(1, description="Copies of every stream on different NATS servers: 1, 3 or 5.")
     database_url: str = Field("", description="PostgreSQL for all stores; empty: SQLite files in state_dir.")
     redis_url: str = Field("", description="Redis for the second cache tier; empty: a directory in state_dir.")
     trusted_keys_dir: Path | None = Field(
@@ -60,10 +72,51 @@ class MeshSettings(BaseSettings):
     nissa_http_port: int = Field(8080, ge=0, le=65535, description="Port of Nissa's /metrics and health; 0 picks one.")
     urza_rest_port: int = Field(8081, ge=0, le=65535, description="Port of Urza's REST face; 0 picks one.")
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        files = (self.tls_ca, self.tls_cert, self.tls_key)
+        if any(files) and not all(files):
+            raise ValueError("tls_ca, tls_cert and tls_key must be set together")
+        if self.nats_url.startswith("tls://") and not all(files):
+            raise ValueError("nats_url with tls:// needs tls_ca, tls_cert and tls_key")
+        if self.nats_replicas not in (1, 3, 5):
+            raise ValueError("nats_replicas must be 1, 3 or 5")
+        return self
+
     def address_of(self, service: str) -> str:
         """Give the address of a service as ``host:port``."""
         found: str = getattr(self, f"{service}_address")
         return found
+
+    def tls_config(self) -> TlsConfig | None:
+        """Give the TLS files, or ``None`` where there are none.
+
+        Raises:
+            ConfigError: One of them does not exist.
+        """
+        if self.tls_ca is None or self.tls_cert is None or self.tls_key is None:
+            return None
+        return TlsConfig(ca_path=self.tls_ca, cert_path=self.tls_cert, key_path=self.tls_key)
+
+    def channel_config(self) -> ChannelConfig:
+        """Give how services and clients call a service."""
+        return ChannelConfig(tls=self.tls_config(), allow_plaintext=self.allow_plaintext)
+
+    def server_config(self, service: str) -> ServerConfig:
+        """Give where a service listens: on ``host`` if that is set, else on the host of its own address.
+
+        Raises:
+            ConfigError: That is beyond loopback, with neither TLS nor ``allow_plaintext``.
+        """
+        host, _, port = self.address_of(service).rpartition(":")
+        return ServerConfig(
+            host=self.host or host or LOOPBACK,
+            port=int(port),
+            health_port=self.health_port,
+            drain_deadline_s=self.drain_deadline_s,
+            tls=self.tls_config(),
+            allow_plaintext=self.allow_plaintext,
+        )
 
     def database_of(self, service: str) -> str:
         """Give the database URL of a service's store."""
