@@ -34,6 +34,8 @@ from esper.services.tezzeret.kernel_validator import (
 )
 from esper.services.tezzeret.packaging import CompiledKernel, Ingredients, KernelMetadata, package
 
+__all__ = ["CompiledKernel", "KernelMetadata", "OnPhase", "TezzeretWorker"]
+
 OnPhase = Callable[[JobPhase], None]
 """Told of each phase as it begins."""
 

@@ -25,7 +25,7 @@ from esper.services.tezzeret.worker import TezzeretWorker
 WORKER = TezzeretWorker()
 IMAGE = Site(kind=SiteKind.CONV2D, input_shape=(8, 8, 8), output_shape=(8, 8, 8))
 REQUIRED = {
-    "identity", "learning", "gradients", "batch", "parameters", "flops", "determinism", "finite_float32",
+    "identity_at_birth", "learning", "gradient_flow", "batch", "parameters", "flops", "determinism", "finite_float32",
     "finite_bfloat16", "compiled_shapes", "compiled_determinism", "compiled_finite_float32",
     "compiled_finite_bfloat16", "compiled_equality", "compiled_gradients", "latency", "memory",
 }  # fmt: skip
@@ -130,7 +130,7 @@ def test_a_blueprint_that_cannot_learn_fails_and_names_the_check() -> None:
         ),
         output="c",
     )
-    with pytest.raises(CompilationError, match=r"failed (gradients|learning)"):
+    with pytest.raises(CompilationError, match=r"failed (gradient_flow|learning)"):
         WORKER.compile_spec(CompileSpec(ir=dead, site=DEFAULT_SITES[0]))
 
 
