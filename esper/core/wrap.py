@@ -24,6 +24,7 @@ from esper.execution.layers import (
     supported_classes,
     supported_names,
 )
+from esper.execution.layers.record import NestedPathGuard
 from esper.execution.state import LayerStateLayout, SeedStates
 from esper.telemetry.client import OonaClient
 
@@ -136,7 +137,17 @@ def _build(
             record.client, record.ring, record.telemetry_enabled = client, ring, True
             record.layer_id = client.register_layer(name)
         layers[name] = _swap(module, record)
+    _guard_encoders(model)
     return MorphableModel(model, layers, states, client)
+
+
+def _guard_encoders(model: nn.Module) -> None:
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder):
+            inside = [module for module in encoder.modules() if isinstance(module, KasminaLayer)]
+            guard = NestedPathGuard(encoder, inside)
+            for layer in inside:
+                layer._kasmina.guards = (*layer._kasmina.guards, guard)
 
 
 def unwrap(model: MorphableModel) -> nn.Module:

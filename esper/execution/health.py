@@ -46,6 +46,7 @@ def is_real_tensor(value: object) -> bool:
     """Whether the value is a plain tensor with memory of its own: not traced, not a subclass, not transformed."""
     return (
         (type(value) is Tensor or type(value) is torch.nn.Parameter)
+        and not value.is_nested
         and torch._C._get_tracing_state() is None
         and not torch._C._functorch.is_functorch_wrapped_tensor(value)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.compiler import is_compiling
 from esper.contracts.blueprint import Site
 from esper.execution.circuit_breaker import FailureKind, is_finite
 from esper.execution.device_guard import gated, guarded
+from esper.execution.dispatch import run_side_by_side
 from esper.execution.health import can_probe, is_real_tensor, probe_tensor
 from esper.execution.layers.record import LayerRecord, PendingSignal
 from esper.execution.seed import Seed
@@ -44,18 +46,20 @@ def kasmina_forward(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[
 def _blend(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any, *, sampled: bool) -> Any:
     h = layer.seed_output(out)
     x_site, h_site = layer.to_site(layer.seed_input(args, kwargs)), layer.to_site(h)
+    terms = layer._kasmina.terms
     total = h_site
-    for seed in layer._kasmina.terms:
-        if is_compiling():
+    if is_compiling():
+        for seed in terms:
             total = total + guarded(seed, seed.kernel(gated(x_site), gated(h_site)), h_site)
-            continue
-        if not seed.is_silent:
-            contribution = _contribution(layer, seed, x_site, h_site, sampled=sampled)
-            total = total if contribution is None else total + contribution
+    else:
+        pieces = [partial(_contribution, layer, seed, x_site, h_site, sampled) for seed in terms if not seed.is_silent]
+        for contribution in run_side_by_side(pieces, x_site, h_site):
+            if contribution is not None:
+                total = total + contribution
     return out if total is h_site else layer.with_output(out, layer.from_site(total, like=h))
 
 
-def _contribution(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor, *, sampled: bool) -> Tensor | None:
+def _contribution(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor, sampled: bool) -> Tensor | None:
     """Run one kernel under its circuit breaker; ``None`` where its contribution is dropped."""
     on_cpu = h.device.type == "cpu"
     start_ns = time.perf_counter_ns() if sampled else 0

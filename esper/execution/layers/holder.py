@@ -176,6 +176,8 @@ class SeedHolder(nn.Module):
         elif not terms:
             for number in hooks:
                 del self._forward_hooks[number]
+        for guard in self._kasmina.guards:
+            guard.refresh()
         self._kasmina.refresh()
 
     def _free(self, seed_idx: int) -> None:

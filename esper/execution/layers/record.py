@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from torch import nn
 
 from esper.contracts.blueprint import Site
 from esper.contracts.run import Contribution
@@ -46,6 +49,24 @@ class PendingSignal:
         self.step = step
 
 
+class NestedPathGuard:
+    """Keeps an ``nn.TransformerEncoder`` from packing its input while a seed inside takes part.
+
+    In eval mode, with a padding mask and without gradients, the encoder hands its layers nested tensors, which the
+    fused path understands and kernels do not.
+    """
+
+    def __init__(self, encoder: nn.TransformerEncoder, inside: Iterable[nn.Module]) -> None:
+        self._encoder = encoder
+        self._wanted = encoder.use_nested_tensor
+        self._inside = tuple(inside)
+
+    def refresh(self) -> None:
+        """Set the encoder's switch by whether a seed inside takes part."""
+        is_live = any(vars(layer)["_kasmina"].terms for layer in self._inside)
+        self._encoder.use_nested_tensor = self._wanted and not is_live
+
+
 class LayerRecord:
     """A layer's place in the model, what it has measured, and which seeds take part in its forward pass.
 
@@ -66,6 +87,7 @@ class LayerRecord:
         self.telemetry_enabled = False
         self.is_paused = False
         self.terms: tuple[Seed, ...] = ()
+        self.guards: tuple[NestedPathGuard, ...] = ()
         self.countdown = 1
         self.num_samples = 0
         self.is_plain = False

@@ -230,6 +230,27 @@ def test_a_fused_encoder_steps_back_while_a_seed_inside_is_live(scale: Any) -> N
         torch.testing.assert_close(model["encoder"](x), plain)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_packs_nothing_while_a_seed_inside_is_live(scale: Any) -> None:
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model = wrap(nn.Sequential(nn.TransformerEncoder(block, 2))).eval()
+    encoder, x = model[0], torch.randn(2, 5, 8)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    model[0](x)
+    layer = encoder.layers[1].linear1
+    with torch.no_grad():
+        packed = encoder(x, src_key_padding_mask=padding)
+        grow(layer, scale(1.0), State.EVALUATING, State.FOSSILIZED)
+        assert not encoder.use_nested_tensor
+        grown = encoder(x, src_key_padding_mask=padding)
+        assert not torch.allclose(grown[0], packed[0])
+        assert layer.state_layout.errors[0] == 0
+        layer.clear_seed(0)
+        assert encoder.use_nested_tensor
+        torch.testing.assert_close(encoder(x, src_key_padding_mask=padding), packed)
+
+
 def test_every_template_of_a_site_stands_and_starts_at_zero(warm: Any) -> None:
     for name in LAYERS:
         layer = layer_of(warm, name)
