@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 
 import numpy as np
 
-from esper.blueprints import structure_id, validate
+from esper.blueprints import cost, structure_id, validate
 from esper.blueprints.operators import OPERATORS
 from esper.blueprints.rewrite import (
     fresh_name,
@@ -51,6 +51,8 @@ _WIDTHS: Final[tuple[AttributeValue, ...]] = (
     Expression("C"),
     Expression("C * 2"),
     Expression("C * 4"),
+    2,
+    4,
     8,
     16,
     32,
@@ -69,6 +71,7 @@ _VALUES: Final[Mapping[str, tuple[AttributeValue, ...]]] = {
     "heads": (1, 2, 4, 8),
     "channels": (1, 2, 4, 8),
 }
+_SIZES: Final = frozenset({"features", "rank", "kernel", "stride", "groups"})
 _ROLES: Final = (
     ("linear", "conv", "low_rank"),
     ("conv", "depthwise_conv"),
@@ -134,6 +137,19 @@ class Grammar:
                     return replace(made, structure=structure)
         return None
 
+    def shrink(self, ir: BlueprintIR, random: np.random.Generator) -> Variation | None:
+        """Give the graph with one size made smaller, so that it has fewer parameters or does less work; or ``None``."""
+        before = cost(ir, self._site)
+        for _ in range(_TRIES):
+            try:
+                made, change = self._attribute(ir, random, _SIZES)
+            except InvalidBlueprintError:
+                continue
+            after = cost(made, self._site)
+            if (after.parameters, after.flops) < (before.parameters, before.flops):
+                return Variation(ir=made, operator=MUTATION, change=change, parents=(0,), structure=structure_id(made))
+        return None
+
     def _try(self, designs: Sequence[BlueprintIR], random: np.random.Generator) -> Variation | None:
         changes: list[Callable[[BlueprintIR, np.random.Generator], tuple[BlueprintIR, str]]] = [
             self._attribute,
@@ -156,12 +172,14 @@ class Grammar:
         except InvalidBlueprintError:
             return None
 
-    def _attribute(self, ir: BlueprintIR, random: np.random.Generator) -> tuple[BlueprintIR, str]:
+    def _attribute(
+        self, ir: BlueprintIR, random: np.random.Generator, names: AbstractSet[str] = _VALUES.keys()
+    ) -> tuple[BlueprintIR, str]:
         places = [
             (node, attribute.name)
             for node in ir.nodes
             for attribute in OPERATORS[node.op].attributes
-            if attribute.name in _VALUES
+            if attribute.name in names
         ]
         node, name = _pick(places, random)
         value = _pick(_VALUES[name], random)

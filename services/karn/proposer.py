@@ -2,7 +2,8 @@
 
 1. The pool: templates legal at the site and the archive's best designs; those that earned rewards are offered again.
 2. Variations: parents are drawn from the pool by tournament on a draw of the surrogate; each child is legal at the
-   site, within the constraints, and new in structure. Templates themselves are offered only where nothing else is left.
+   site, made smaller until it is within the constraints, and new in structure. Templates themselves are offered only
+   where nothing else is left.
 3. Ranking: one draw of the surrogate's weights for all (Thompson sampling), plus a share of the novelty; at most half
    of the answer comes from one cell of the archive while others are at hand.
 4. The blueprint contract test, in order of rank, until enough have passed.
@@ -16,7 +17,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -45,6 +46,7 @@ MAX_COUNT: Final = 32
 
 _NOVELTY_WEIGHT: Final = 0.02
 _ATTEMPTS: Final = 96
+_SHRINKS: Final = 8
 _POOL_CAP: Final = 64
 _TOURNAMENT: Final = 3
 
@@ -168,22 +170,19 @@ class Proposer:
         random: np.random.Generator,
         attempts: int,
     ) -> list[_Design]:
-        """Give new designs within the bounds, each one change away from the base; the base itself may break them."""
+        """Give new designs within the bounds; the base itself may break them."""
         if not base:
             return []
         grammar = Grammar(site, constraints.allowed_ops)
-        mixing = allowed_mixing(site)
-        pool = list(base)
         known = {structure_id(one.blueprint.ir) for one in base}
         children: list[_Design] = []
         for _ in range(attempts):
-            parents = [self._parent(pool, random), self._parent(pool, random)]
+            parents = [self._parent(base, random), self._parent(base, random)]
             made = grammar.vary([one.blueprint.ir for one in parents], random, known)
-            if made is None:
-                continue
-            known.add(made.structure)
-            seen = view(made.ir, site)
-            if seen.layout.mixing <= mixing and constraints.admit(seen):
+            made = made and _within(made, site, grammar, constraints, random)
+            if made is not None and made.structure not in known:
+                known.add(made.structure)
+                seen = view(made.ir, site)
                 children.append(_Design(_blueprint(made, parents, site, seen.kind), seen))
         return children
 
@@ -247,6 +246,24 @@ class Proposer:
             novelty=self._novelty(design),
             expected_reward=expected,
         )
+
+
+def _within(
+    made: Variation, site: Site, grammar: Grammar, constraints: Constraints, random: np.random.Generator
+) -> Variation | None:
+    """Give a variation made smaller until it keeps the bounds; ``None`` when it does not get there."""
+    for _ in range(_SHRINKS):
+        seen = view(made.ir, site)
+        if seen.layout.mixing > allowed_mixing(site):
+            return None
+        if constraints.admit(seen):
+            return made
+        smaller = grammar.shrink(made.ir, random)
+        if smaller is None:
+            return None
+        change = f"{made.change}; {smaller.change}"
+        made = replace(made, ir=smaller.ir, change=change, structure=smaller.structure)
+    return None
 
 
 def passes_contract(ir: BlueprintIR, site: Site) -> bool:

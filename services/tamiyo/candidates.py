@@ -8,6 +8,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,9 +20,10 @@ from esper.contracts.errors import (
     EsperError,
     InvalidBlueprintError,
     InvalidInputError,
+    InvalidStateError,
     UnavailableError,
 )
-from esper.contracts.run import SystemStatePacket
+from esper.contracts.run import BudgetStatus, SystemStatePacket
 from esper.contracts.wire import from_wire, to_wire
 from esper.v1 import blueprint_pb2, karn_service_pb2, urza_service_pb2
 
@@ -102,13 +104,16 @@ class CandidateSource:
         self._away_until_s: dict[str, float] = {}
         self.failures: dict[str, int] = {"urza": 0, "karn": 0}
 
-    async def candidates(self, packet: SystemStatePacket) -> list[Candidate]:
-        """Give every legal (layer, blueprint) of a packet, by layer in the model's order, then blueprint."""
+    async def candidates(self, packet: SystemStatePacket, layers: AbstractSet[str] | None = None) -> list[Candidate]:
+        """Give every legal (layer, blueprint) of a packet, by layer in the model's order, then blueprint.
+
+        ``layers`` names the layers of interest; ``None`` takes all.
+        """
         found: list[Candidate] = []
         async with self._gate:
             for layer in packet.layers:
-                if layer.site is not None:
-                    for blueprint in await self._blueprints(layer.site, packet.random_seed):
+                if layer.site is not None and (layers is None or layer.layer in layers):
+                    for blueprint in await self._blueprints(layer.site, packet.random_seed, packet.budget):
                         price = self._cost(blueprint, layer.site)
                         if price is not None:
                             found.append(Candidate(layer=layer.layer, site=layer.site, blueprint=blueprint, cost=price))
@@ -118,14 +123,20 @@ class CandidateSource:
         """Give the name of a blueprint that was offered before; empty for any other."""
         return self._names.get(blueprint_id, "")
 
-    async def blueprints(self, site: Site, random_seed: int = 0) -> list[Blueprint]:
+    async def blueprints(self, site: Site) -> list[Blueprint]:
         """Give the blueprints that are legal at one site."""
         async with self._gate:
-            return [one for one in await self._blueprints(site, random_seed) if self._cost(one, site) is not None]
+            found = await self._blueprints(site, 0, BudgetStatus())
+        return [one for one in found if self._cost(one, site) is not None]
 
-    async def _blueprints(self, site: Site, random_seed: int) -> list[Blueprint]:
+    def note_report(self, site: Site) -> None:
+        """Have designs for this kind of site asked for anew: a report may have changed what Karn proposes."""
+        for asked in [key for key in self._designs if key.kind is site.kind]:
+            del self._designs[asked]
+
+    async def _blueprints(self, site: Site, random_seed: int, budget: BudgetStatus) -> list[Blueprint]:
         designs = {one.id: one for one in await self._of_library(site.kind)}
-        for one in await self._of_karn(site, random_seed):
+        for one in await self._of_karn(site, random_seed, budget):
             designs.setdefault(one.id, one)
         self._names.update((one.id, one.name) for one in designs.values())
         return [designs[key] for key in sorted(designs)]
@@ -160,22 +171,29 @@ class CandidateSource:
                 break
         return tuple(one for one in found if one.state is BlueprintState.ACTIVE)
 
-    async def _of_karn(self, site: Site, random_seed: int) -> Sequence[Blueprint]:
+    async def _of_karn(self, site: Site, random_seed: int, budget: BudgetStatus) -> Sequence[Blueprint]:
+        bounds = _bounds(budget)
         held = self._designs.get(site)
+        held = held if held is not None and held.bounds == bounds else None
         wanted = self._karn is not None and self._config.proposals > 0
         if not wanted or self._away("karn") or self._fresh(held):
             return held.blueprints if held else ()
         assert self._karn is not None
         request = karn_service_pb2.ProposeBlueprintsRequest(count=self._config.proposals, random_seed=random_seed)
         request.site.CopyFrom(to_wire(site))  # type: ignore[arg-type]
+        limits = karn_service_pb2.ProposalConstraints(max_parameters=bounds[0], max_flops=bounds[1])
+        request.constraints.CopyFrom(limits)
         found: Sequence[Blueprint]
         try:
             answer = await self._karn.ProposeBlueprints(request, timeout=self._config.call_timeout_s)
             found = tuple(from_wire(one.blueprint, Blueprint) for one in answer.proposals)
+        except InvalidStateError as error:
+            log.info("no_designs", extra={"site_kind": site.kind.name, "bounds": bounds, "reason": str(error)})
+            found = ()
         except EsperError as error:
             self._note_failure("karn", error)
             found = held.blueprints if held else ()
-        self._designs[site] = _Answer(found, self._clock())
+        self._designs[site] = _Answer(found, self._clock(), bounds)
         while len(self._designs) > 256:
             self._designs.popitem(last=False)
         return found
@@ -208,6 +226,25 @@ class _Answer:
 
     blueprints: Sequence[Blueprint]
     asked_at_s: float
+    bounds: tuple[int | None, int | None] = (None, None)
+
+
+def _bounds(budget: BudgetStatus) -> tuple[int | None, int | None]:
+    """Give the parameters and FLOPs that one seed may still add, rounded down: small changes ask nothing anew."""
+
+    def left(bound: int | None, used: int) -> int | None:
+        return None if bound is None else _rounded(max(0, bound - used))
+
+    return (
+        left(budget.max_added_parameters, budget.added_parameters),
+        left(budget.max_added_flops, budget.added_flops),
+    )
+
+
+def _rounded(count: int) -> int:
+    """Give the count with all but its three leading binary digits set to 0."""
+    shift = max(0, count.bit_length() - 3)
+    return count >> shift << shift
 
 
 def _legal_cost(blueprint: Blueprint, site: Site) -> BlueprintCost | None:

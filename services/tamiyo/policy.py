@@ -107,18 +107,26 @@ class Policy:
         known = memory.decisions.get(packet.sequence)
         if known is not None:
             return known
-        if packet.sequence <= memory.last_sequence:
-            raise InvalidStateError(
-                f"state.sequence must be above {memory.last_sequence}, the newest seen of run {packet.run_id}, "
-                f"got {packet.sequence}",
-                parameter="state.sequence",
-            )
-        memory.observe(packet)
-        reading = read_curve(memory.points, self.config.curve)
+        reading = self._take_in(packet, memory)
         draft = self._decide(packet, reading, memory, candidates)
         decision = self._decision(packet, reading, draft)
         memory.remember(decision, draft.choice.candidate.cost if draft.choice else None)
         return decision
+
+    def begin(self, packet: SystemStatePacket) -> frozenset[str]:
+        """Take a packet in and give the layers for which `analyze` will want candidates; none where it will not grow.
+
+        Raises:
+            InvalidStateError: See `analyze`.
+        """
+        memory = self._memory(packet.run_id)
+        if packet.sequence in memory.decisions:
+            return frozenset()
+        reading = self._take_in(packet, memory)
+        grows = packet.phase is RunPhase.TRAINING and reading.state is CurveState.PLATEAU
+        if not grows or reading.capacity_lacks < 0.5:
+            return frozenset()
+        return frozenset(self._open_seeds(packet, memory))
 
     def decided(self, run_id: str, sequence: int) -> AdaptationDecision | None:
         """Give the decision taken on a packet, where it is still in memory."""
@@ -184,6 +192,19 @@ class Policy:
             self._runs.popitem(last=False)
         return memory
 
+    def _take_in(self, packet: SystemStatePacket, memory: RunMemory) -> CurveReading:
+        """Take a packet in, unless that was done, and read the curve with it."""
+        begun = packet.sequence == memory.last_sequence and not memory.is_decided
+        if packet.sequence <= memory.last_sequence and not begun:
+            raise InvalidStateError(
+                f"state.sequence must be above {memory.last_sequence}, the newest seen of run {packet.run_id}, "
+                f"got {packet.sequence}",
+                parameter="state.sequence",
+            )
+        if packet.sequence > memory.last_sequence:
+            memory.observe(packet)
+        return read_curve(memory.points, self.config.curve)
+
     def _decide(
         self, packet: SystemStatePacket, reading: CurveReading, memory: RunMemory, candidates: Sequence[Candidate]
     ) -> _Draft:
@@ -230,11 +251,10 @@ class Policy:
     def _grow(
         self, packet: SystemStatePacket, reading: CurveReading, memory: RunMemory, candidates: Sequence[Candidate]
     ) -> _Draft:
-        pending = memory.pending(self.config.pending_epochs)
-        if open_adaptations(packet) + len(pending) >= self.config.max_open_adaptations:
+        if self._is_full(packet, memory):
             return _nothing(reading, "At a plateau, but as many adaptations as allowed are under way.")
-        seeds = self._free_seeds(packet, memory, {one.layer for one in pending.values()})
-        reserved = [one.cost for one in pending.values()]
+        seeds = self._open_seeds(packet, memory)
+        reserved = [one.cost for one in memory.pending(self.config.pending_epochs).values()]
         open_candidates = self._affordable(packet, memory, seeds, candidates, reserved)
         if not open_candidates:
             return _nothing(reading, _why_none(packet, seeds, candidates))
@@ -259,10 +279,15 @@ class Policy:
             )[:500],
         )
 
-    def _free_seeds(
-        self, packet: SystemStatePacket, memory: RunMemory, taken: set[str]
-    ) -> Mapping[str, Sequence[SeedStatus]]:
+    def _is_full(self, packet: SystemStatePacket, memory: RunMemory) -> bool:
+        waiting = memory.pending(self.config.pending_epochs)
+        return open_adaptations(packet) + len(waiting) >= self.config.max_open_adaptations
+
+    def _open_seeds(self, packet: SystemStatePacket, memory: RunMemory) -> Mapping[str, Sequence[SeedStatus]]:
         """Give the dormant seeds of every layer that may be grown now."""
+        if self._is_full(packet, memory):
+            return {}
+        taken = {one.layer for one in memory.pending(self.config.pending_epochs).values()}
         free: dict[str, list[SeedStatus]] = {}
         for layer in packet.layers:
             busy = layer.layer in taken or any(seed.state in UNDER_WAY for seed in layer.seeds)

@@ -69,6 +69,11 @@ class RunMemory:
         self._step = 0
         self._parameter_epoch: int | None = None
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether the newest packet has its decision."""
+        return self.last_sequence in self.decisions
+
     def observe(self, packet: SystemStatePacket) -> None:
         """Take in a packet newer than every one before it."""
         self.last_sequence = packet.sequence

@@ -77,9 +77,7 @@ class Tamiyo:
             known = known or await self.store.decision(packet.run_id, packet.sequence)
             if known is not None:
                 return known
-            candidates = await self.candidates.candidates(packet)
-            decision = self.policy.analyze(packet, candidates)
-            await self._keep(packet, decision)
+            decision = await self._decide(packet)
         self.tracker.observe_packet(packet)
         return decision
 
@@ -99,6 +97,8 @@ class Tamiyo:
                 return False
             self.policy.learn(report, family=family)
         self.tracker.observe_report(report)
+        if report.site is not None:
+            self.candidates.note_report(report.site)
         log.info(
             "report_learned",
             extra={
@@ -147,13 +147,17 @@ class Tamiyo:
         """Give every arm with the name of its blueprint (empty where it is not known), best mean first."""
         return [(arm, self.candidates.name_of(arm.blueprint_id)) for arm in self.policy.posterior.arms(site_kind)]
 
-    async def _keep(self, packet: SystemStatePacket, decision: AdaptationDecision) -> None:
-        """Store a decision; when that fails the run is forgotten, so that it is read back before the next try."""
+    async def _decide(self, packet: SystemStatePacket) -> AdaptationDecision:
+        """Decide and store; when that fails the run is forgotten, so that it is read back before the next try."""
+        wanted = self.policy.begin(packet)
         try:
+            candidates = await self.candidates.candidates(packet, wanted) if wanted else []
+            decision = self.policy.analyze(packet, candidates)
             await self.store.keep(packet, decision)
         except BaseException:
             self.policy.forget(packet.run_id)
             raise
+        return decision
 
     async def _restore(self, run_id: str) -> None:
         """Read a run back that is in the store and not in memory."""

@@ -172,11 +172,11 @@ async def test_a_plateau_is_grown_compiled_and_learned_from(mesh: Mesh) -> None:
     grown = [one for one in decisions if one.actionable]
     assert grown
     assert grown[0].blueprint is not None
+    await mesh.publish(outcome(grown[0], 0.08))
+    await mesh.publish(packet(len(LOSSES) + 1, 0.3))
+    assert (await mesh.decisions(1))[0].epoch == len(LOSSES) + 1  # events are handled in order: all before is done
     assert [request.adaptation_id for request in mesh.compiler.requests] == [one.adaptation_id for one in grown]
     assert mesh.compiler.requests[0].spec.ir == to_wire(grown[0].blueprint.ir)
-    await mesh.publish(outcome(grown[0], 0.08))
-    await mesh.publish(packet(len(LOSSES) + 1, 0.41))
-    assert (await mesh.decisions(1))[0].epoch == len(LOSSES) + 1
     arms = (await mesh.stubs["tamiyo"].GetPosterior(tamiyo_service_pb2.GetPosteriorRequest())).arms
     assert [(arm.blueprint_id, arm.reports) for arm in arms] == [(grown[0].blueprint_id, 1)]
     assert arms[0].blueprint_name == grown[0].blueprint.name

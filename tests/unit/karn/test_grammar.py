@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from esper.blueprints import default_registry, parse_text, structure_id, validate
+from esper.blueprints import cost, default_registry, parse_text, structure_id, validate
 from esper.services.karn.grammar import CROSSOVER, MUTATION, SIMPLIFICATION, Grammar
 
 
@@ -70,6 +70,23 @@ def test_a_gate_multiplies_an_inner_value(linear_site):
     gated = [one for one in made if one is not None and "gate" in one.change]
     assert gated
     assert all(any(node.op == "mul" for node in one.ir.nodes) for one in gated)
+
+
+def test_shrinking_lowers_the_cost_until_nothing_is_left_to_take(linear_site):
+    random = np.random.default_rng(0)
+    grammar = Grammar(linear_site)
+    ir = default_registry().create_blueprint("image_conv").ir
+    costs = [cost(ir, linear_site)]
+    for _ in range(4):
+        smaller = grammar.shrink(ir, random)
+        assert smaller is not None
+        ir = smaller.ir
+        costs.append(cost(ir, linear_site))
+    sizes = [(one.parameters, one.flops) for one in costs]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == len(sizes)
+    bare = parse_text("blueprint 1\nout = scale(h, value=0.0)\nreturn out\n")
+    assert grammar.shrink(bare, random) is None
 
 
 @pytest.mark.parametrize("seed", range(5))

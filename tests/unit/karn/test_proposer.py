@@ -45,6 +45,16 @@ def test_bounds_are_hard(linear_site):
         assert {node.op for node in one.blueprint.ir.nodes} <= bounds.allowed_ops
 
 
+def test_costly_kinds_are_made_small_enough(linear_site):
+    convolutions = [one for one in default_registry().for_site(linear_site) if "conv" in one.name]
+    cheapest = min(cost(one.ir, linear_site).parameters for one in convolutions)
+    bounds = Constraints(max_parameters=1_500)
+    assert cheapest > 1_500
+    found = proposer(check=lambda *_: True).propose(linear_site, 32, bounds, 0)
+    assert "conv" in {view(one.blueprint.ir, linear_site).kind for one in found}
+    assert all(one.cost.parameters <= 1_500 for one in found)
+
+
 def test_bounds_that_nothing_can_keep_are_an_error_that_says_so(linear_site):
     with pytest.raises(InvalidStateError, match="no design keeps the constraints at this LINEAR site: 9 known designs"):
         proposer().propose(linear_site, 4, Constraints(max_parameters=0, allowed_ops=frozenset({"linear"})), 0)

@@ -8,7 +8,8 @@ import pytest
 
 from esper.blueprints import Mixing, default_registry
 from esper.contracts.blueprint import BlueprintState, Site, SiteKind
-from esper.contracts.errors import InvalidInputError, UnavailableError
+from esper.contracts.errors import InvalidInputError, InvalidStateError, UnavailableError
+from esper.contracts.run import BudgetStatus
 from esper.contracts.wire import to_wire
 from esper.services.tamiyo.candidates import CandidateConfig, CandidateSource, allowed_mixing
 from esper.v1 import karn_service_pb2, urza_service_pb2
@@ -46,10 +47,15 @@ class Designer:
     def __init__(self, blueprint):
         self.blueprint = blueprint
         self.away = False
+        self.barren = False
+        self.requests = []
 
     async def ProposeBlueprints(self, request, **_):
+        self.requests.append(request)
         if self.away:
             raise UnavailableError("the designer is away")
+        if self.barren:
+            raise InvalidStateError("no design keeps the constraints")
         answer = karn_service_pb2.ProposeBlueprintsResponse()
         answer.proposals.add().blueprint.CopyFrom(to_wire(self.blueprint))
         return answer
@@ -103,6 +109,56 @@ async def test_designs_join_the_librarys_blueprints_once(make_packet):
     source = CandidateSource(None, designer)
     assert await source.candidates(make_packet(1, 1.0)) == []
     assert source.failures["karn"] > 0
+
+
+async def test_a_service_that_is_away_is_not_asked_again_at_once(make_packet):
+    designer, clock = Designer(TEMPLATES[0]), Clock()
+    designer.away = True
+    source = CandidateSource(None, designer, CandidateConfig(refresh_s=10.0), clock=clock)
+    await source.candidates(make_packet(1, 1.0))
+    assert len(designer.requests) == 1, "two layers, and one failure is enough"
+    designer.away, clock.now_s = False, 10.0
+    assert len(await source.candidates(make_packet(2, 1.0))) == 2
+
+
+async def test_designs_are_asked_for_within_the_budget_left(make_packet):
+    designer = Designer(TEMPLATES[0])
+    source = CandidateSource(None, designer)
+    budget = BudgetStatus(max_added_parameters=2_500, added_parameters=400)
+    await source.candidates(make_packet(1, 1.0, budget=budget), {"hidden"})
+    (request,) = designer.requests
+    assert request.constraints.max_parameters == 2_048, "2100 with three binary digits"
+    assert not request.constraints.HasField("max_flops")
+    await source.candidates(make_packet(2, 1.0, budget=replace(budget, added_parameters=420)), {"hidden"})
+    assert len(designer.requests) == 1
+    await source.candidates(make_packet(3, 1.0, budget=replace(budget, added_parameters=2_000)), {"hidden"})
+    assert designer.requests[1].constraints.max_parameters == 448
+
+
+async def test_a_report_has_designs_asked_for_anew(make_packet):
+    designer = Designer(TEMPLATES[0])
+    source = CandidateSource(None, designer)
+    packet = make_packet(1, 1.0)
+    await source.candidates(packet, {"hidden"})
+    source.note_report(Site(kind=SiteKind.CONV2D, input_shape=(1, 4, 4), output_shape=(1, 4, 4)))
+    await source.candidates(packet, {"hidden"})
+    assert len(designer.requests) == 1
+    source.note_report(packet.layers[1].site)
+    await source.candidates(packet, {"hidden"})
+    assert len(designer.requests) == 2
+
+
+async def test_that_no_design_keeps_the_bounds_is_no_failure(make_packet):
+    designer = Designer(TEMPLATES[0])
+    designer.barren = True
+    source = CandidateSource(Library(TEMPLATES), designer)
+    assert await source.candidates(make_packet(1, 1.0))
+    assert source.failures["karn"] == 0
+
+
+async def test_only_the_layers_of_interest_are_looked_at(make_packet):
+    found = await CandidateSource(Library(TEMPLATES)).candidates(make_packet(1, 1.0), {"head"})
+    assert {one.layer for one in found} == {"head"}
 
 
 async def test_a_blueprint_that_is_not_what_its_id_says_is_left_out(make_packet):

@@ -302,6 +302,27 @@ def test_a_restored_policy_goes_on_as_the_first_would_have(flattening, candidate
     assert feed(second, flattening[9:], candidates) == decisions[9:]
 
 
+def test_candidates_are_wanted_only_where_a_run_will_grow(flattening, candidates):
+    policy = Policy()
+    wanted = []
+    for packet in flattening:
+        wanted.append(policy.begin(packet))
+        policy.analyze(packet, candidates)
+    assert wanted[:4] == [frozenset()] * 4
+    assert frozenset({"hidden", "head"}) in wanted
+    assert policy.begin(flattening[-1]) == frozenset()
+
+
+def test_a_packet_begun_is_decided_once(flattening, candidates):
+    begun, plain = Policy(), Policy()
+    for packet in flattening:
+        begun.begin(packet)
+        begun.begin(packet)
+        assert begun.analyze(packet, candidates) == plain.analyze(packet, candidates)
+    with pytest.raises(InvalidStateError, match=r"state\.sequence must be above 12"):
+        begun.begin(replace(flattening[0], sequence=0))
+
+
 def test_explanations_and_evidence_fit_the_wire(flattening, candidates):
     for decision in feed(Policy(), flattening, candidates):
         assert 0 < len(decision.explanation) <= 500
