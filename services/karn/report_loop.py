@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 DURABLE_NAME: Final = "karn"
 """Name under which Karn keeps its place in the stream."""
 
+_MAX_DELAY_S: Final = 30.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportLoopConfig:
@@ -31,9 +33,9 @@ class ReportLoopConfig:
     durable_name: str = DURABLE_NAME
     """Name of the durable consumer."""
     retry_delay_s: float = 1.0
-    """Seconds until a report is tried again whose learning failed by an outage. >= 0."""
-    max_deliver: int = 20
-    """Times a report is tried before it goes to the dead letters. At least 1."""
+    """Seconds until a report is tried again whose learning failed by an outage; doubles each time, to 30. >= 0."""
+    max_deliver: int = 40
+    """Times a report is tried before it goes to the dead letters: about a quarter of an hour. At least 1."""
 
     def __post_init__(self) -> None:
         if not self.retry_delay_s >= 0:
@@ -100,7 +102,9 @@ class ReportLoop:
             await _told(delivery.term(str(error)))
         except EsperError as error:
             log.warning("report_postponed", extra={"subject": received.raw.subject, "error": str(error)})
-            await _told(delivery.nak(self._config.retry_delay_s, reason=str(error)))
+            doublings = min(delivery.num_delivered - 1, 10)
+            delay_s = min(self._config.retry_delay_s * 2**doublings, _MAX_DELAY_S)
+            await _told(delivery.nak(delay_s, reason=str(error)))
         except Exception as error:
             log.exception("report_failed", extra={"subject": received.raw.subject})
             await _told(delivery.term(f"{type(error).__name__}: {error}"))

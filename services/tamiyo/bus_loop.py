@@ -23,7 +23,7 @@ from esper.contracts.kernel import CompileSpec, KernelReady
 from esper.contracts.run import FieldReport, SeedEvent, SystemStatePacket
 from esper.contracts.wire import from_wire, serialize, to_wire
 from esper.services.tamiyo.service import Tamiyo
-from esper.telemetry.bus import CONTENT_TYPE_HEADER, Bus, BusMessage
+from esper.telemetry.bus import CONTENT_TYPE_HEADER, Bus, BusMessage, Delivery
 from esper.telemetry.consumer import Received, TypedConsumer, content_type, decode, durable_messages
 from esper.telemetry.streams import EVENTS
 from esper.telemetry.subjects import Kind, build_subject, kind_patterns, parse_subject
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 DURABLE_NAME: Final = "tamiyo"
 """Name under which Tamiyo keeps its place in the stream."""
 
+_MAX_DELAY_S: Final = 30.0
 _MESSAGES: Final[Mapping[Kind, type[Message]]] = {
     Kind.STATE: telemetry_pb2.SystemStatePacket,
     Kind.PLAN: decision_pb2.AdaptationPlan,
@@ -52,7 +53,9 @@ class BusLoopConfig:
     stale_after_s: float = 300.0
     """Age from which a packet is taken in but nobody is told to act on it, in seconds. > 0."""
     retry_delay_s: float = 1.0
-    """Seconds until a message is tried again whose work failed by an outage. >= 0."""
+    """Seconds until a message is tried again whose work failed by an outage; doubles each time, to 30. >= 0."""
+    max_deliver: int = 40
+    """Times a message is tried before it goes to the dead letters: about a quarter of an hour. At least 1."""
     compile_timeout_s: float = 10.0
     """Seconds the compile request may take. > 0."""
 
@@ -62,6 +65,8 @@ class BusLoopConfig:
                 raise InvalidInputError.of(name, "be > 0 seconds", getattr(self, name))
         if not self.retry_delay_s >= 0:
             raise InvalidInputError.of("retry_delay_s", "be >= 0 seconds", self.retry_delay_s)
+        if self.max_deliver < 1:
+            raise InvalidInputError.of("max_deliver", "be >= 1", self.max_deliver)
 
 
 class TamiyoBusLoop:
@@ -91,7 +96,13 @@ class TamiyoBusLoop:
         """
         patterns = [pattern for kind in _MESSAGES for pattern in kind_patterns(kind)]
         self._consumer = await durable_messages(
-            self._bus, EVENTS.name, self._config.durable_name, decode_event, subject_filter=patterns, batch=1
+            self._bus,
+            EVENTS.name,
+            self._config.durable_name,
+            decode_event,
+            subject_filter=patterns,
+            max_deliver=self._config.max_deliver,
+            batch=1,
         )
         self._running = asyncio.create_task(self._run(self._consumer), name="tamiyo-bus")
 
@@ -129,12 +140,16 @@ class TamiyoBusLoop:
             await self._told(delivery.ack())
         except EsperError as error:
             log.warning("message_postponed", extra={"subject": received.raw.subject, "error": str(error)})
-            await self._told(delivery.nak(self._config.retry_delay_s, reason=str(error)))
+            await self._told(delivery.nak(self._delay_s(delivery), reason=str(error)))
         except Exception as error:
             log.exception("message_failed", extra={"subject": received.raw.subject})
             await self._told(delivery.term(f"{type(error).__name__}: {error}"))
         else:
             await self._told(delivery.ack())
+
+    def _delay_s(self, delivery: Delivery) -> float:
+        doublings = min(delivery.num_delivered - 1, 10)
+        return float(min(self._config.retry_delay_s * 2**doublings, _MAX_DELAY_S))
 
     async def _told(self, settling: Any) -> None:
         """Settle a delivery; when the broker cannot be told, the message comes again, which is harmless."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class Mesh:
     karn: KarnNode
     compiler: Compiler
     stubs: dict[str, Any]
-    seen: dict[str, Any] = field(default_factory=dict)
+    nats: NatsServer
 
     async def publish(self, value: SystemStatePacket | FieldReport) -> None:
         kind = "state" if isinstance(value, SystemStatePacket) else "field_report"
@@ -124,7 +124,7 @@ async def mesh(tmp_path: Path) -> AsyncIterator[Mesh]:
             await TamiyoNode.open(config, bus=bus, urza=stubs["urza"], karn=stubs["karn"], tezzeret=stubs["tezzeret"])
         )
         await serve("tamiyo", TamiyoServiceStub, tamiyo.add_to)
-        yield Mesh(bus, tamiyo, karn, compiler, stubs)
+        yield Mesh(bus, tamiyo, karn, compiler, stubs, nats)
 
 
 def packet(sequence: int, loss: float) -> SystemStatePacket:
@@ -216,3 +216,15 @@ async def test_analyze_over_a_socket_gives_what_the_bus_gives(mesh: Mesh) -> Non
     assert from_wire(answer.decision, AdaptationDecision) == decisions[8]
     listed = await mesh.stubs["tamiyo"].ListDecisions(tamiyo_service_pb2.ListDecisionsRequest(run_id="run-1"))
     assert len(listed.decisions) == len(LOSSES)
+
+
+async def test_after_the_bus_was_gone_decisions_come_again(mesh: Mesh) -> None:
+    await mesh.publish(packet(1, 2.0))
+    assert (await mesh.decisions(1))[0].epoch == 1
+    await asyncio.to_thread(mesh.nats.kill)
+    await asyncio.to_thread(mesh.nats.start)
+    await mesh.bus.wait_connected(20.0)
+    await mesh.publish(packet(2, 1.2))
+    assert (await mesh.decisions(1))[0].epoch == 2
+    request = tamiyo_service_pb2.ListDecisionsRequest(run_id="run-1")
+    assert len((await mesh.stubs["tamiyo"].ListDecisions(request)).decisions) == 2

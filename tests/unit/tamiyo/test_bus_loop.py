@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from esper.blueprints import default_registry
 from esper.contracts.blueprint import BlueprintState
 from esper.contracts.decision import AdaptationDecision, AdaptationPlan, PlanStatus
-from esper.contracts.errors import InvalidInputError, InvalidStateError
+from esper.contracts.errors import InvalidInputError, InvalidStateError, UnavailableError
 from esper.contracts.kernel import KernelReady
 from esper.contracts.run import FieldReport, SystemStatePacket
 from esper.contracts.wire import from_wire, serialize, to_wire
@@ -186,6 +186,36 @@ async def test_a_message_that_breaks_a_rule_goes_to_the_dead_letters(mesh, make_
     assert await mesh.decisions(1), "the loop goes on"
 
 
+async def test_while_the_store_is_away_nothing_is_lost(mesh, flattening, monkeypatch):
+    await mesh.open()
+    store, failures = mesh.node.tamiyo.store, []
+    keep = store.keep
+
+    async def away_twice(packet, decision):
+        if len(failures) < 2:
+            failures.append(packet.sequence)
+            raise UnavailableError("the store is away")
+        await keep(packet, decision)
+
+    monkeypatch.setattr(store, "keep", away_twice)
+    await mesh.send(flattening[0])
+    (decision, _), *_ = await mesh.decisions(1)
+    assert decision.state_sequence == 1
+    assert failures == [1, 1]
+
+
+async def test_a_defect_costs_one_message_and_not_the_loop(mesh, flattening, make_report, monkeypatch):
+    await mesh.open()
+
+    async def broken(_):
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(mesh.node.tamiyo, "learn", broken)
+    await mesh.send(make_report("r1"), flattening[0])
+    assert "ZeroDivisionError: a defect" in (await mesh.dead()).headers["Esper-Dead-Reason"]
+    assert await mesh.decisions(1)
+
+
 async def test_packets_from_long_ago_are_taken_in_and_nobody_is_told(mesh, flattening, make_report):
     await mesh.bus.ensure_streams()
     await mesh.send(*flattening[:5], make_report("last", decision_confidence=7.0))
@@ -285,3 +315,5 @@ def test_settings_that_break_their_rule_are_refused():
         BusLoopConfig(stale_after_s=0)
     with pytest.raises(InvalidInputError, match="retry_delay_s must be >= 0 seconds, got -1"):
         BusLoopConfig(retry_delay_s=-1)
+    with pytest.raises(InvalidInputError, match="max_deliver must be >= 1, got 0"):
+        BusLoopConfig(max_deliver=0)
