@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import shutil
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ MAX_BATCH: Final = 1 << 20
 """Largest batch that an exported program takes."""
 
 _MAX_REASON_CHARS: Final = 500
+_quiet_lock = threading.RLock()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,8 +135,11 @@ def example_inputs(site: Site, batch: int, *, seed: int = 0, dtype: torch.dtype 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep torch's notices about its own compilers out of the log: TorchScript is chosen on purpose."""
-    with warnings.catch_warnings():
+    """Keep torch's notices about its own compilers out of the log: TorchScript is chosen on purpose.
+
+    Warning filters belong to the whole process, so threads take turns.
+    """
+    with _quiet_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("ignore", FutureWarning)

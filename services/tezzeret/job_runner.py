@@ -114,6 +114,8 @@ class JobRunner:
                 await self._handle(delivery)
             except EsperError as error:  # neither store nor broker could be told: the delivery comes again by itself
                 log.warning("compile_delivery_unsettled", extra={"error": str(error)})
+            except Exception:  # a defect may cost its delivery, never the queue's consumer
+                log.exception("compile_delivery_defect", extra={"deliveries": delivery.num_delivered})
 
     async def _handle(self, delivery: Delivery) -> None:
         try:
@@ -230,6 +232,8 @@ class JobRunner:
                 await self._bury(delivery)
             except EsperError as error:
                 log.warning("dead_letter_unsettled", extra={"error": str(error)})
+            except Exception:  # as above
+                log.exception("dead_letter_defect")
 
     async def _bury(self, delivery: Delivery) -> None:
         try:

@@ -79,8 +79,11 @@ class Outbox:
             self._wake.clear()
             try:
                 await self._empty()
-            except EsperError as error:
-                log.warning("outbox_delayed", extra={"error": str(error), "retry_s": pause_s})
+            except Exception as error:
+                if isinstance(error, EsperError):
+                    log.warning("outbox_delayed", extra={"error": str(error), "retry_s": pause_s})
+                else:  # a defect may hold up what it meets, never end the outbox
+                    log.exception("outbox_defect", extra={"retry_s": pause_s})
                 await _either(self._closing, pause_s)
                 pause_s = min(pause_s * 2, self._config.max_backoff_s)
                 continue

@@ -62,6 +62,7 @@ class WorkerPool:
             detail = "NOT ENFORCED: inline workers are threads of this process"
             self._sandbox = (ValidationCheck(name="sandbox", passed=False, detail=detail),)
             log.warning("compile_pool_inline", extra={"num_workers": self.config.num_workers})
+            await asyncio.get_running_loop().run_in_executor(self._threads, _warm_up_inline)
         else:
             missing = self.config.num_workers - len(self._workers)
             await asyncio.gather(*(self._add_worker() for _ in range(missing)))
@@ -167,3 +168,10 @@ class WorkerPool:
             return await asyncio.wait_for(running, limit_s)
         except TimeoutError as error:
             raise DeadlineExceededError(f"compile must end within {limit_s} s, it did not") from error
+
+
+def _warm_up_inline() -> None:
+    from esper.contracts.kernel import CompileTarget
+    from esper.services.tezzeret.warm_up import warm_up
+
+    warm_up(CompileTarget.TORCHSCRIPT)

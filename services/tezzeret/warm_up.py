@@ -1,22 +1,27 @@
-"""The start of a compile worker: torch imported and one template compiled, so that the first job waits for nothing."""
+"""The first compile of a process, done before anyone waits for one: it pulls in seconds of torch's own modules."""
 
 from __future__ import annotations
 
-import torch
+import threading
 
 from esper.blueprints.registry import default_registry
 from esper.contracts.kernel import CompileTarget
-from esper.services.tezzeret.config import CompilerConfig
-from esper.services.tezzeret.default_sites import DEFAULT_SITES
-from esper.services.tezzeret.worker import TezzeretWorker
+
+_lock = threading.Lock()
+_done: set[CompileTarget] = set()
 
 
-def warm_worker(config: CompilerConfig) -> TezzeretWorker:
-    """Give a worker that has compiled the cheapest template to both trainable targets; torch gets one thread."""
-    torch.set_num_threads(1)
-    worker = TezzeretWorker(config)
-    site = DEFAULT_SITES[0]
-    cheapest = default_registry().for_site(site)[0]
-    for target in (CompileTarget.TORCHSCRIPT, CompileTarget.EXPORTED_PROGRAM):
-        worker.compile_blueprint(cheapest, site=site, target=target)
-    return worker
+def warm_up(*targets: CompileTarget) -> None:
+    """Compile the cheapest template to each target, once in a process; later calls return at once. Thread-safe."""
+    from esper.services.tezzeret.default_sites import DEFAULT_SITES
+    from esper.services.tezzeret.worker import TezzeretWorker
+
+    with _lock:
+        missing = [target for target in targets if target not in _done]
+        if not missing:
+            return
+        worker = TezzeretWorker(warm=False)
+        cheapest = default_registry().for_site(DEFAULT_SITES[0])[0]
+        for target in missing:
+            worker.compile_blueprint(cheapest, site=DEFAULT_SITES[0], target=target)
+            _done.add(target)

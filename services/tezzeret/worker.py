@@ -33,6 +33,7 @@ from esper.services.tezzeret.kernel_validator import (
     figure_rows,
 )
 from esper.services.tezzeret.packaging import CompiledKernel, Ingredients, KernelMetadata, package
+from esper.services.tezzeret.warm_up import warm_up
 
 __all__ = ["CompiledKernel", "KernelMetadata", "OnPhase", "TezzeretWorker"]
 
@@ -43,13 +44,19 @@ OnPhase = Callable[[JobPhase], None]
 class TezzeretWorker:
     """Compiles blueprints in this process. Thread-safe: nothing is shared between compiles."""
 
-    def __init__(self, config: CompilerConfig | None = None, signer: SigningKey | None = None) -> None:
+    def __init__(
+        self, config: CompilerConfig | None = None, signer: SigningKey | None = None, *, warm: bool = True
+    ) -> None:
         """Prepare a worker.
 
         Args:
             config: Limits and options.
             signer: Key to sign with; ``None`` gives kernels without a signature, for another to sign.
+            warm: Whether the first worker of a process compiles a template now, which takes seconds, once, so that
+                no compile is charged for it.
         """
+        if warm:
+            warm_up(CompileTarget.TORCHSCRIPT)
         self._config = config or CompilerConfig()
         self._signer = signer
 

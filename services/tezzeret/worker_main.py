@@ -55,9 +55,15 @@ def _take_stdout() -> int:
 def _serve(
     jobs: BinaryIO, out: BinaryIO, rows: tuple[ValidationCheck, ...], limits: WorkerLimits, compiler: CompilerConfig
 ) -> None:
-    from esper.services.tezzeret.warm_up import warm_worker
+    import torch
 
-    worker = warm_worker(compiler)
+    from esper.contracts.kernel import CompileTarget
+    from esper.services.tezzeret.warm_up import warm_up
+    from esper.services.tezzeret.worker import TezzeretWorker
+
+    torch.set_num_threads(1)
+    warm_up(CompileTarget.TORCHSCRIPT, CompileTarget.EXPORTED_PROGRAM)
+    worker = TezzeretWorker(compiler)
     for row in rows:
         _send(out, FrameKind.SANDBOX, serialize(row))
     _send(out, FrameKind.READY)

@@ -7,6 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from esper.contracts.blueprint import BlueprintIR, IRNode, Site, SiteKind
 from esper.contracts.errors import (
@@ -21,6 +24,7 @@ from esper.contracts.errors import (
 from esper.contracts.kernel import CompileSpec, CompileTarget, DeviceKind, JobPhase, KernelArtifact
 from esper.execution.artifact import verify
 from esper.mesh import deadline_scope
+from esper.services.tezzeret import job_runner, phase_clock
 from esper.services.tezzeret.config import CompilerConfig
 from esper.services.tezzeret.content_key import content_key
 from esper.telemetry import COMPILE
@@ -232,6 +236,36 @@ async def test_watching_shows_every_change_and_ends(mill: Mill, spec: CompileSpe
     assert seen[-1] is JobPhase.SUCCEEDED
     assert seen == sorted(seen)
     assert seen[0] <= JobPhase.COMPILING
+
+
+async def test_a_defect_costs_its_delivery_and_not_the_queue(mill: Mill, spec: CompileSpec) -> None:
+    mill.config = replace(mill.config, ack_wait_s=0.2)
+    await mill.service.close()
+    mill.service = mill.make_service()
+    mill.pool.script = [ZeroDivisionError("a defect")]
+    await mill.service.start()
+    await mill.service.warm()
+    job, _ = await mill.service.compile(spec, wait=True)
+    assert (job.phase, job.deliveries) == (JobPhase.SUCCEEDED, 2)
+
+
+async def test_the_trace_of_the_asker_goes_on_in_the_queue(
+    mill: Mill, spec: CompileSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracer = provider.get_tracer("test")
+    monkeypatch.setattr(job_runner, "_TRACER", tracer)
+    monkeypatch.setattr(phase_clock, "_TRACER", tracer)
+    with tracer.start_as_current_span("decision") as asking:
+        await mill.service.compile(spec, run_id="run-1", adaptation_id="a1", wait=True)
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    expected = {"tezzeret.compile", "tezzeret.compiling", "tezzeret.validating", "tezzeret.packaging"}
+    assert set(spans) >= expected
+    for name in expected:
+        assert spans[name].context.trace_id == asking.get_span_context().trace_id
+        assert (spans[name].attributes or {})["esper.adaptation_id"] == "a1"
 
 
 async def test_what_is_no_job_on_the_queue_is_buried(mill: Mill, spec: CompileSpec) -> None:
