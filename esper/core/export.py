@@ -32,8 +32,13 @@ def export(model: MorphableModel) -> nn.Module:
         raise InvalidInputError.of("model", "be what wrap() gave", type(model).__name__)
     _require_settled(model)
     plain = copy.deepcopy(model.host_module)
-    for layer in [module for module in plain.modules() if isinstance(module, KasminaLayer)]:
+    layers = [module for module in plain.modules() if isinstance(module, KasminaLayer)]
+    grown = {id(layer) for layer in layers if layer.live_seeds()}
+    for layer in layers:
         _make_plain(layer)
+    for encoder in plain.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(id(module) in grown for module in encoder.modules()):
+            encoder.use_nested_tensor = False  # packed input goes around hooks, or breaks in them
     for name, module in plain.named_modules():
         if type(module).__module__.split(".")[0] == "esper":
             raise InvalidInputError.of(

@@ -63,7 +63,8 @@ class NestedPathGuard:
 
     def refresh(self) -> None:
         """Set the encoder's switch by whether a seed inside takes part."""
-        is_live = any(vars(layer)["_kasmina"].terms for layer in self._inside)
+        records = (vars(layer).get("_kasmina") for layer in self._inside)
+        is_live = any(record is not None and record.terms for record in records)
         self._encoder.use_nested_tensor = self._wanted and not is_live
 
 

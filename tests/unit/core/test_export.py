@@ -168,8 +168,11 @@ def test_a_fused_encoder_does_not_go_around_a_fossil() -> None:
     x = torch.randn(2, 5, 8)
     model(x)
     grow(model, "0.layers.1.linear1", 0, 1, State.EVALUATING, State.FOSSILIZED)
+    plain, padding = export(model), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     with torch.no_grad():
-        assert torch.equal(export(model)(x), model(x))
+        assert torch.equal(plain(x), model(x))
+        ours, theirs = (net[0](x, src_key_padding_mask=padding) for net in (plain, model))
+    assert torch.equal(ours, theirs)
 
 
 def test_it_goes_through_torch_export(grown: Any) -> None:
