@@ -28,6 +28,8 @@ def demo(
     seeds: Annotated[int, typer.Option(help="Runs with different weights and batches.", min=1, max=50)] = 3,
     out: Annotated[Path, typer.Option(help="Directory of the report.")] = Path("demo-report"),
     state_dir: Annotated[Path, typer.Option(help="Where the mesh keeps its state.")] = Path(".state/demo"),
+    first_seed: Annotated[int, typer.Option(help="Seed of the first run; the others count up from it.", min=0)] = 0,
+    connect: Annotated[bool, typer.Option("--connect", help="Use the mesh of the settings; start none.")] = False,
 ) -> None:
     """Grow a small network on handwritten digits, through all services, and show what it brought.
 
@@ -43,16 +45,16 @@ def demo(
     settings = DemoSettings(epochs=epochs, seeds=seeds)
     splits = digits.load_digits()
     runs: list[SeedResult] = []
-    with console.status("starting NATS and six services ..."):
-        mesh = esper.Mesh.local(state_dir)
+    with console.status("reaching the mesh ..." if connect else "starting NATS and six services ..."):
+        mesh = esper.Mesh.connect() if connect else esper.Mesh.local(state_dir)
     with mesh:
-        for seed in range(seeds):
+        for seed in range(first_seed, first_seed + seeds):
             with _live(seed, settings) as show:
                 runs.append(run_seed(mesh, splits, settings, seed, show))
             _say_seed(runs[-1])
     result = DemoResult(settings=settings, runs=tuple(runs))
     path = write_report(result, out)
-    _say_result(result, path, state_dir)
+    _say_result(result, path, None if connect else state_dir)
 
 
 def bench(
@@ -120,7 +122,7 @@ def _say_seed(run: SeedResult) -> None:
         console.print(f"    layer {item.layer}: {name}, {item.outcome}, contribution {effect}", highlight=False)
 
 
-def _say_result(result: DemoResult, path: Path, state_dir: Path) -> None:
+def _say_result(result: DemoResult, path: Path, state_dir: Path | None) -> None:
     from esper.cli.demo_report import describe_margin
 
     for name, control in (("the host alone", "host"), ("a static net of the grown size", "static")):
@@ -128,6 +130,8 @@ def _say_result(result: DemoResult, path: Path, state_dir: Path) -> None:
         if margin is not None:
             console.print(f"grown minus {name}: {describe_margin(margin)}", highlight=False)
     console.print(f"report: {path}")
+    if state_dir is None:
+        return
     run_id = result.runs[-1].report.run_id
     console.print("look around (the services keep what they saw):")
     console.print(f"    .venv/bin/esper up --state-dir {state_dir}", highlight=False, soft_wrap=True)
