@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 class Node(Protocol):
     """A running service."""
 
-    def add_to(self, server: Any) -> None:
+    def add_to(self, server: Any) -> object:
         """Register with a server or in-process channel."""
 
     async def close(self) -> None:

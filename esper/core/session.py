@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
+from importlib import import_module
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -343,7 +344,5 @@ class Session:
 
 
 def _embedded_mesh() -> Any:
-    # The facade of the package, so that this layer does not know the services behind it.
-    import esper
-
-    return esper.Mesh.embedded()
+    # By name through the package's lazy facade: this layer must not know the services behind it.
+    return import_module("esper").Mesh.embedded()
