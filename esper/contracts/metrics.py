@@ -144,4 +144,4 @@ class HealthReport:
     components: tuple[ComponentHealth, ...] = ()
     """Every component, by name."""
     active_kernels: int = 0
-    """Seeds of the live runs that are ACTIVE, EVALUATING or FOSSILIZED."""
+    """Seeds that are ACTIVE, EVALUATING or FOSSILIZED, of the live runs and of the newest run, ended or not."""

@@ -559,7 +559,7 @@ class GetSystemHealthResponse(_message.Message):
     overall_status: Global___SystemHealth.ValueType
     """Health of the whole: the worst of its components that were configured."""
     active_kernels: _builtins.int
-    """Seeds of the live runs that are ACTIVE, EVALUATING or FOSSILIZED."""
+    """Seeds that are ACTIVE, EVALUATING or FOSSILIZED, of the live runs and of the newest run, ended or not."""
     @_builtins.property
     def components(self) -> _containers.RepeatedCompositeFieldContainer[Global___ComponentHealth]:
         """Every component, by name."""

@@ -13,12 +13,12 @@ from esper.contracts.errors import ConfigError, InvalidStateError
 from esper.execution.keys import KeyRing
 from esper.mesh.database import Database
 from esper.mesh.health import ReadinessProbe
+from esper.mesh.http_server import HttpServer
 from esper.mesh.in_process import InProcessChannel
 from esper.mesh.ports import LOOPBACK, is_loopback
 from esper.mesh.server import MeshServer
 from esper.services.urza.report_consumer import ReportConsumer
 from esper.services.urza.rest import build_app
-from esper.services.urza.rest_server import RestServer
 from esper.services.urza.seeding import seed_library
 from esper.services.urza.service import UrzaServicer
 from esper.services.urza.store import StoreLimits, UrzaStore
@@ -102,7 +102,7 @@ class UrzaService:
         self.servicer = UrzaServicer(self.store, upload_budget_bytes=config.upload_budget_bytes)
         """The gRPC face."""
         self._consumer: ReportConsumer | None = None
-        self._rest: RestServer | None = None
+        self._rest: HttpServer | None = None
         self._open = AsyncExitStack()
         self._open.push_async_callback(self._database.close)
         self._started = False
@@ -170,7 +170,7 @@ class UrzaService:
         app = build_app(
             self.store, write_token=self._config.rest_write_token, allowed_hosts=self._config.rest_allowed_hosts
         )
-        self._rest = RestServer(app, host=self._config.rest_host, port=self._config.rest_port)
+        self._rest = HttpServer(app, name="urza-rest", host=self._config.rest_host, port=self._config.rest_port)
         self._open.push_async_callback(self._rest.close)
         await self._rest.start()
 

@@ -1,4 +1,4 @@
-"""Serves the REST face within the service's own process and event loop, on a port of its own."""
+"""Serves an HTTP application within a service's own process and event loop, on a port of its own."""
 
 from __future__ import annotations
 
@@ -20,10 +20,20 @@ log = logging.getLogger(__name__)
 _DRAIN_S = 5
 
 
-class RestServer:
+class HttpServer:
     """One HTTP server. Construct, `start`, `close`; all within one event loop."""
 
-    def __init__(self, app: FastAPI, *, host: str, port: int, max_concurrent_requests: int = 128) -> None:
+    def __init__(self, app: FastAPI, *, name: str, host: str, port: int, max_concurrent_requests: int = 128) -> None:
+        """Make a server that does not listen yet.
+
+        Args:
+            app: What it serves.
+            name: What it is called in logs and errors, e.g. ``urza-rest``.
+            host: Address to listen on.
+            port: TCP port; 0 lets the system pick one.
+            max_concurrent_requests: Beyond so many connections or requests it answers 503.
+        """
+        self._name = name
         self._host = host
         self._port = port
         config = uvicorn.Config(
@@ -47,7 +57,7 @@ class RestServer:
             InvalidStateError: It was not started.
         """
         if self._bound_port is None:
-            raise InvalidStateError("the REST server must be started to have an address, got one that was not")
+            raise InvalidStateError("the HTTP server must be started to have an address, got one that was not")
         return f"http://{host_port(self._host, self._bound_port)}"
 
     async def start(self) -> str:
@@ -57,11 +67,11 @@ class RestServer:
             PortInUseError: Another process holds the port.
             ConfigError: The host is no address of this machine.
         """
-        sock = _listening_socket(self._host, self._port)
+        sock = _listening_socket(self._name, self._host, self._port)
         self._bound_port = int(sock.getsockname()[1])
-        self._serving = asyncio.create_task(self._server.serve(sockets=[sock]), name="urza-rest")
+        self._serving = asyncio.create_task(self._server.serve(sockets=[sock]), name=self._name)
         await self._server.ready.wait()
-        log.info("rest_started", extra={"url": self.url})
+        log.info("http_started", extra={"server": self._name, "url": self.url})
         return self.url
 
     async def close(self) -> None:
@@ -71,7 +81,7 @@ class RestServer:
         self._server.should_exit = True
         await self._serving
         self._serving = None
-        log.info("rest_stopped", extra={"url": self.url})
+        log.info("http_stopped", extra={"server": self._name, "url": self.url})
 
 
 class _QuietServer(uvicorn.Server):
@@ -90,7 +100,7 @@ class _QuietServer(uvicorn.Server):
         self.ready.set()
 
 
-def _listening_socket(host: str, port: int) -> socket.socket:
+def _listening_socket(name: str, host: str, port: int) -> socket.socket:
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -102,7 +112,6 @@ def _listening_socket(host: str, port: int) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise PortInUseError(f"{where} is in use by another process; choose another port or stop it") from error
         raise ConfigError(
-            f"rest_host and rest_port must name an address this process may listen on, got {where}: {error}",
-            parameter="rest_host",
+            f"{name} must be given an address this process may listen on, got {where}: {error}", parameter="host"
         ) from error
     return sock

@@ -1,0 +1,1 @@
+"""Nissa: aggregates what every component says, finds anomalies, tells health, writes reports."""
