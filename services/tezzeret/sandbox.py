@@ -23,6 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+from esper.contracts import errors
 from esper.contracts.kernel import ValidationCheck
 from esper.services.tezzeret.config import WorkerLimits
 
@@ -81,10 +82,7 @@ def allow_cpu(limits: WorkerLimits) -> None:
 
 def readable_paths() -> tuple[Path, ...]:
     """Give what a worker must read: interpreter, installed packages, Esper's own code, system libraries."""
-    import esper
-    import esper.services
-
-    code = [*esper.__path__, *esper.services.__path__]
+    code = [str(Path(errors.__file__).parents[1]), str(Path(__file__).parents[1])]
     site_packages = [entry for entry in sys.path if entry.endswith("-packages")]
     wanted = [*_SYSTEM_PATHS, sys.prefix, sys.base_prefix, sys.exec_prefix, *site_packages, *code]
     found = {Path(path).resolve() for path in wanted if Path(path).exists()}
