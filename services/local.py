@@ -30,7 +30,9 @@ def local_settings(state_dir: Path, *, fixed_ports: bool = False) -> MeshSetting
     if fixed_ports:
         return MeshSettings(state_dir=state_dir)
     ports = free_ports(len(SERVICES) + 3)
-    addresses: dict[str, Any] = {f"{name}_address": f"{LOOPBACK}:{port}" for name, port in zip(SERVICES, ports, strict=False)}
+    addresses: dict[str, Any] = {
+        f"{name}_address": f"{LOOPBACK}:{port}" for name, port in zip(SERVICES, ports, strict=False)
+    }
     return MeshSettings(
         state_dir=state_dir,
         nats_url=f"nats://{LOOPBACK}:{ports[-3]}",

@@ -37,11 +37,15 @@ def demo(
     with the host alone and with a static network of the grown size. Takes a few minutes on two cores; no network.
     """
     # torch is behind these: only who needs it waits for it
+    import torch
+
     import esper
     from esper.cli import digits
     from esper.cli.demo_report import write_report
     from esper.cli.demo_run import DemoResult, DemoSettings, run_seed
 
+    # Networks this small only lose by splitting their work over threads.
+    torch.set_num_threads(1)
     settings = DemoSettings(epochs=epochs, seeds=seeds)
     splits = digits.load_digits()
     runs: list[SeedResult] = []
