@@ -106,6 +106,8 @@ class TezzeretConfig:
     """Longest such pause, in seconds."""
     drain_s: float = 5.0
     """Time that running jobs and uploads have when the service closes, in seconds."""
+    keep_jobs_s: float = 30 * 86_400.0
+    """How long an ended job is kept, in seconds; its kernel stays in the library."""
     poll_interval_s: float = 0.5
     """How often a waiting caller looks for what another replica did, in seconds."""
     max_error_chars: int = 500
@@ -115,4 +117,4 @@ class TezzeretConfig:
         if not self.durable_name:
             raise InvalidInputError.of("durable_name", "not be empty", self.durable_name)
         _positive(self, "max_deliver", "ack_wait_s", "retry_delay_s", "upload_timeout_s", "max_error_chars")
-        _positive(self, "min_backoff_s", "max_backoff_s", "poll_interval_s", "drain_s")
+        _positive(self, "min_backoff_s", "max_backoff_s", "poll_interval_s", "drain_s", "keep_jobs_s")

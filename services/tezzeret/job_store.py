@@ -20,6 +20,7 @@ from esper.mesh.database import Database
 from esper.services.tezzeret.models import AskerRow, Base, JobRow, OutboxRow
 
 _MAX_UNFINISHED: Final = 10_000
+_MAX_FORGOTTEN: Final = 500
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -238,6 +239,17 @@ class JobStore:
         async with self._database.reading() as session:
             rows = (await session.execute(query)).all()
         return [(_job(job), Asker(run_id=row.run_id, adaptation_id=row.adaptation_id)) for job, row in rows]
+
+    async def forget_ended(self, before: datetime) -> int:
+        """Drop the jobs that were asked for before a moment, have ended and are announced; give their number."""
+        waiting = select(AskerRow.job_id).where(AskerRow.announced.is_(False))
+        ended = [int(phase) for phase in ENDED_PHASES - {JobPhase.DEAD}]
+        old = (JobRow.phase.in_(ended), JobRow.created_us < _us(before), JobRow.job_id.not_in(waiting))
+        async with self._database.session() as session:
+            found = (await session.scalars(select(JobRow.job_id).where(*old).limit(_MAX_FORGOTTEN))).all()
+            await session.execute(delete(AskerRow).where(AskerRow.job_id.in_(found)))
+            await session.execute(delete(JobRow).where(JobRow.job_id.in_(found)))
+        return len(found)
 
     async def mark_announced(self, job_id: str, asker: Asker) -> None:
         """Note that an asker was told."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 
 from esper.contracts.errors import (
     CapacityExceededError,
@@ -92,7 +93,7 @@ class Outbox:
             await _either(self._wake, self._config.max_backoff_s)
 
     async def _empty(self) -> None:
-        """Upload, then announce; an upload that fails holds no announcement back."""
+        """Upload, then announce; an upload that fails holds no announcement back. Old jobs go at the same time."""
         trouble: EsperError | None = None
         for job_id in await self._store.outbox():
             try:
@@ -101,6 +102,7 @@ class Outbox:
                 trouble = error
         for job, asker in await self._store.unannounced():
             await self._announce(job, asker)
+        await self._store.forget_ended(datetime.now(UTC) - timedelta(seconds=self._config.keep_jobs_s))
         if trouble is not None:
             raise trouble
 

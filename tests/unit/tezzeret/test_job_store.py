@@ -121,6 +121,22 @@ async def test_each_asker_is_told_once_of_each_end(store: JobStore, spec: Compil
     assert len(await store.unannounced()) == 2
 
 
+async def test_old_jobs_that_have_ended_are_forgotten(store: JobStore, spec: CompileSpec) -> None:
+    """Not one that runs, is dead (an operator may want it), has an asker in wait, or is young."""
+    ended, running, dead, asked, young = [
+        (await store.add(job_of(spec, 2 * number), ASKER if number == 3 else None))[0] for number in range(5)
+    ]
+    for job in (ended, asked, young):
+        await store.succeed(job.job_id, "k" + "0" * 32, 6)
+    await store.advance(dead.job_id, JobPhase.DEAD)
+    assert await store.forget_ended(young.created_at) == 1
+    assert await store.find(ended.job_id) is None
+    for job in (running, dead, asked, young):
+        assert await store.find(job.job_id) is not None
+    await store.mark_announced(asked.job_id, ASKER)
+    assert await store.forget_ended(young.created_at) == 1
+
+
 async def test_pages_meet_without_gap_or_repeat(store: JobStore, spec: CompileSpec) -> None:
     """Pairs share a moment, so the id decides among them."""
     jobs = [(await store.add(job_of(spec, number), None))[0] for number in range(7)]
