@@ -77,7 +77,13 @@ class KasminaLayer(Germination):
         record.refresh()
 
     def get_health_signal(self) -> HealthSummary:
-        """Give rolling statistics over the sampled passes; a figure nobody measured is ``None``."""
+        """Give rolling statistics over the sampled passes; a figure nobody measured is ``None``.
+
+        On an accelerator the newest sample is in it once its figures have arrived.
+        """
+        pending = self._kasmina.pending
+        if pending is not None and pending.gradient_on_device is not None:
+            self._kasmina.settle()
         return self._kasmina.health.summary(errors=int(self.state_layout.errors.sum()))
 
     def get_layer_stats(self) -> dict[str, Any]:

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from esper.contracts.blueprint import Site
 from esper.execution.circuit_breaker import FailureKind, is_finite
 from esper.execution.device_guard import gated, guarded
+from esper.execution.device_probe import PendingFigures, Stopwatch
 from esper.execution.dispatch import run_side_by_side
 from esper.execution.health import can_probe, is_real_tensor, probe_tensor
 from esper.execution.layers.record import LayerRecord, PendingSignal
@@ -31,15 +33,16 @@ def kasmina_forward(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[
     if is_compiling():
         return _blend(layer, args, kwargs, host(layer, *args, **kwargs), sampled=False)
     due = not record.terms or record.is_due()
-    start_ns = time.perf_counter_ns()
+    x = layer.seed_input(args, kwargs)
+    watch = Stopwatch(x.device) if due and is_real_tensor(x) else None
     out = host(layer, *args, **kwargs)
     if record.terms:
         out = _blend(layer, args, kwargs, out, sampled=due)
-    if due:
-        latency_ms = (time.perf_counter_ns() - start_ns) / 1e6
-        x, result = layer.seed_input(args, kwargs), layer.seed_output(out)
-        if is_real_tensor(x) and is_real_tensor(result):
-            _observe(layer, x, result, latency_ms if result.device.type == "cpu" else None)
+    if watch is not None:
+        watch.stop()
+        result = layer.seed_output(out)
+        if is_real_tensor(result):
+            _observe(layer, x, result, watch)
     return out
 
 
@@ -99,23 +102,28 @@ def _measure_seed(layer: KasminaLayer, seed: Seed, delta: Tensor, latency_ms: fl
         )
 
 
-def _observe(layer: KasminaLayer, x: Tensor, out: Tensor, latency_ms: float | None) -> None:
+def _observe(layer: KasminaLayer, x: Tensor, out: Tensor, watch: Stopwatch) -> None:
     record = layer._kasmina
     if not record.is_site_settled:
         _learn_site(layer, x, out)
     if not record.telemetry_enabled:
         return
-    publish_pending(record)
+    record.settle()
     record.begin_sample()
-    readable = can_probe(out)
-    figures = probe_tensor(out.detach()) if readable else None
-    record.health.add(figures, latency_ms=latency_ms)
-    pending = PendingSignal(figures, latency_ms, record.state_layout.states.step)
-    record.pending = pending
-    if readable and out.requires_grad:
+    pending = record.pending = PendingSignal(record.state_layout.states.step, watch)
+    if can_probe(out):
+        record.note_figures(pending, probe_tensor(out.detach()))
+    elif device_of(out).type != "cpu" and out.is_floating_point():
+        pending.on_device = PendingFigures(out)
+    if out.requires_grad:
         out.register_hook(_GradientHook(record, pending))  # type: ignore[no-untyped-call]
-    else:
-        publish_pending(record)
+    elif pending.on_device is None:
+        record.publish(pending, gradient_variance=None)
+
+
+def device_of(value: Tensor) -> torch.device:
+    """Give the device whose memory holds the value."""
+    return value.device
 
 
 def _learn_site(layer: KasminaLayer, x: Tensor, out: Tensor) -> None:
@@ -143,27 +151,9 @@ class _GradientHook:
         self.pending = pending
 
     def __call__(self, grad: Tensor) -> None:
-        if self.record.pending is self.pending:
-            variance = probe_tensor(grad.detach()).variance if can_probe(grad) else None
-            self.record.health.gradient_variance.add(variance)
-            publish_pending(self.record, gradient_variance=variance)
-
-
-def publish_pending(record: LayerRecord, *, gradient_variance: float | None = None) -> None:
-    """Push the pending sample into the run's ring."""
-    pending, record.pending = record.pending, None
-    if pending is None or record.ring is None:
-        return
-    figures = pending.figures
-    record.ring.push(
-        record.layer_id,
-        -1,
-        pending.step,
-        None if figures is None else figures.mean,
-        None if figures is None else figures.variance,
-        None if figures is None else figures.entropy,
-        None if figures is None else figures.dead_share,
-        None if figures is None else figures.nonfinite_share,
-        gradient_variance,
-        pending.latency_ms,
-    )
+        if self.record.pending is not self.pending or not is_real_tensor(grad):
+            return
+        if can_probe(grad):
+            self.record.publish(self.pending, gradient_variance=probe_tensor(grad.detach()).variance)
+        elif device_of(grad).type != "cpu" and grad.is_floating_point():
+            self.pending.gradient_on_device = PendingFigures(grad)

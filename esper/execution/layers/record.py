@@ -10,6 +10,7 @@ from torch import nn
 from esper.contracts.blueprint import Site
 from esper.contracts.run import Contribution
 from esper.execution._native import SignalRing
+from esper.execution.device_probe import PendingFigures, Stopwatch
 from esper.execution.health import Figures, RollingHealth
 from esper.execution.state import LayerStateLayout
 from esper.telemetry.client import OonaClient
@@ -39,14 +40,16 @@ class KernelSource(Protocol):
 
 
 class PendingSignal:
-    """A sampled forward pass whose gradient has not come yet."""
+    """A sampled forward pass whose figures or gradient have not all come yet."""
 
-    __slots__ = ("figures", "latency_ms", "step")
+    __slots__ = ("figures", "gradient_on_device", "on_device", "step", "watch")
 
-    def __init__(self, figures: Figures | None, latency_ms: float | None, step: int) -> None:
-        self.figures = figures
-        self.latency_ms = latency_ms
+    def __init__(self, step: int, watch: Stopwatch) -> None:
         self.step = step
+        self.watch = watch
+        self.figures: Figures | None = None
+        self.on_device: PendingFigures | None = None
+        self.gradient_on_device: PendingFigures | None = None
 
 
 class NestedPathGuard:
@@ -116,6 +119,41 @@ class LayerRecord:
         """Start the count towards the next measurement."""
         self.num_samples += 1
         self.countdown = self.interval_steps
+
+    def note_figures(self, pending: PendingSignal, figures: Figures | None) -> None:
+        """Average the figures of a sampled pass into the layer's health."""
+        pending.figures, pending.on_device = figures, None
+        self.health.add(figures, latency_ms=pending.watch.elapsed_ms())
+
+    def publish(self, pending: PendingSignal, *, gradient_variance: float | None) -> None:
+        """Push a sampled pass into the run's ring; a gradient that never came is not measured."""
+        self.pending = None
+        self.health.gradient_variance.add(gradient_variance)
+        if self.ring is None:
+            return
+        found = pending.figures
+        self.ring.push(
+            self.layer_id,
+            -1,
+            pending.step,
+            None if found is None else found.mean,
+            None if found is None else found.variance,
+            None if found is None else found.entropy,
+            None if found is None else found.dead_share,
+            None if found is None else found.nonfinite_share,
+            gradient_variance,
+            pending.watch.elapsed_ms(),
+        )
+
+    def settle(self) -> None:
+        """Publish what is pending, with what has arrived from the device by now; waits for nothing."""
+        pending = self.pending
+        if pending is None:
+            return
+        if pending.on_device is not None:
+            self.note_figures(pending, pending.on_device.take())
+        gradient = pending.gradient_on_device.take() if pending.gradient_on_device is not None else None
+        self.publish(pending, gradient_variance=None if gradient is None else gradient.variance)
 
     @property
     def num_forwards(self) -> int | None:
