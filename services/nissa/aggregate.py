@@ -55,7 +55,7 @@ class RunAggregate:
         self.packet: SystemStatePacket | None = None
         """Newest packet by sequence."""
         self.started_at: datetime | None = None
-        """When the run was first heard."""
+        """When its first durable event came."""
         self.last_heard_at: datetime | None = None
         """When anything of the training side was last heard."""
         self.last_decision: AdaptationDecision | None = None
@@ -89,7 +89,6 @@ class RunAggregate:
 
     def heard(self, at: datetime) -> None:
         """Note that something of the run arrived."""
-        self.started_at = self.started_at or at
         if self.last_heard_at is None or at > self.last_heard_at:
             self.last_heard_at = at
 

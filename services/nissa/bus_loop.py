@@ -118,6 +118,9 @@ class NissaBusLoop:
         except EsperError as error:
             log.warning("event_postponed", extra={"subject": received.raw.subject, "error": str(error)})
             await _told(delivery.nak(_RETRY_S, reason=str(error)))
+        except Exception as error:
+            log.exception("event_failed", extra={"subject": received.raw.subject})
+            await _told(delivery.term(f"{type(error).__name__}: {error}"))
         else:
             await _told(delivery.ack())
 

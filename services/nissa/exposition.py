@@ -149,13 +149,9 @@ class MetricsPage:
         self._board = board
 
     async def render(self, accept: str = "") -> tuple[bytes, str]:
-        """Give the page and its content type in the form that an Accept header asks for.
-
-        Raises:
-            UnavailableError: The store cannot be reached.
-        """
+        """Give the page and its content type in the form that an Accept header asks for; needs no store."""
         health = await self._board.report()
-        runs = await self._nissa.exposed_runs(MAX_RUNS)
+        runs = self._nissa.exposed_runs(MAX_RUNS)
         now = self._nissa.clock()
         registry = CollectorRegistry()
         registry.register(RunCollector(runs, [held.aggregate.metrics(read_at=now) for held in runs], health))

@@ -21,7 +21,8 @@ Prober = Callable[[str], Awaitable[None]]
 
 _OWN_NAME: Final = "nissa"
 _CACHED_S: Final = 1.0
-_PROBE_S: Final = 1.0
+_PROBE_S: Final = 2.0
+_CHECK_S: Final = 5.0
 _DROP_MEMORY_S: Final = 60.0
 _MAX_RUNS: Final = 64
 _RANK: Final = {
@@ -33,7 +34,7 @@ _RANK: Final = {
 
 
 async def probe_server(target: str) -> None:
-    """Return when the server at ``target`` is SERVING; within a second."""
+    """Return when the server at ``target`` is SERVING; within 2 seconds."""
     await probe(target, _PROBE_S)
 
 
@@ -82,10 +83,7 @@ class HealthBoard:
         asked = [self._asked(name, address) for name, address in sorted(self._components.items())]
         configured = await asyncio.gather(self._own(), self._store(), *asked)
         judged = [*configured, self._of_bus()]
-        try:
-            runs = await self._nissa.exposed_runs(_MAX_RUNS)
-        except EsperError:  # the store is away, which its own entry says; what is held in memory is not known then
-            runs = []
+        runs = self._nissa.exposed_runs(_MAX_RUNS)
         heard = [self._of_training(held) for held in runs if self._nissa.is_live(held)]
         heard += self._of_policy(runs)
         return HealthReport(
@@ -105,10 +103,10 @@ class HealthBoard:
 
     async def _checked(self, name: str, check: Awaitable[None], good: str) -> ComponentHealth:
         try:
-            async with asyncio.timeout(2 * _PROBE_S):
+            async with asyncio.timeout(_CHECK_S):
                 await check
         except (EsperError, TimeoutError) as error:
-            reason = str(error) or f"gave no answer within {2 * _PROBE_S:g} s"
+            reason = str(error) or f"gave no answer within {_CHECK_S:g} s"
             return self._entry(name, SystemHealth.UNHEALTHY, reason)
         self._last_heard[name] = self._nissa.clock()
         return self._entry(name, SystemHealth.HEALTHY, good)

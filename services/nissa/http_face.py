@@ -23,10 +23,7 @@ def build_app(page: MetricsPage, ready: Sequence[Callable[[], Awaitable[None]]])
 
     @app.get("/metrics")
     async def metrics(accept: Annotated[str, Header()] = "") -> Response:
-        try:
-            body, content_type = await page.render(accept)
-        except EsperError as error:
-            return PlainTextResponse(f"{error}\n", status_code=503)
+        body, content_type = await page.render(accept)
         return Response(body, media_type=None, headers={"Content-Type": content_type})
 
     @app.get("/healthz")

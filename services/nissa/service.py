@@ -26,6 +26,7 @@ from esper.services.nissa.store import NewEvent, NissaStore, moment_of
 from esper.telemetry.health_wire import health_columns
 from esper.v1 import telemetry_pb2
 
+_NEVER: Final = datetime.min.replace(tzinfo=UTC)
 log = logging.getLogger(__name__)
 
 _DOMAIN: Final[Mapping[str, type[Any]]] = {
@@ -48,18 +49,18 @@ class NissaConfig:
     abandoned_after_s: float = 3600.0
     """Seconds after which a run that is not heard no longer counts as live. >= ``silence_s``."""
     max_held_runs: int = 32
-    """Runs whose figures are held in memory, at least 1; others are read back from the store when asked for."""
+    """Runs whose figures are held in memory, at least 3; others are read back from the store when asked for."""
 
     def __post_init__(self) -> None:
         if not self.silence_s > 0:
             raise InvalidInputError.of("silence_s", "be > 0 seconds", self.silence_s)
         if not self.abandoned_after_s >= self.silence_s:
             raise InvalidInputError.of("abandoned_after_s", "be >= silence_s", self.abandoned_after_s)
-        if self.max_held_runs < 1:
-            raise InvalidInputError.of("max_held_runs", "be >= 1", self.max_held_runs)
+        if self.max_held_runs < 3:
+            raise InvalidInputError.of("max_held_runs", "be >= 3", self.max_held_runs)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class HeldRun:
     """One run in memory."""
 
@@ -141,7 +142,7 @@ class Nissa:
     async def look_at_clock(self) -> None:
         """Find out who is silent; to be called about once a second."""
         now = self.clock()
-        for held in list(self._runs.values()):
+        for held in [one for one in self._runs.values() if self.is_live(one)]:
             for anomaly in held.monitor.observe_clock(now):
                 await self._keep(anomaly)
 
@@ -159,12 +160,11 @@ class Nissa:
         held = await self._known(run_id or await self._newest())
         return held.aggregate.metrics(read_at=self.clock(), process=self._process_metrics())
 
-    async def exposed_runs(self, limit: int) -> list[HeldRun]:
-        """Give the newest run and the live ones, at most ``limit``."""
-        newest = await self.store.newest_run()
-        names = [] if newest is None else [newest]
-        names += [name for name in reversed(self._runs) if name != newest and self.is_live(self._runs[name])]
-        return [await self._hold(name) for name in names[:limit]]
+    def exposed_runs(self, limit: int) -> list[HeldRun]:
+        """Give the newest run and the live ones, at most ``limit``; all of them are in memory."""
+        newest = self._newest_held()
+        live = [one for one in reversed(self._runs.values()) if one is not newest and self.is_live(one)]
+        return ([] if newest is None else [newest]) + live[: limit - 1]
 
     def is_live(self, held: HeldRun) -> bool:
         """Tell whether a run has not ended and was heard within ``abandoned_after_s``."""
@@ -209,12 +209,17 @@ class Nissa:
             self._runs.move_to_end(run_id)
             return held
 
+    def _newest_held(self) -> HeldRun | None:
+        """Give the run that was first heard last; it is always held."""
+        begun = [held for held in self._runs.values() if held.aggregate.started_at is not None]
+        return max(begun, key=lambda held: held.aggregate.started_at or _NEVER, default=None)
+
     def _make_room(self) -> None:
         while len(self._runs) > self.config.max_held_runs:
-            over = (name for name, held in self._runs.items() if not self.is_live(held))
-            newest = next(reversed(self._runs))
-            victim = next((name for name in over if name != newest), next(iter(self._runs)))
-            del self._runs[victim]
+            kept = (self._newest_held(), next(reversed(self._runs.values())))
+            others = [name for name, held in self._runs.items() if held not in kept]
+            over = (name for name in others if not self.is_live(self._runs[name]))
+            del self._runs[next(over, others[0])]
 
     async def _restored(self, run_id: str) -> HeldRun:
         events = await self.store.events(run_id)
