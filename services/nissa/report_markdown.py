@@ -162,4 +162,4 @@ def _text(value: Any) -> str:
         return "not measured"
     shown = f"{value:.6g}" if isinstance(value, float) else str(value)
     flat = " ".join(shown.split())
-    return "".join(f"\\{char}" if char in "\\|*_`[]<>#" else char for char in flat)
+    return "".join(f"\\{char}" if char in "\\|*`[]<>#" else char for char in flat)

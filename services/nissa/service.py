@@ -117,6 +117,8 @@ class Nissa:
             raise InvalidInputError.of("run_id", f"be that of the subject, {event.run_id}", value.run_id)
         held = await self._hold(event.run_id)
         ended = value.phase in ENDED_RUN_PHASES if isinstance(value, SystemStatePacket) else None
+        if ended is False and held.aggregate.live:
+            ended = None  # nothing new for the store
         if not await self.store.append(event, ended=ended):
             return False
         for anomaly in _apply(held, value, event.recorded_at):

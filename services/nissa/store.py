@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import BigInteger, Boolean, Index, LargeBinary, MetaData, String, select, update
 from sqlalchemy.exc import IntegrityError
@@ -67,6 +68,9 @@ class AnomalyRow(Base):
 MAX_ANOMALIES: Final = 500
 """Most anomalies a listing gives."""
 
+_MAX_HEADS: Final = 256
+"""Runs whose chain heads are remembered; others are looked up."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewEvent:
@@ -89,6 +93,7 @@ class NissaStore:
 
     def __init__(self, database: Database) -> None:
         self.database = database
+        self._heads: dict[str, tuple[int, bytes]] = {}
 
     @classmethod
     async def open(cls, url: str) -> NissaStore:
@@ -115,54 +120,57 @@ class NissaStore:
         Raises:
             UnavailableError: The store cannot be reached, or another writer took the place in the chain; try again.
         """
+        head = self._heads.get(event.run_id)
+        if head is not None and ended is None:
+            try:
+                await self._extend(event, head)
+            except IntegrityError:  # known already, or another writer was faster: look before the next try
+                self._heads.pop(event.run_id, None)
+            else:
+                return True
+        return await self._look_and_extend(event, ended)
+
+    async def _extend(self, event: NewEvent, head: tuple[int, bytes]) -> None:
+        """Add an event after a head that was seen before; one statement."""
+        link = _link(event, head)
+        async with self.database.session() as session:
+            await session.execute(self.database.insert(EventRow).values(**link))
+        self._note_head(event.run_id, link)
+
+    async def _look_and_extend(self, event: NewEvent, ended: bool | None) -> bool:
         try:
             async with self.database.session() as session:
                 known = select(EventRow.position).where(EventRow.key == event.key)
                 if await session.scalar(known) is not None:
                     return False
-                await self._note_run(session, event, ended)
-                session.add(await self._chained(session, event))
+                run = await session.get(RunRow, event.run_id)
+                if run is None:
+                    run = RunRow(run_id=event.run_id, started_us=_microseconds(event.recorded_at), ended=False)
+                    session.add(run)
+                if ended is not None:
+                    run.ended = ended
+                link = _link(event, await self._head(session, event.run_id))
+                session.add(EventRow(**link))
         except IntegrityError as error:
             raise UnavailableError(f"the chain of run {event.run_id} was extended by another writer") from error
+        self._note_head(event.run_id, link)
         return True
 
-    async def _note_run(self, session: AsyncSession, event: NewEvent, ended: bool | None) -> None:
-        run = await session.get(RunRow, event.run_id)
-        if run is None:
-            run = RunRow(run_id=event.run_id, started_us=_microseconds(event.recorded_at), ended=False)
-            session.add(run)
-        if ended is not None:
-            run.ended = ended
-
-    async def _chained(self, session: AsyncSession, event: NewEvent) -> EventRow:
+    async def _head(self, session: AsyncSession, run_id: str) -> tuple[int, bytes]:
         newest = (
             select(EventRow.position, EventRow.digest)
-            .where(EventRow.run_id == event.run_id)
+            .where(EventRow.run_id == run_id)
             .order_by(EventRow.position.desc())
             .limit(1)
         )
         last = (await session.execute(newest)).first()
-        position, previous = (1, GENESIS) if last is None else (int(last[0]) + 1, bytes(last[1]))
-        recorded_us = _microseconds(event.recorded_at)
-        digest = seal(
-            previous,
-            run_id=event.run_id,
-            position=position,
-            kind=event.kind,
-            key=event.key,
-            recorded_us=recorded_us,
-            payload=event.payload,
-        )
-        return EventRow(
-            run_id=event.run_id,
-            position=position,
-            key=event.key,
-            kind=event.kind,
-            recorded_us=recorded_us,
-            payload=event.payload,
-            previous=previous,
-            digest=digest,
-        )
+        return (0, GENESIS) if last is None else (int(last[0]), bytes(last[1]))
+
+    def _note_head(self, run_id: str, link: Mapping[str, Any]) -> None:
+        self._heads.pop(run_id, None)
+        self._heads[run_id] = (link["position"], link["digest"])
+        if len(self._heads) > _MAX_HEADS:
+            del self._heads[next(iter(self._heads))]
 
     async def events(self, run_id: str) -> list[ChainedEvent]:
         """Give a run's events in the order of its chain; empty for an unknown run."""
@@ -246,6 +254,19 @@ class NissaStore:
                 raise NotFoundError(f"anomaly must be known, got {anomaly_id!r}", parameter="anomaly_id")
             row.acknowledged_by = row.acknowledged_by or actor
             return _anomaly(row)
+
+
+def _link(event: NewEvent, head: tuple[int, bytes]) -> dict[str, Any]:
+    """Give the columns of an event that follows a head (position, hash)."""
+    body: dict[str, Any] = {
+        "run_id": event.run_id,
+        "position": head[0] + 1,
+        "kind": event.kind,
+        "key": event.key,
+        "recorded_us": _microseconds(event.recorded_at),
+        "payload": event.payload,
+    }
+    return {**body, "previous": head[1], "digest": seal(head[1], **body)}
 
 
 def _event(row: EventRow) -> ChainedEvent:

@@ -95,6 +95,18 @@ async def test_an_event_is_taken_once_and_runs_have_chains_of_their_own(store: N
     assert (await store.verify_chain("run-2")).length == 1
 
 
+async def test_two_writers_never_fork_a_chain(tmp_path: Path, at: Any) -> None:
+    url = f"sqlite:///{tmp_path}/nissa.db"
+    first, second = await NissaStore.open(url), await NissaStore.open(url)
+    for number in range(1, 9):
+        assert await (first if number % 3 else second).append(event_of(number, at))
+        assert not await (second if number % 3 else first).append(event_of(number, at))
+    verdict = await first.verify_chain("run-1")
+    assert (verdict.intact, verdict.length) == (True, 8)
+    await first.database.close()
+    await second.database.close()
+
+
 async def test_the_newest_run_is_the_one_first_heard_last(store: NissaStore, at: Any) -> None:
     assert await store.newest_run() is None
     await store.append(event_of(9, at, "late"))

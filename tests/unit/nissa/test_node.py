@@ -153,6 +153,15 @@ async def test_an_event_of_another_run_than_its_subject_is_refused(node: NissaNo
     assert bus.stats().dead_letters == 1
 
 
+async def test_a_message_under_the_wrong_subject_is_refused(node: NissaNode, bus: MemoryBus, make: Any) -> None:
+    await send(bus, Kind.SEED, make.packet(1))
+    await send(bus, Kind.STATE, make.packet(1))
+    await taken(node, 1)
+    [event] = await node.nissa.store.events("run-1")
+    assert event.kind == "state"
+    assert bus.stats().dead_letters == 1
+
+
 async def test_health_batches_are_counted_and_watched(stub: Any, node: NissaNode, bus: MemoryBus, make: Any) -> None:
     await send(bus, Kind.STATE, make.packet(1))
     await taken(node, 1)
