@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from esper.contracts.errors import InvalidInputError, InvalidStateError
 from esper.execution.keys import KeyRing, SigningKey
-from esper.mesh import MeshServer, open_channel
+from esper.mesh import LOOPBACK, MeshServer, open_channel
 from esper.mesh.database import Database
 from esper.mesh.settings import SERVICES, MeshSettings
 from esper.mesh.stubs import STUBS
@@ -215,8 +215,10 @@ async def _open_nissa(given: Surroundings) -> Node:
 
     config = NissaNodeConfig(
         database_url=given.database_of("nissa"),
+        http_host=given.settings.host or LOOPBACK,
         http_port=None if given.embedded else given.settings.nissa_http_port,
         components={} if given.embedded else {name: given.settings.address_of(name) for name in SERVICES},
+        channel=given.settings.channel_config(),
     )
     return await NissaNode.open(config, bus=given.bus)
 

@@ -12,7 +12,7 @@ from esper.contracts.decision import AnomalySeverity
 from esper.contracts.errors import EsperError
 from esper.contracts.metrics import ComponentHealth, HealthReport, SystemHealth
 from esper.contracts.run import RunPhase
-from esper.mesh.channel import probe
+from esper.mesh.channel import ChannelConfig, probe
 from esper.services.nissa.service import HeldRun, Nissa
 from esper.telemetry.bus import Bus
 
@@ -33,9 +33,13 @@ _RANK: Final = {
 }
 
 
-async def probe_server(target: str) -> None:
-    """Return when the server at ``target`` is SERVING; within 2 seconds."""
-    await probe(target, _PROBE_S)
+def prober_over(channel: ChannelConfig | None = None) -> Prober:
+    """Give a prober that asks over channels of this kind, and waits `_PROBE_S` seconds at most."""
+
+    async def ask(target: str) -> None:
+        await probe(target, _PROBE_S, config=channel)
+
+    return ask
 
 
 class HealthBoard:
@@ -48,7 +52,7 @@ class HealthBoard:
         loop_ready: Callable[[], Awaitable[None]],
         components: Mapping[str, str],
         *,
-        prober: Prober = probe_server,
+        prober: Prober | None = None,
     ) -> None:
         """Make a board.
 
@@ -57,13 +61,13 @@ class HealthBoard:
             bus: The open bus.
             loop_ready: Returns while messages are taken in.
             components: Address (``host:port``) of every component by name; Nissa itself is not asked over the network.
-            prober: Asks one address.
+            prober: Asks one address; ``None`` asks over a plain channel, which stays on loopback.
         """
         self._nissa = nissa
         self._bus = bus
         self._loop_ready = loop_ready
         self._components = {name: address for name, address in components.items() if name != _OWN_NAME}
-        self._prober = prober
+        self._prober = prober or prober_over()
         self._last_heard: dict[str, datetime] = {}
         self._drops = bus.stats().dropped
         self._dropped_s: float | None = None

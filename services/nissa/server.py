@@ -13,13 +13,14 @@ from typing import Any, Self
 
 from esper.contracts.errors import ConfigError
 from esper.contracts.metrics import HealthReport, SystemMetrics
+from esper.mesh.channel import ChannelConfig
 from esper.mesh.handlers import Registrar
 from esper.mesh.http_server import HttpServer
 from esper.mesh.ports import LOOPBACK
 from esper.mesh.server import MeshServer
 from esper.services.nissa.bus_loop import NissaBusLoop
 from esper.services.nissa.exposition import MetricsPage
-from esper.services.nissa.health import HealthBoard
+from esper.services.nissa.health import HealthBoard, prober_over
 from esper.services.nissa.http_face import build_app
 from esper.services.nissa.service import Nissa, NissaConfig
 from esper.services.nissa.servicer import NissaServicer
@@ -43,6 +44,8 @@ class NissaNodeConfig:
     """TCP port of the HTTP face; 0 lets the system pick one, ``None`` serves none."""
     components: Mapping[str, str] = field(default_factory=dict)
     """Address (``host:port``) of every component that is to be asked, by name."""
+    channel: ChannelConfig = field(default_factory=ChannelConfig)
+    """How they are reached: TLS, or plain text on loopback."""
     watching: NissaConfig = field(default_factory=NissaConfig)
     """How runs are watched."""
 
@@ -89,7 +92,7 @@ class NissaNode:
             loop = NissaBusLoop(nissa, bus)
             opening.push_async_callback(loop.close)
             await loop.start()
-            board = HealthBoard(nissa, bus, loop.ready, chosen.components)
+            board = HealthBoard(nissa, bus, loop.ready, chosen.components, prober=prober_over(chosen.channel))
             node = cls(nissa, loop, board, AsyncExitStack())
             if chosen.http_port is not None:
                 await node._serve_http(chosen.http_host, chosen.http_port, opening)
