@@ -6,14 +6,15 @@ structure, seed states), ``orchestrator`` (adaptations, budget, what is under wa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from esper.contracts.errors import CorruptDataError, InvalidInputError
+from esper.contracts.errors import CorruptDataError, EsperError, InvalidInputError
 from esper.core.morphable import MorphableModel
 
 TrainingState = dict[str, dict[str, Any]]
@@ -78,7 +79,24 @@ def restore_optimizer(optimizer: Optimizer, model: nn.Module, captured: Mapping[
     optimizer.state.clear()
     for group, names in zip(optimizer.param_groups, captured["names"], strict=True):
         group["params"] = [parameters[name] for name in names]
-    optimizer.load_state_dict(cloned(captured["state"]))
+    with fitting("optimizer"):
+        optimizer.load_state_dict(cloned(captured["state"]))
+
+
+@contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Turn what torch raises when a state does not fit into the error tree.
+
+    Raises:
+        CorruptDataError: The state does not fit.
+    """
+    try:
+        yield
+    except EsperError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        message = f"state must fit this run's {what}, got {type(error).__name__}: {error}"
+        raise CorruptDataError(message, parameter=what) from error
 
 
 def capture_model(model: MorphableModel) -> dict[str, Any]:
@@ -93,7 +111,8 @@ def restore_model(model: MorphableModel, captured: Mapping[str, Any]) -> None:
     Raises:
         EsperError: The state does not fit the model, or is corrupt.
     """
-    model.load_state_dict(captured["model"])
+    with fitting("model"):
+        model.load_state_dict(captured["model"])
     model.seed_states.restore(bytes(captured["seed_states"].numpy().tobytes()))
     model.seed_states.step = captured["seed_step"]
     for layer in model.kasmina_layers.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
+from typing import Final
 
 from esper.contracts.decision import (
     AdaptationDecision,
@@ -14,13 +15,15 @@ from esper.contracts.decision import (
     ControlResult,
     CurveState,
 )
-from esper.contracts.errors import EsperError, InvalidInputError, InvalidStateError
+from esper.contracts.errors import EsperError, InvalidInputError, InvalidStateError, UnavailableError
 from esper.core.context import RunContext
 from esper.core.memory import RunMemory
 from esper.core.orchestrator import SeedOrchestrator
 from esper.telemetry.subjects import Kind
 
 log = logging.getLogger(__name__)
+
+_ANSWERS_KEPT: Final = 1024
 
 
 class CommandDesk:
@@ -49,6 +52,8 @@ class CommandDesk:
         if answer is None:
             answer = self._do(command)
             self._answers[command.request_id] = answer
+            while len(self._answers) > _ANSWERS_KEPT:
+                del self._answers[next(iter(self._answers))]
         self._context.link.send(Kind.CONTROL, answer)
 
     def _do(self, command: ControlCommand) -> ControlResult:
@@ -56,6 +61,8 @@ class CommandDesk:
             detail, checkpoint_id = self._actions[command.action](command)
         except EsperError as error:
             return self._answer(command, accepted=False, detail=str(error), error_reason=error.reason)
+        except OSError as error:  # of the checkpoints' disk; training goes on
+            return self._answer(command, accepted=False, detail=str(error), error_reason=UnavailableError.reason)
         log.info("command_done", extra={"action": command.action.name, "actor": command.actor, "detail": detail})
         return self._answer(command, accepted=True, detail=detail, checkpoint_id=checkpoint_id)
 
@@ -109,9 +116,12 @@ class CommandDesk:
     def _germinate(self, command: ControlCommand) -> tuple[str, str]:
         if command.blueprint is None:
             raise InvalidInputError.of("command.blueprint", "be given to germinate", None)
+        adaptation_id = adaptation_id_of(command.request_id)
+        if adaptation_id in self._orchestrator.adaptations:
+            raise InvalidStateError(f"request_id must be new, got that of {adaptation_id}", parameter="request_id")
         layer = self._orchestrator.layers.get(command.layer)
         decision = AdaptationDecision(
-            adaptation_id=adaptation_id_of(command.request_id),
+            adaptation_id=adaptation_id,
             run_id=self._context.run_id,
             state_sequence=0,
             epoch=self._context.clock.epoch,

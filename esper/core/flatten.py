@@ -45,11 +45,9 @@ def _down(value: object, path: str, tensors: dict[str, torch.Tensor], depth: int
         raise InvalidInputError.of(path, f"be nested at most {_MAX_DEPTH} deep", type(value).__name__)
     match value:
         case torch.Tensor():
-            tensors[path] = value.detach()
-            return {_TENSOR: path}
+            return {_TENSOR: _kept(value.detach(), path, tensors)}
         case np.ndarray():
-            tensors[path] = torch.from_numpy(np.ascontiguousarray(value))
-            return {_ARRAY: path}
+            return {_ARRAY: _kept(torch.from_numpy(np.ascontiguousarray(value)), path, tensors)}
         case bool() | str() | None:
             return value
         case int() | np.integer():
@@ -63,6 +61,16 @@ def _down(value: object, path: str, tensors: dict[str, torch.Tensor], depth: int
         case Mapping():
             return _mapping_down(value, path, tensors, depth)
     raise InvalidInputError.of(path, "be plain data or a tensor", type(value).__name__)
+
+
+def _kept(tensor: torch.Tensor, path: str, tensors: dict[str, torch.Tensor]) -> str:
+    """Keep a tensor under its path, or beside one that has the same: keys may hold dots, and 1 and "1" read alike."""
+    name, number = path, 1
+    while name in tensors:
+        number += 1
+        name = f"{path}~{number}"
+    tensors[name] = tensor
+    return name
 
 
 def _mapping_down(value: Mapping[Any, Any], path: str, tensors: dict[str, torch.Tensor], depth: int) -> Any:

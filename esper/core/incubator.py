@@ -67,12 +67,13 @@ class Incubator:
         self._handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the optimizer's state."""
-        return self._optimizer.state_dict()
+        """Give the optimizer's state, and whether the site is looked at."""
+        return {"optimizer": self._optimizer.state_dict(), "learns_locally": self._learns_locally}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take an optimizer state over."""
-        self._optimizer.load_state_dict(cloned(state))
+        """Take a state over."""
+        self._optimizer.load_state_dict(cloned(state["optimizer"]))
+        self._learns_locally = bool(state["learns_locally"])
 
     def _step(self) -> None:
         self._optimizer.step()

@@ -6,7 +6,6 @@ and pops from deques.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections import deque
@@ -18,10 +17,11 @@ from google.protobuf.message import Message
 from opentelemetry import context as otel_context
 
 from esper.contracts.decision import AdaptationDecision, ControlCommand, ControlResult
-from esper.contracts.errors import EsperError, InvalidInputError
+from esper.contracts.errors import EsperError, InvalidInputError, InvalidStateError
 from esper.contracts.kernel import KernelReady
 from esper.contracts.run import CacheTierStatus
 from esper.contracts.wire import from_wire, to_message, to_wire
+from esper.core.morphable import MorphableModel
 from esper.execution.artifact import VerifiedKernel
 from esper.telemetry.client import OonaClient
 from esper.telemetry.mailbox import Mail, Mailbox
@@ -73,6 +73,36 @@ class RunLink(Protocol):
 
     def close(self, deadline_s: float = 5.0) -> None:
         """Send what waits, within the deadline, and let go."""
+
+
+def fresh_client(model: MorphableModel, run_id: str) -> OonaClient:
+    """Give the client that a new run of this model speaks through; its layers' signals go there.
+
+    A client serves one run. Where the model's own has served one before, a new one over the same signal ring takes its
+    place, in the model and in every layer, with the same layer numbers.
+
+    Raises:
+        InvalidInputError: The run id is illegal.
+        InvalidStateError: An earlier run of this model is not closed yet.
+    """
+    known = model.oona_client
+    if known is None:
+        return OonaClient(run_id)
+    if not known.connected:
+        known.assume_run(run_id)
+        return known
+    if known.publisher.running:
+        raise InvalidStateError(
+            f"model must be in one run at a time, got one in run {known.run_id}: close its session", parameter="model"
+        )
+    client = OonaClient(run_id, known.ring, config=known.publisher.config)
+    for name in known.layers:
+        client.register_layer(name)
+    for layer in model.kasmina_layers.values():
+        if layer.oona_client is known:
+            layer._kasmina.client = client
+    model._oona_client = client
+    return client
 
 
 class BusLink:
@@ -161,8 +191,11 @@ class BusLink:
             self._fetched.append(KernelArrival(ready=ready, error=ready.error or "no kernel was named"))
             mail.settle()
             return
-        with _joined_trace(mail):
-            self._publisher.submit(self._fetch_into_mailbox(ready, mail))
+        try:
+            with _joined_trace(mail):
+                self._publisher.submit(self._fetch_into_mailbox(ready, mail))
+        except InvalidStateError as error:  # the publisher has ended: the training step goes on without it
+            self._fetched.append(KernelArrival(ready=ready, error=str(error)))
 
     async def _fetch_into_mailbox(self, ready: KernelReady, mail: Mail[kernel_pb2.KernelReady]) -> None:
         try:
@@ -170,8 +203,9 @@ class BusLink:
         except EsperError as error:
             log.warning("kernel_fetch_failed", extra={"artifact_id": ready.artifact_id, "error": str(error)})
             self._fetched.append(KernelArrival(ready=ready, error=str(error)))
-        except asyncio.CancelledError:
-            raise
+        except Exception as error:  # a defect of a tier must not leave the seed waiting
+            log.exception("kernel_fetch_failed", extra={"artifact_id": ready.artifact_id})
+            self._fetched.append(KernelArrival(ready=ready, error=f"{type(error).__name__}: {error}"))
         else:
             self._fetched.append(KernelArrival(ready=ready, kernel=kernel))
         mail.settle()

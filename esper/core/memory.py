@@ -14,6 +14,7 @@ from esper.core.capture import (
     capture_model,
     capture_optimizer,
     cloned,
+    fitting,
     restore_model,
     restore_optimizer,
 )
@@ -55,12 +56,16 @@ class RunMemory:
         if name in self._tracked:
             raise InvalidInputError.of("name", "be new", name)
         self._tracked[name] = item
+        if self._snapshot is not None:  # it may be needed before the epoch is over
+            self._snapshot["tolaria"]["tracked"][name] = cloned(item.state_dict())
 
     def capture(self) -> TrainingState:
         """Give the whole training state; the tensors are the live ones."""
         context, clock = self._context, self._context.clock
         tolaria = {
             "run_id": context.run_id,
+            "life": clock.life,
+            "packets": clock.packets,
             "epoch": clock.epoch,
             "step": clock.step,
             "epoch_began_step": clock.epoch_began_step,
@@ -80,8 +85,12 @@ class RunMemory:
         """Put the whole training state back.
 
         Raises:
-            EsperError: It does not fit this model, optimizer or set of tracked objects.
+            EsperError: It does not fit this model, optimizer or set of tracked objects, and may be there in part.
         """
+        with fitting("training state"):
+            self._restore(state)
+
+    def _restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         context, tolaria = self._context, state["tolaria"]
         if set(tolaria["tracked"]) != set(self._tracked):
             raise InvalidStateError(
@@ -89,6 +98,7 @@ class RunMemory:
                 parameter="track",
             )
         self._orchestrator.let_go()
+        context.optimizer.zero_grad()
         restore_model(context.model, state["kasmina"])
         restore_optimizer(context.optimizer, context.model, tolaria["optimizer"])
         for name, item in self._tracked.items():
@@ -104,8 +114,14 @@ class RunMemory:
         """Remember the present state as good."""
         self._snapshot = cloned(self.capture())
 
-    def end_epoch(self) -> None:
-        """Remember the state, and write a checkpoint when its time has come; a failing disk does not stop training."""
+    def end_epoch(self, *, healthy: bool) -> None:
+        """Remember a healthy state, and write a checkpoint when its time has come.
+
+        A failing disk does not stop training. A state that is not healthy replaces none that is.
+        """
+        if not healthy:
+            log.warning("state_not_remembered", extra={"run_id": self._context.run_id})
+            return
         self.take_snapshot()
         if self._store is None or time.monotonic() - self._last_saved_s < self._store.interval_s:
             return
@@ -118,13 +134,17 @@ class RunMemory:
     def roll_back(self, reason: str) -> None:
         """Return to the last good snapshot.
 
-        Adaptations begun since then end ROLLED_BACK. The random streams go back too.
+        Adaptations begun since then end ROLLED_BACK; seeds removed since then stay removed, for one of them may be what
+        did harm. The random streams go back too.
         """
         assert self._snapshot is not None
         self.rollbacks += 1
         log.warning("rolled_back", extra={"run_id": self._context.run_id, "reason": reason})
-        self._orchestrator.abandon_since(set(self._snapshot["orchestrator"]["adaptations"]), reason)
+        known = self._snapshot["orchestrator"]
+        removed = self._orchestrator.removed_since(known)
+        self._orchestrator.abandon_since(known["adaptations"], reason)
         self.restore(cloned(self._snapshot))
+        self._orchestrator.remove_again(removed)
 
     def save(self) -> str:
         """Write a checkpoint; give its id."""
@@ -137,10 +157,20 @@ class RunMemory:
         return checkpoint_id
 
     def load(self, checkpoint_id: str) -> None:
-        """Take a checkpoint over."""
+        """Take a checkpoint over; when it does not fit, the run goes on from where it was."""
         if self._store is None:
             raise InvalidStateError(
                 "checkpoints must have a place: SessionConfig(checkpoints=...)", parameter="checkpoints"
             )
-        self.restore(self._store.load_state(checkpoint_id))
+        state = self._store.load_state(checkpoint_id)
+        before = cloned(self.capture())
+        try:
+            self.restore(state)
+        except EsperError:
+            self.restore(before)
+            raise
+        self._orchestrator.abandon_since(state["orchestrator"]["adaptations"], f"the run returned to {checkpoint_id}")
         self.take_snapshot()
+        context, tolaria = self._context, state["tolaria"]
+        if tolaria["run_id"] == context.run_id:
+            context.clock.go_on_from(tolaria["life"], tolaria["packets"])

@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import torch
 
 from esper.contracts.blueprint import BlueprintCost
-from esper.contracts.decision import AdaptationDecision, AdaptationPlan, AdaptationType, PlanStatus
-from esper.contracts.errors import EsperError
+from esper.contracts.decision import AdaptationDecision, AdaptationType, PlanStatus
+from esper.contracts.errors import EsperError, InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.contracts.run import AdaptationOutcome, Contribution, GateCheck, SeedEvent
+from esper.contracts.run import AdaptationOutcome, Contribution, GateCheck
 from esper.contracts.wire import parse, serialize
 from esper.core import gates, optimizers
 from esper.core.adaptation import Adaptation
@@ -32,10 +30,10 @@ from esper.core.context import RunContext
 from esper.core.evaluation import Judgement, judge, level_per_look, seed_contribution
 from esper.core.incubator import Incubator
 from esper.core.link import KernelArrival
-from esper.core.tuning import ParameterTrial
+from esper.core.telling import Teller
+from esper.core.tuning import TrialBench
 from esper.execution.layers.base import KasminaLayer
 from esper.execution.state import SeedTransition
-from esper.telemetry.subjects import Kind
 from esper.telemetry.tracing import adaptation_span, current_trace_id
 
 log = logging.getLogger(__name__)
@@ -52,11 +50,11 @@ class SeedOrchestrator:
         self.adaptations: dict[str, Adaptation] = {}
         self._incubators: dict[str, Incubator] = {}
         self._ramps: dict[str, BlendSchedule] = {}
-        self._trials: dict[str, ParameterTrial] = {}
+        self._trials = TrialBench(context)
         self._early_kernels: dict[str, KernelArrival] = {}
         self._embargo_until: dict[tuple[str, int], int] = {}
         self._places: dict[tuple[str, int], Adaptation] = {}
-        self._cause: tuple[str, tuple[GateCheck, ...]] = ("", ())
+        self._tell = Teller(context)
         self._unsubscribe = context.model.seed_states.subscribe(self._on_transition)
         self._starters: Mapping[AdaptationType, Callable[[AdaptationDecision], list[GateCheck]]] = {
             AdaptationType.ADD_SEED: self._start_seed,
@@ -85,7 +83,7 @@ class SeedOrchestrator:
             failed = [check for check in checks if not check.passed]
             status = PlanStatus.REJECTED if failed else PlanStatus.ACCEPTED
             reason = "; ".join(f"{check.name}: {check.detail}" for check in failed)
-            self._publish_plan(decision.adaptation_id, status, reason, tuple(checks))
+            self._tell.plan(decision.adaptation_id, status, reason, tuple(checks))
         early = self._early_kernels.pop(decision.adaptation_id, None)
         if early is not None:
             self.receive_kernel(early)
@@ -99,7 +97,7 @@ class SeedOrchestrator:
             while len(self._early_kernels) > 64:
                 del self._early_kernels[next(iter(self._early_kernels))]
             return
-        if adaptation.state is not State.LOADING:
+        if not adaptation.open or adaptation.state is not State.LOADING:
             return
         if arrival.kernel is None:
             self._fail(adaptation, f"no kernel: {arrival.error}")
@@ -132,6 +130,7 @@ class SeedOrchestrator:
 
     def end_epoch(self) -> None:
         """Move every adaptation on that has come to a gate; call after the clock has counted the epoch."""
+        self._clear_failed()
         for adaptation in self.ongoing():
             if adaptation.decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
                 self._judge_trial(adaptation)
@@ -145,6 +144,7 @@ class SeedOrchestrator:
 
     def finish(self) -> None:
         """End what is still open at the end of the run: measured and kept if it pays, else removed."""
+        self._clear_failed()
         for adaptation in self.ongoing():
             if adaptation.decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
                 self._judge_trial(adaptation, final=True)
@@ -175,7 +175,7 @@ class SeedOrchestrator:
             return
         target = self.layers[layer]
         optimizers.leave(self._context.optimizer, target.seed_parameters(seed_index))
-        with self._because(reason):
+        with self._tell.because(reason):
             target.state_layout.transition(seed_index, State.CULLED, self._context.clock.step)
             target.state_layout.transition(seed_index, State.EMBARGOED, self._context.clock.step)
         self._embargo_until[(layer, seed_index)] = self._context.clock.epoch + self._context.growth.embargo_epochs
@@ -189,14 +189,16 @@ class SeedOrchestrator:
         """Build the blueprint of an accepted adaptation here, without compiler or library.
 
         Raises:
+            InvalidStateError: It does not wait for a kernel.
             EsperError: The blueprint does not build or fit; the adaptation has failed.
         """
         adaptation = self.adaptations[adaptation_id]
         blueprint = adaptation.decision.blueprint
-        assert blueprint is not None
+        if blueprint is None or not adaptation.open or adaptation.state is not State.LOADING:
+            raise InvalidStateError(f"adaptation {adaptation_id} must wait for its kernel, got one that does not")
         layer = self.layers[adaptation.layer]
         try:
-            with self._because("built in place"):
+            with self._tell.because("built in place", hoped=True):
                 layer.germinate(
                     adaptation.seed_index, blueprint.ir, blueprint_id=blueprint.id, adaptation_id=adaptation_id
                 )
@@ -205,11 +207,31 @@ class SeedOrchestrator:
             raise
         self._incubate(adaptation)
 
-    def abandon_since(self, known: set[str], reason: str) -> None:
-        """End the adaptations begun after those ``known``: the state they stand in is about to be taken back."""
+    def abandon_since(self, known: Iterable[str], reason: str) -> None:
+        """End the adaptations begun after those ``known``: the state they stood in was taken back."""
         for adaptation in self.ongoing():
             if adaptation.id not in known:
                 self._close(adaptation, AdaptationOutcome.ROLLED_BACK, reason)
+
+    def removed_since(self, state: Mapping[str, Any]) -> list[Adaptation]:
+        """Give the adaptations that were under way in ``state`` and have been removed or undone since."""
+        was_open = {key for key, item in state["adaptations"].items() if item["outcome"] is None}
+        gone = {AdaptationOutcome.CULLED, AdaptationOutcome.FAILED, AdaptationOutcome.ROLLED_BACK}
+        return [item for item in self.adaptations.values() if item.id in was_open and item.outcome in gone]
+
+    def remove_again(self, removed: Iterable[Adaptation]) -> None:
+        """Take out once more what a loaded state brought back; each was told when it ended, and is not told again."""
+        for later in removed:
+            restored = self.adaptations[later.id]
+            assert later.outcome is not None
+            restored.outcome, restored.reason = later.outcome, later.reason
+            restored.ended_step, restored.contribution = later.ended_step, later.contribution
+            if restored.decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
+                self._trials.undo(restored)
+            elif self.layers[restored.layer].state_layout.state(restored.seed_index) is State.LOADING:
+                self._fail(restored, later.reason)
+            else:
+                self._remove(restored, later.outcome, later.reason)
 
     def let_go(self) -> None:
         """Drop everything under way without touching the model, before another state is loaded."""
@@ -236,24 +258,36 @@ class SeedOrchestrator:
             "begun": self._context.ledger.status().adaptations,
             "incubators": {key: item.state_dict() for key, item in self._incubators.items()},
             "ramps": {key: asdict(ramp) for key, ramp in self._ramps.items()},
+            "trials": self._trials.state_dict(),
             "embargo": [(layer, index, until) for (layer, index), until in self._embargo_until.items()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave; the model must hold the seeds already."""
+        """Take over what :meth:`state_dict` gave; the model must hold the seeds already.
+
+        Adaptations that the state does not know stay on record; no seed of theirs stands any more. Adaptations once
+        begun stay counted.
+        """
         kept = {key: item for key, item in self.adaptations.items() if key not in state["adaptations"]}
+        for item in kept.values():
+            item.state = None if item.state is None else State.DORMANT
         now_s = time.monotonic()
-        self.adaptations = {key: Adaptation.from_plain(item, now_s) for key, item in state["adaptations"].items()}
-        self.adaptations.update(kept)
+        found = {key: Adaptation.from_plain(item, now_s) for key, item in state["adaptations"].items()}
+        self.adaptations = found | kept
         booked = {key: parse(bytes.fromhex(item), BlueprintCost) for key, item in state["booked"].items()}
-        self._context.ledger.restore(booked, state["begun"])
+        ledger = self._context.ledger
+        ledger.restore(booked, max(state["begun"], ledger.status().adaptations))
         self._embargo_until = {(layer, index): until for layer, index, until in state["embargo"]}
         self._ramps = {key: BlendSchedule(**item) for key, item in state["ramps"].items()}
-        for adaptation in self.adaptations.values():
-            if adaptation.state is not None and adaptation.id in state["adaptations"]:
+        self._trials.load_state_dict(state["trials"], found)
+        for adaptation in found.values():
+            if adaptation.state not in (None, State.DORMANT):
                 self._places[(adaptation.layer, adaptation.seed_index)] = adaptation
+            if adaptation.state is State.FOSSILIZED and adaptation.contribution is not None:
+                layer = self.layers[adaptation.layer]
+                layer.record_contribution(adaptation.seed_index, adaptation.contribution)
         for key, item in state["incubators"].items():
-            self._incubate(self.adaptations[key])
+            self._incubate(found[key])
             self._incubators[key].load_state_dict(item)
 
     # ------------------------------------------------------------------ beginning
@@ -296,14 +330,10 @@ class SeedOrchestrator:
         return [place, live]
 
     def _start_trial(self, decision: AdaptationDecision) -> list[GateCheck]:
-        named = decision.parameter_change is not None
-        detail = "a change is named" if named else "no change is named"
-        running = GateCheck(name="room", passed=not self._trials, detail=f"{len(self._trials)} changes are on trial")
-        if decision.parameter_change is not None and running.passed:
-            adaptation = self._record(decision)
-            before = self._context.control.evaluate(self._context.model, self._context.loss_rows).losses
-            self._trials[adaptation.id] = ParameterTrial(self._context.optimizer, decision.parameter_change, before)
-        return [GateCheck(name="change", passed=named, detail=detail), running]
+        checks = self._trials.checks(decision)
+        if all(check.passed for check in checks):
+            self._trials.begin(self._record(decision))
+        return checks
 
     def _refuse_architecture(self, decision: AdaptationDecision) -> list[GateCheck]:
         detail = f"layer {decision.layer!r}: host layers are not widened or deepened by this version"
@@ -330,7 +360,7 @@ class SeedOrchestrator:
         context, index = self._context, adaptation.seed_index
         layer = self.layers[adaptation.layer]
         with adaptation_span("esper.adaptation.germinate", adaptation.id, run_id=context.run_id):
-            with self._because("kernel loaded"):
+            with self._tell.because("kernel loaded", hoped=True):
                 layer.attach_kernel(index, arrival.kernel, adaptation_id=adaptation.id)
             adaptation.artifact_id = arrival.ready.artifact_id
         self._incubate(adaptation)
@@ -356,6 +386,8 @@ class SeedOrchestrator:
             return  # one graft at a time; until its turn comes the seed goes on learning
         contribution = self._measure(adaptation, context.growth.confidence_level)
         adaptation.contribution = contribution
+        if self._tripped(adaptation):
+            return
         effect = f"{contribution.estimate:+.4f} ({contribution.low:+.4f} to {contribution.high:+.4f})"
         helps = GateCheck(name="isolated_effect", passed=contribution.high > 0.0, detail=effect)
         if not helps.passed:
@@ -378,8 +410,6 @@ class SeedOrchestrator:
         return BlendSchedule(kind=growth.blend, end=growth.hold_alpha, num_steps=steps)
 
     def _check_graft(self, adaptation: Adaptation) -> None:
-        if self._tripped(adaptation):
-            return
         ramp = self._ramps[adaptation.id]
         if adaptation.graft_steps >= ramp.num_steps:
             self._look(adaptation, last=adaptation.looks + 1 >= self._context.growth.max_looks)
@@ -390,6 +420,8 @@ class SeedOrchestrator:
             contribution = self._measure(adaptation, level_per_look(growth.confidence_level, growth.max_looks))
         adaptation.looks += 1
         adaptation.contribution = contribution
+        if self._tripped(adaptation):
+            return
         price = adaptation.price or 0.0
         judgement = judge(contribution, price)
         detail = (
@@ -435,6 +467,12 @@ class SeedOrchestrator:
         self._remove(adaptation, AdaptationOutcome.FAILED, "its kernel failed three times in a row")
         return True
 
+    def _clear_failed(self) -> None:
+        """Clear away every seed whose breaker has opened, kept ones too."""
+        self._context.model.settle_failures()
+        for adaptation in list(self._places.values()):
+            self._tripped(adaptation)
+
     def _remove(
         self, adaptation: Adaptation, outcome: AdaptationOutcome, reason: str, checks: tuple[GateCheck, ...] = ()
     ) -> None:
@@ -453,93 +491,39 @@ class SeedOrchestrator:
         context.ledger.release(adaptation.id)
         if adaptation.open:
             self._close(adaptation, outcome, reason)
+        elif adaptation.outcome is AdaptationOutcome.KEPT:
+            adaptation.outcome, adaptation.reason = outcome, reason[:500]  # told as kept, and no longer so
 
     def _close(self, adaptation: Adaptation, outcome: AdaptationOutcome, reason: str) -> None:
-        context = self._context
         adaptation.outcome, adaptation.reason = outcome, reason[:500]
-        adaptation.ended_step = context.clock.step
-        report = adaptation.field_report(context.run_id)
-        with adaptation_span("esper.adaptation.report", adaptation.id, run_id=context.run_id):
-            context.link.send(Kind.FIELD_REPORT, report, layer=adaptation.layer or None, msg_id=report.report_id)
-            status = PlanStatus.FAILED if outcome is AdaptationOutcome.FAILED else PlanStatus.COMPLETED
-            self._publish_plan(adaptation.id, status, reason)
+        adaptation.ended_step = max(adaptation.begun_step, self._context.clock.step)
+        self._tell.outcome(adaptation)
         log.info("adaptation_ended", extra={"adaptation_id": adaptation.id, "outcome": outcome.name, "reason": reason})
 
     def _lift_embargoes(self) -> None:
         for (name, index), until in list(self._embargo_until.items()):
             if self._context.clock.epoch >= until:
                 del self._embargo_until[(name, index)]
-                with self._because("embargo over"):
+                with self._tell.because("embargo over"):
                     self.layers[name].state_layout.transition(index, State.DORMANT, self._context.clock.step)
                 self._places.pop((name, index), None)
 
     def _judge_trial(self, adaptation: Adaptation, *, final: bool = False) -> None:
         context = self._context
-        age = context.clock.epoch - adaptation.begun_epoch
-        if age < context.growth.settle_epochs and not final:
-            return
-        trial = self._trials.pop(adaptation.id)
-        after = context.control.evaluate(context.model, context.loss_rows).losses
-        contribution = trial.effect(after, context.growth.confidence_level)
-        adaptation.contribution = contribution
-        effect = (
-            f"control loss fell by {contribution.estimate:+.5f} ({contribution.low:+.5f} to {contribution.high:+.5f})"
-        )
-        if contribution.high < 0.0:
-            trial.undo()
-            self._close(adaptation, AdaptationOutcome.CULLED, f"undone: {effect}")
-        else:
-            self._close(adaptation, AdaptationOutcome.KEPT, f"kept: {effect}")
+        if final or context.clock.epoch - adaptation.begun_epoch >= context.growth.settle_epochs:
+            outcome, reason = self._trials.judge(adaptation)
+            self._close(adaptation, outcome, reason)
 
-    # ------------------------------------------------------------------ telling
+    # ------------------------------------------------------------------ steps of seeds
 
     def _move(self, adaptation: Adaptation, to: State, reason: str, checks: tuple[GateCheck, ...] = ()) -> None:
         layout = self.layers[adaptation.layer].state_layout
-        with self._because(reason, checks):
+        with self._tell.because(reason, checks):
             layout.transition(adaptation.seed_index, to, self._context.clock.step)
-
-    @contextmanager
-    def _because(self, reason: str, checks: tuple[GateCheck, ...] = ()) -> Iterator[None]:
-        """Let transitions made inside carry this reason."""
-        self._cause = (reason, checks)
-        try:
-            yield
-        finally:
-            self._cause = ("", ())
 
     def _on_transition(self, transition: SeedTransition) -> None:
         """Write down and tell every step a seed takes, whoever made it."""
-        context = self._context
         adaptation = self._places.get((transition.layer, transition.seed_index))
         if adaptation is not None:
-            adaptation.state, adaptation.state_since_epoch = transition.to_state, context.clock.epoch
-        reason, checks = self._cause
-        event = SeedEvent(
-            run_id=context.run_id,
-            adaptation_id=adaptation.id if adaptation is not None else "",
-            layer=transition.layer,
-            seed_index=transition.seed_index,
-            from_state=transition.from_state,
-            to_state=transition.to_state,
-            step=context.clock.step,
-            epoch=context.clock.epoch,
-            alpha=transition.alpha,
-            reason=reason[:500],
-            checks=checks,
-            created_at=datetime.now(UTC),
-        )
-        context.link.send(Kind.SEED, event, layer=transition.layer)
-
-    def _publish_plan(
-        self, adaptation_id: str, status: PlanStatus, reason: str, checks: tuple[GateCheck, ...] = ()
-    ) -> None:
-        plan = AdaptationPlan(
-            adaptation_id=adaptation_id,
-            run_id=self._context.run_id,
-            status=status,
-            checks=checks,
-            step=self._context.clock.step,
-            reason=reason[:500],
-            created_at=datetime.now(UTC),
-        )
-        self._context.link.send(Kind.PLAN, plan)
+            adaptation.state, adaptation.state_since_epoch = transition.to_state, self._context.clock.epoch
+        self._tell.seed_step(transition, adaptation)

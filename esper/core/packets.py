@@ -42,7 +42,11 @@ class PacketBuilder:
     def __init__(self, context: RunContext, *, host_flops: int | None) -> None:
         self._context = context
         self._host_flops = host_flops
-        self.sequence = 0
+
+    @property
+    def sequence(self) -> int:
+        """Sequence of the last packet."""
+        return self._context.clock.packets
 
     def build(
         self,
@@ -55,7 +59,7 @@ class PacketBuilder:
     ) -> SystemStatePacket:
         """Give the next packet; figures that were not measured stay absent."""
         context = self._context
-        self.sequence += 1
+        context.clock.packets += 1
         rate = context.optimizer.param_groups[0].get("lr")
         speed = meter.examples / seconds if meter is not None and meter.examples and seconds else None
         return SystemStatePacket(

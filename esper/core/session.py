@@ -7,7 +7,9 @@ for harm, and at the end of an epoch evaluates on the control split and tells th
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterable
 from importlib import import_module
@@ -29,6 +31,7 @@ from esper.core.context import RunContext
 from esper.core.control import ControlSplit
 from esper.core.flops import forward_flops
 from esper.core.governor import Governor, Verdict
+from esper.core.leftovers import clear_leftovers
 from esper.core.link import KernelArrival, RunLink
 from esper.core.losses import LossFunction, per_example
 from esper.core.memory import RunMemory
@@ -77,6 +80,7 @@ class Session:
             raise InvalidInputError.of("model", "be wrapped: esper.wrap(model)", type(model).__name__)
         self.config = config or SessionConfig()
         self.run_id = self.config.resolve_run_id()
+        clear_leftovers(model, optimizer)
         device = next(model.parameters()).device
         control = ControlSplit(control_loader, device=device)
         loss_rows = per_example(loss_fn)
@@ -84,37 +88,38 @@ class Session:
         host_flops = forward_flops(model, control.example_inputs())
         host_parameters = sum(parameter.numel() for parameter in model.parameters())
         ledger = BudgetLedger(budget or Budget(), host_parameters=host_parameters, host_flops=host_flops)
-        self._owned_mesh = None if mesh is not None else _embedded_mesh()
-        link = (mesh or self._owned_mesh).open_link(self.run_id, model)  # type: ignore[union-attr]
-        self._context = RunContext(
-            run_id=self.run_id,
-            model=model,
-            optimizer=optimizer,
-            control=control,
-            loss_fn=loss_fn,
-            loss_rows=loss_rows,
-            ledger=ledger,
-            link=link,
-            growth=self.config.growth,
-            clock=RunClock(planned_epochs=self.config.planned_epochs),
-            host_parameters=host_parameters,
-            random_seed=seed,
-            control_loss=first.loss,
-        )
         self._step_optimizer = step_optimizer
         self._watcher = BatchWatcher(model, loss_fn)
         self._governor = Governor(self.config.governor)
-        self._orchestrator = SeedOrchestrator(self._context)
-        self._packets = PacketBuilder(self._context, host_flops=host_flops)
-        self._memory = RunMemory(self._context, self._orchestrator, self.config.checkpoints)
-        self._desk = CommandDesk(self._context, self._orchestrator, self._memory)
         self._meter, self._epoch_began_s = EpochMeter(), time.monotonic()
         self._history: list[EpochRecord] = []
-        self._answered, self._bad_losses = 0, 0
-        self._phase = RunPhase.STARTED
-        self._closed = False
-        self._send_packet(RunPhase.STARTED, figures=first)
-        self._memory.take_snapshot()
+        self._answered, self._asked, self._bad_losses, self._governor_rollbacks = 0, 0, 0, 0
+        self._phase, self._closed = RunPhase.STARTED, False
+        with contextlib.ExitStack() as leaving:  # a start that fails leaves nothing behind
+            leaving.callback(self._watcher.close)
+            self._context = RunContext(
+                run_id=self.run_id,
+                model=model,
+                optimizer=optimizer,
+                control=control,
+                loss_fn=loss_fn,
+                loss_rows=loss_rows,
+                ledger=ledger,
+                link=_open_link(leaving, mesh, self.run_id, model),
+                growth=self.config.growth,
+                clock=RunClock(planned_epochs=self.config.planned_epochs),
+                host_parameters=host_parameters,
+                random_seed=seed,
+                control_loss=first.loss,
+            )
+            self._orchestrator = SeedOrchestrator(self._context)
+            leaving.callback(self._orchestrator.close)
+            self._packets = PacketBuilder(self._context, host_flops=host_flops)
+            self._memory = RunMemory(self._context, self._orchestrator, self.config.checkpoints)
+            self._desk = CommandDesk(self._context, self._orchestrator, self._memory)
+            self._memory.take_snapshot()
+            self._send_packet(RunPhase.STARTED, figures=first)
+            self._leaving = leaving.pop_all()
 
     # ------------------------------------------------------------------ the loop's calls
 
@@ -129,16 +134,21 @@ class Session:
         """
         self._require_open()
         value = float(loss.detach())
+        num_examples = self._watcher.num_examples if batch is None else len(batch[0])
         seen = self._watcher.take()
         verdict = self._governor.judge(value)
         if verdict is Verdict.FINE:
+            self._meter.examples += num_examples
             self._advance(value, batch or seen)
         else:
             self._take_back(verdict, value)
         self._look_into_mailbox()
 
     def end_epoch(self) -> EpochRecord:
-        """Evaluate on the control split, move growth on, tell the mesh; gives the epoch's figures."""
+        """Evaluate on the control split, move growth on, tell the mesh; gives the epoch's figures.
+
+        Snapshots and checkpoints are made here: step a scheduler of epochs before, so that they hold its new state.
+        """
         self._require_open()
         context, clock = self._context, self._context.clock
         clock.end_epoch()
@@ -157,7 +167,8 @@ class Session:
         )
         self._history.append(record)
         self._send_packet(RunPhase.TRAINING, meter=self._meter, figures=figures, seconds=seconds)
-        self._memory.end_epoch()
+        self._asked = self._packets.sequence
+        self._memory.end_epoch(healthy=math.isfinite(figures.loss) and not self._bad_losses)
         self._wait_for_decision()
         self._meter, self._epoch_began_s = EpochMeter(), time.monotonic()
         return record
@@ -225,25 +236,27 @@ class Session:
         """Take over a checkpoint of this or an earlier run of the same host: model, grown structure, all state.
 
         Raises:
-            EsperError: It cannot be read, or does not fit.
+            EsperError: It cannot be read, or does not fit; the run stands where it stood.
         """
         self._memory.load(checkpoint_id)
+        self._governor.forget()
+        self._send_packet(RunPhase.STARTED)
 
     def close(self, phase: RunPhase = RunPhase.FINISHED, reason: str = "") -> None:
         """End growth, tell the mesh how the run ended, take every hook away; idempotent."""
         if self._closed:
             return
-        if phase is RunPhase.FINISHED:
-            phase = RunPhase.STOPPED if self._desk.stop_asked else phase
-            self._orchestrator.finish()
-        self._closed = True
-        self._phase = phase
-        self._watcher.close()
-        self._orchestrator.close()
-        self._send_packet(phase, reason=reason)
-        self._context.link.close()
-        if self._owned_mesh is not None:
-            self._owned_mesh.close()
+        try:
+            if phase is RunPhase.FINISHED:
+                phase = RunPhase.STOPPED if self._desk.stop_asked else phase
+                self._orchestrator.finish()
+        except BaseException as error:
+            phase, reason = RunPhase.FAILED, f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._closed = True
+            with self._leaving:
+                self._send_packet(phase, reason=reason)
 
     def __enter__(self) -> Self:
         return self
@@ -265,9 +278,9 @@ class Session:
         self._bad_losses = 0
         meter.loss_sum += value
         meter.steps += 1
-        meter.examples += len(batch[0]) if batch is not None else self._watcher.num_examples
         if context.clock.step % self.config.gradient_norm_interval == 0:
             self._sample_gradient_norm()
+            context.model.settle_failures()
         if self._step_optimizer:
             context.optimizer.step()
             context.optimizer.zero_grad()
@@ -292,13 +305,19 @@ class Session:
             return
         if verdict is Verdict.NON_FINITE and self._bad_losses == 1:
             return  # one bad batch does no harm once its step is left out
-        if self._memory.rollbacks >= self.config.governor.max_rollbacks:
+        if self._governor_rollbacks >= self.config.governor.max_rollbacks:
             message = f"loss must recover within {self.config.governor.max_rollbacks} roll-backs, got {reason}"
             raise InvalidStateError(message, parameter="loss")
+        self._governor_rollbacks += 1
         self._memory.roll_back(reason)
         self._governor.forget()
 
     def _look_into_mailbox(self) -> None:
+        self._take_in()
+        if self._desk.paused:
+            self._hold()
+
+    def _take_in(self) -> None:
         for arrival in self._context.link.arrivals():
             match arrival:
                 case AdaptationDecision():
@@ -308,19 +327,13 @@ class Session:
                     self._orchestrator.receive_kernel(arrival)
                 case ControlCommand():
                     self._desk.carry_out(arrival)
-        if self._desk.paused:
-            self._hold()
 
     def _hold(self) -> None:
         """Stand still until an operator says go on or stop."""
         self._send_packet(RunPhase.PAUSED)
         while self._desk.paused and not self._desk.stop_asked:
             time.sleep(0.02)
-            for arrival in self._context.link.arrivals():
-                if isinstance(arrival, ControlCommand):
-                    self._desk.carry_out(arrival)
-                elif isinstance(arrival, KernelArrival):
-                    self._orchestrator.receive_kernel(arrival)
+            self._take_in()
         self._send_packet(RunPhase.TRAINING)
 
     def _wait_for_decision(self) -> None:
@@ -328,7 +341,7 @@ class Session:
         self._look_into_mailbox()
         deadline_s = time.monotonic() + self.config.decision_wait_s
         while time.monotonic() < deadline_s:
-            if self._answered >= self._packets.sequence and not self._orchestrator.awaits_kernel:
+            if self._answered >= self._asked and not self._orchestrator.awaits_kernel:
                 return
             time.sleep(0.002)
             self._look_into_mailbox()
@@ -336,13 +349,22 @@ class Session:
     def _send_packet(self, phase: RunPhase, **figures: Any) -> None:
         self._phase = phase
         packet = self._packets.build(phase, **figures)
-        self._context.link.send(Kind.STATE, packet, msg_id=f"{self.run_id}-state-{packet.sequence}")
+        # The life is part of the name: a run that is taken up again numbers its first packets as before.
+        msg_id = f"{self.run_id}-{self._context.clock.life}-state-{packet.sequence}"
+        self._context.link.send(Kind.STATE, packet, msg_id=msg_id)
 
     def _require_open(self) -> None:
         if self._closed:
             raise InvalidStateError(f"session of run {self.run_id} must be open, got closed")
 
 
-def _embedded_mesh() -> Any:
-    # By name through the package's lazy facade: this layer must not know the services behind it.
-    return import_module("esper").Mesh.embedded()
+def _open_link(leaving: contextlib.ExitStack, mesh: MeshPort | None, run_id: str, model: MorphableModel) -> RunLink:
+    """Open the run's line, over a mesh of its own when none is given; both are closed with ``leaving``."""
+    if mesh is None:
+        # By name through the package's lazy facade: this layer must not know the services behind it.
+        own = import_module("esper").Mesh.embedded()
+        leaving.callback(own.close)
+        mesh = own
+    link = mesh.open_link(run_id, model)
+    leaving.callback(link.close)
+    return link

@@ -145,7 +145,7 @@ class CheckpointManager:
         self._blobs.mkdir(parents=True, exist_ok=True)
         entries = {kind.value: self._write_component(kind, state) for kind, state in components.items()}
         now = datetime.now(UTC)
-        checkpoint_id = f"c{now:%Y%m%d%H%M%S}{now.microsecond // 1000:03d}-{secrets.token_hex(4)}"
+        checkpoint_id = self._next_id(now)
         body = {"format": _FORMAT, "id": checkpoint_id, "created_at": now.isoformat(), "components": entries}
         document = {"body": body, "sha256": _digest_of_json(body)}
         replace_file(self._manifest(checkpoint_id), json.dumps(document).encode())
@@ -182,6 +182,14 @@ class CheckpointManager:
             else:
                 return checkpoint_id
         return None
+
+    def _next_id(self, now: datetime) -> str:
+        """Give an id that sorts after every other, also when the clock was set back."""
+        stamp = int(f"{now:%Y%m%d%H%M%S}{now.microsecond // 1000:03d}")
+        known = self.list_checkpoints()
+        if known:
+            stamp = max(stamp, int(known[-1][1:18]) + 1)
+        return f"c{stamp:017d}-{secrets.token_hex(4)}"
 
     def _manifest(self, checkpoint_id: str) -> Path:
         if not _ID.fullmatch(checkpoint_id):

@@ -90,9 +90,10 @@ class Trainer:
         resume_from: str | None = None,
         on_epoch: Callable[[EpochRecord, Session], None] | None = None,
     ) -> RunReport:
-        """Train until ``epochs`` epochs are completed, or an operator or Ctrl-C ends the run; gives the run's report.
+        """Train until ``epochs`` epochs are completed, or an operator ends the run; gives the run's report.
 
-        ``resume_from`` names a checkpoint to go on from; ``on_epoch`` is called with every epoch's figures.
+        ``resume_from`` names a checkpoint to go on from; ``on_epoch`` is called with every epoch's figures. Ctrl-C ends
+        the run as stopped and reaches the caller.
 
         Raises:
             InvalidInputError: ``epochs`` is below 1, or a loader cannot serve.
@@ -120,9 +121,9 @@ class Trainer:
             task = progress.add_task("training", total=epochs, completed=session.epoch_count)
             while session.epoch_count < epochs and not session.should_stop:
                 self._train_epoch(session, train_loader)
-                record = session.end_epoch()
                 if self._config.scheduler is not None:
-                    self._config.scheduler.step()
+                    self._config.scheduler.step()  # before the epoch ends: its checkpoint must hold the new state
+                record = session.end_epoch()
                 progress.update(task, completed=record.epoch, description=_describe(record, session))
                 if on_epoch is not None:
                     on_epoch(record, session)

@@ -112,7 +112,7 @@ def decide() -> Callable[..., AdaptationDecision]:
             "actionable": True,
             "created_at": datetime.now(UTC),
             "blueprint": blueprint,
-            "site": model.kasmina_layers[layer].site,
+            "site": model.kasmina_layers[layer].site if layer else None,
         }
         return AdaptationDecision(**(fields | changes))
 
