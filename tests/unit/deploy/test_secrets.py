@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 import subprocess
 import sys
@@ -18,18 +17,14 @@ from cryptography import x509
 
 from esper.execution.keys import KeyRing, SigningKey
 from tests.unit.deploy.conftest import ROOT, Object, Rendered, containers_of, pod_of, rendered
+from tests.unit.deploy.on_loopback import make_secrets
 
 SCRIPT = ROOT / "deploy/k8s/make_secrets.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_secrets", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return make_secrets()
 
 
 @pytest.fixture
