@@ -1,0 +1,76 @@
+"""The command line: ``python -m bench NAME``."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Final, Protocol
+
+from bench.report import Result, publish
+from esper.contracts.errors import EsperError
+
+MEASURES: Final = {
+    "k1_dormant": "what a wrapped, dormant model costs over the same model before",
+    "k3_cache": "the native kernel cache against cachebox, theine, cachetools and lru_cache",
+    "c1_compile": "compiling and validating a kernel against scripting and saving alone",
+}
+"""Every measure, and what it tells; each is a module of this package with ``measure(quick)``."""
+
+_SHORT: Final = {name.split("_", maxsplit=1)[0]: name for name in MEASURES}
+
+
+class Measure(Protocol):
+    """What the module of a measure holds."""
+
+    def measure(self, *, quick: bool) -> Result:
+        """Run it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; gives the exit code: 0 where everything was measured, goals met or not."""
+    asked = _parser().parse_args(arguments)
+    if asked.list:
+        for name, summary in MEASURES.items():
+            print(f"{name:14} {summary}")
+        return 0
+    if asked.name is None:
+        _parser().error(f"name a measure: {', '.join(MEASURES)}, or all")
+    if asked.name == "all":
+        return _run_all(quick=asked.quick, json_alone=asked.json)
+    return run_one(_SHORT.get(asked.name, asked.name), quick=asked.quick, json_alone=asked.json)
+
+
+def run_one(name: str, *, quick: bool, json_alone: bool) -> int:
+    """Run one measure in this process and print what it gives."""
+    module: Measure = import_module(f"bench.{name}")
+    try:
+        result = module.measure(quick=quick)
+    except EsperError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    path = publish(result, json_alone=json_alone)
+    print(f"written to {path}", file=sys.stderr)
+    return 0
+
+
+def _run_all(*, quick: bool, json_alone: bool) -> int:
+    """Run every measure in a process of its own, so that none finds what another left."""
+    flags = [*(["--quick"] if quick else []), *(["--json"] if json_alone else [])]
+    codes = [subprocess.run([sys.executable, "-m", "bench", name, *flags], check=False).returncode for name in MEASURES]
+    return max(codes)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="esper bench", description="Measure Esper against its references.")
+    parser.add_argument("name", nargs="?", choices=[*MEASURES, *_SHORT, "all"], metavar="NAME", help="measure, or all")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats: about a minute (growth: ten)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a measure and nothing else")
+    parser.add_argument("--list", action="store_true", help="name the measures")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
