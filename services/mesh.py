@@ -7,6 +7,7 @@ same publisher thread over the same bus port, and kernels come through the same 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from esper.client import EsperClient
 from esper.client.transport import AsyncStubTransport, Transport
 from esper.contracts.errors import EsperError, InvalidStateError, UnavailableError
 from esper.contracts.run import CacheTierStatus
-from esper.core.link import BusLink, RunLink
+from esper.core.link import BusLink, RunLink, fresh_client
 from esper.core.morphable import MorphableModel
 from esper.execution._native import KernelCache
 from esper.execution.artifact import VerifiedKernel
@@ -31,7 +32,7 @@ from esper.mesh.loop_thread import LoopThread
 from esper.mesh.settings import SERVICES, MeshSettings, resolve
 from esper.mesh.stubs import STUBS
 from esper.services.compose import Node, Surroundings, connect_bus, open_node
-from esper.telemetry import Bus, MemoryBroker, MemoryBus, OonaClient
+from esper.telemetry import Bus, MemoryBroker, MemoryBus
 from esper.telemetry.streams import streams_with_replicas
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,10 @@ class LoopSource:
     def stats(self) -> Sequence[CacheTierStatus]:
         """Give the statistics of every tier."""
         return self._source.stats()
+
+    async def close(self) -> None:
+        """End running fetches and let go of the tiers; on the home loop."""
+        await self._source.close()
 
 
 class MeshBackend(Protocol):
@@ -122,11 +127,12 @@ class EmbeddedBackend:
 
     async def close(self) -> None:
         """Stop every service."""
-        for node in reversed(self._nodes):
-            await node.close()
-        self._nodes.clear()
-        if self._bus is not None:
-            await self._bus.close()
+        async with contextlib.AsyncExitStack() as leaving:  # one that fails to close keeps no other from it
+            if self._bus is not None:
+                leaving.push_async_callback(self._bus.close)
+            for node in self._nodes:
+                leaving.push_async_callback(node.close)
+            self._nodes = []
 
     async def connect_bus(self) -> Bus:
         """Give a bus over the same broker."""
@@ -284,16 +290,20 @@ class Mesh:
         """Give a run's line: its publisher, its mailboxes, and kernels through the tiers.
 
         Raises:
+            InvalidStateError: The mesh is closed, or an earlier run of the model is not.
             UnavailableError: The bus cannot be reached.
         """
         if self._closed or self._source is None:
             raise InvalidStateError("mesh must be open, got a closed one", parameter="mesh")
-        client = model.oona_client or OonaClient(run_id)
-        client.assume_run(run_id)
+        client = fresh_client(model, run_id)
         client.connect(self._backend.connect_bus)
+        try:
+            link = BusLink(client, self._source)
+        except BaseException:
+            client.close(0.0)
+            raise
         for layer in model.kasmina_layers.values():
             layer.kernel_source = self._source
-        link = BusLink(client, self._source)
         self._links.append(link)
         return link
 
@@ -322,16 +332,26 @@ class Mesh:
         if self._closed:
             return
         self._closed = True
-        for link in self._links:
-            link.close()
+        with contextlib.ExitStack() as leaving:
+            if self._on_close is not None:
+                leaving.callback(self._on_close)
+            leaving.callback(self._loop.close)
+            leaving.callback(self._close_services)
+            for link in self._links:
+                leaving.callback(link.close)
+
+    def _close_services(self) -> None:
         try:
-            self._loop.run(self._backend.close(), _STOP_S)
+            self._loop.run(self._shut(), _STOP_S)
         except EsperError as error:
             log.warning("mesh_close_failed", extra={"error": str(error)})
+
+    async def _shut(self) -> None:
+        try:
+            if self._source is not None:
+                await self._source.close()
         finally:
-            self._loop.close()
-            if self._on_close is not None:
-                self._on_close()
+            await self._backend.close()
 
     def __enter__(self) -> Self:
         return self

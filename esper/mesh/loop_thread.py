@@ -7,15 +7,17 @@ import concurrent.futures
 import contextlib
 import threading
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from esper.contracts.errors import DeadlineExceededError, InvalidStateError
 
 T = TypeVar("T")
+_UNWIND_S: Final = 5.0
+"""Longest wait for cancelled work to end."""
 
 
 class LoopThread:
-    """Runs coroutines on an event loop of its own; ``close`` ends loop and thread."""
+    """Runs coroutines on an event loop of its own; ``close`` ends loop and thread. Not for use from that thread."""
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
@@ -39,19 +41,37 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
-        """Run a coroutine and wait for its result; it is cancelled when the time runs out.
+        """Run a coroutine and wait for its result.
+
+        When the time runs out, or Ctrl-C comes, it is cancelled and has ended (or had 5 s to) when this returns.
 
         Raises:
             DeadlineExceededError: It took longer than ``timeout_s`` seconds.
+            InvalidStateError: The loop has been closed, before or meanwhile.
         """
-        future = self.submit(work)
+        if self._loop.is_closed() or not self._thread.is_alive():
+            work.close()
+            raise InvalidStateError("the loop must be running, got a closed one")
+        begun: list[asyncio.Task[T]] = []
+        ended = threading.Event()
+
+        def begin() -> None:
+            begun.append(self._loop.create_task(work))
+            begun[0].add_done_callback(lambda _: ended.set())
+
+        self._loop.call_soon_threadsafe(begin)
+        in_time = False
         try:
-            return future.result(timeout_s)
-        except concurrent.futures.TimeoutError as error:
-            if future.done():
-                raise
-            future.cancel()
-            raise DeadlineExceededError(f"work must end within {timeout_s:g} s") from error
+            in_time = ended.wait(timeout_s)
+        finally:
+            if not in_time:
+                self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in begun])
+                ended.wait(_UNWIND_S)
+        if not in_time:
+            raise DeadlineExceededError(f"work must end within {timeout_s:g} s")
+        if begun[0].cancelled():
+            raise InvalidStateError("the loop must be running, got one that was closed meanwhile")
+        return begun[0].result()
 
     def close(self) -> None:
         """Cancel what is left, end the loop and the thread; idempotent."""
@@ -59,9 +79,9 @@ class LoopThread:
             return
         if self._thread.is_alive():
             with contextlib.suppress(concurrent.futures.TimeoutError):
-                asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result(5.0)
+                asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result(_UNWIND_S)
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(5.0)
+            self._thread.join(_UNWIND_S)
         if not self._loop.is_running():
             self._loop.close()
 
@@ -75,3 +95,4 @@ async def _cancel_others() -> None:
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
