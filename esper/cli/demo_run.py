@@ -29,6 +29,9 @@ class DemoSettings:
     """Runs, each with its own weights and order of batches, at least 1."""
     added_params: float = 2.0
     """Parameters that may be added, as a share of the host's."""
+    decision_wait_s: float = 10.0
+    """Longest wait for a decision at the end of an epoch: epochs take a tenth of a second here, and equal seeds should
+    give equal runs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +79,9 @@ def run_seed(
         mesh=mesh,
         budget=esper.Budget(added_params=settings.added_params),
         seed=seed,
-        config=esper.TrainerConfig(show_progress=False),
+        config=esper.TrainerConfig(
+            show_progress=False, session=esper.SessionConfig(decision_wait_s=settings.decision_wait_s)
+        ),
     )
     report = trainer.fit(splits.train_loader(seed), splits.control_loader(), settings.epochs, on_epoch=on_epoch)
     host = digits.make_host(seed)

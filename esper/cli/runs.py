@@ -12,7 +12,7 @@ import typer
 from esper.cli.connection import call, pages, watch
 from esper.cli.output import Json, Timeout, console, plain, print_json, print_rows
 from esper.contracts.decision import ControlAction
-from esper.contracts.errors import EsperError
+from esper.contracts.errors import InvalidStateError
 from esper.v1 import (
     decision_pb2,
     lifecycle_pb2,
@@ -26,12 +26,6 @@ app = typer.Typer(help="Training runs: look, hold, stop, take back.", no_args_is
 seeds_app = typer.Typer(help="Seeds of a run: look, germinate, cull.", no_args_is_help=True)
 
 RunId = Annotated[str, typer.Argument(help="Run.")]
-
-
-class RefusedError(EsperError):
-    """The run did not do what it was asked."""
-
-    reason = "REFUSED"
 
 
 @app.command("list")
@@ -174,7 +168,7 @@ def _command(action: ControlAction, run_id: str, timeout_s: float, **fields: Any
     request = tolaria_service_pb2.ControlRunRequest(command=command)
     result = call("tolaria", "ControlRun", request, timeout_s).result
     if not result.accepted:
-        raise RefusedError(f"run {run_id} did not {action.name.lower()}: {result.detail}")
+        raise InvalidStateError(f"run {run_id} did not {action.name.lower()}: {result.detail}")
     console.print(f"step {result.step}: {result.detail}", highlight=False)
 
 

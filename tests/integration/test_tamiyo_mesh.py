@@ -225,6 +225,9 @@ async def test_after_the_bus_was_gone_decisions_come_again(mesh: Mesh) -> None:
     await asyncio.to_thread(mesh.nats.start)
     await mesh.bus.wait_connected(20.0)
     await mesh.publish(packet(2, 1.2))
-    assert (await mesh.decisions(1))[0].epoch == 2
+    found = (await mesh.decisions(1))[0]
+    if found.epoch == 1:  # a killed server forgets its newest acknowledgement, so the first decision may come again
+        found = (await mesh.decisions(1))[0]
+    assert found.epoch == 2
     request = tamiyo_service_pb2.ListDecisionsRequest(run_id="run-1")
     assert len((await mesh.stubs["tamiyo"].ListDecisions(request)).decisions) == 2

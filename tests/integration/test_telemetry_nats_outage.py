@@ -163,7 +163,8 @@ async def test_a_waiting_consumer_goes_on_after_a_restart(server: NatsServer, bu
 
 async def test_a_replay_goes_on_after_a_restart(server: NatsServer, bus: NatsBus) -> None:
     sent = [b"%d" % number for number in range(600)]
-    await asyncio.gather(*(bus.publish(STATE, payload, durable=True) for payload in sent))
+    for start in range(0, len(sent), 20):  # a few at a time: each is flushed to disk, and an attempt's time is short
+        await asyncio.gather(*(bus.publish(STATE, payload, durable=True) for payload in sent[start : start + 20]))
     replayed: list[int] = []
     async with asyncio.timeout(30):
         async for message in bus.replay(STATE):
