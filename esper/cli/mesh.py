@@ -168,7 +168,8 @@ def _serve_nats(settings: Any) -> None:
     from esper.telemetry import NatsServer, NatsServerConfig
 
     port = int(settings.nats_url.rpartition(":")[2])
-    with NatsServer(NatsServerConfig(store_dir=settings.state_dir / "nats", port=port)) as server:
+    config = NatsServerConfig(store_dir=settings.state_dir / "nats", port=port, die_with_parent=sys.platform == "linux")
+    with NatsServer(config) as server:
         _wait_for_signal_or_end(server)
 
 

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from dataclasses import dataclass
@@ -41,6 +42,13 @@ _MAX_CONSUMERS: Final = 10_000
 """Most durable places in one stream; every run has a few for its mailboxes."""
 _MIB: Final = 1024 * 1024
 
+# Run between fork and the server: asks the kernel for SIGKILL when the parent dies. A preexec_fn may deadlock instead.
+_DIE_WITH_PARENT: Final = (
+    "import ctypes, os, signal, sys\n"
+    "ctypes.CDLL(None, use_errno=True).prctl(1, int(signal.SIGKILL), 0, 0, 0)\n"
+    "sys.exit('parent is gone') if os.getppid() != int(sys.argv[1]) else os.execv(sys.argv[2], sys.argv[2:])\n"
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NatsServerConfig:
@@ -60,6 +68,8 @@ class NatsServerConfig:
     """Longest wait until the server answers."""
     stop_timeout_s: float = 5.0
     """Longest wait for an orderly end before it is killed."""
+    die_with_parent: bool = False
+    """Whether the kernel kills the server when the thread that started it ends, however it ends (Linux)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
@@ -67,6 +77,8 @@ class NatsServerConfig:
         for name in ("max_store_bytes", "max_memory_bytes", "max_payload_bytes", "start_timeout_s", "stop_timeout_s"):
             if getattr(self, name) <= 0:
                 raise InvalidInputError.of(name, "be > 0", getattr(self, name))
+        if self.die_with_parent and not sys.platform.startswith("linux"):
+            raise InvalidInputError.of("die_with_parent", "be false on this platform (needs Linux)", True)
 
 
 def find_binary() -> Path:
@@ -142,7 +154,7 @@ class NatsServer:
         config_path = self._write_config(name)
         with self._lock_store() as lock:
             self._process = subprocess.Popen(  # noqa: S603 - our own binary, our own arguments
-                [str(binary), "--config", str(config_path)],
+                [*self._keeper(), str(binary), "--config", str(config_path)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -182,6 +194,12 @@ class NatsServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.to_thread(self.stop)
+
+    def _keeper(self) -> list[str]:
+        """Give what goes before the server's own command line."""
+        if not self.config.die_with_parent:
+            return []
+        return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
 
     def _write_config(self, name: str) -> Path:
         store = self.config.store_dir.resolve()
