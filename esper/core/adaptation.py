@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
+
+from opentelemetry.trace import Span
 
 from esper.contracts.blueprint import BlueprintCost
 from esper.contracts.decision import AdaptationDecision
@@ -13,6 +16,8 @@ from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import AdaptationOutcome, Contribution, FieldReport
 from esper.contracts.wire import parse, serialize
 from esper.core.report import AdaptationSummary
+from esper.telemetry.tracing import adaptation_span, extract_context
+from esper.telemetry.tracing_context import current_headers
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,8 +60,8 @@ class Adaptation:
     """Why it ended so, in words."""
     trace_id: str = ""
     """Trace it belongs to, 32 hex digits; empty when tracing is off."""
-    trace_headers: Mapping[str, str] = field(default_factory=dict)
-    """W3C context of the decision, so that what follows joins its trace."""
+    trace_headers: Mapping[str, str] = field(default_factory=current_headers)
+    """W3C context in which it was made, so that what follows joins its trace."""
 
     @property
     def id(self) -> str:
@@ -77,6 +82,10 @@ class Adaptation:
     def open(self) -> bool:
         """Whether it has not ended yet."""
         return self.outcome is None
+
+    def span(self, name: str, run_id: str) -> AbstractContextManager[Span]:
+        """Open the span of one of its phases, in the trace of its decision."""
+        return adaptation_span(name, self.id, parent=extract_context(self.trace_headers), run_id=run_id)
 
     def field_report(self, run_id: str) -> FieldReport:
         """Give the report of an ended adaptation."""
@@ -167,4 +176,5 @@ _PLAIN = (
     "looks",
     "reason",
     "trace_id",
+    "trace_headers",
 )

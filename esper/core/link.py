@@ -27,7 +27,7 @@ from esper.telemetry.client import OonaClient
 from esper.telemetry.mailbox import Mail, Mailbox
 from esper.telemetry.streams import EVENTS
 from esper.telemetry.subjects import Kind, build_subject, kind_patterns
-from esper.telemetry.tracing import extract_context
+from esper.telemetry.tracing import adaptation_span, extract_context
 from esper.v1 import decision_pb2, kernel_pb2
 
 log = logging.getLogger(__name__)
@@ -199,7 +199,8 @@ class BusLink:
 
     async def _fetch_into_mailbox(self, ready: KernelReady, mail: Mail[kernel_pb2.KernelReady]) -> None:
         try:
-            kernel = await self._source.fetch(ready.artifact_id)
+            with adaptation_span("load", ready.adaptation_id, artifact_id=ready.artifact_id):
+                kernel = await self._source.fetch(ready.artifact_id)
         except EsperError as error:
             log.warning("kernel_fetch_failed", extra={"artifact_id": ready.artifact_id, "error": str(error)})
             self._fetched.append(KernelArrival(ready=ready, error=str(error)))

@@ -78,7 +78,7 @@ class SeedOrchestrator:
         """Take a decision: begin it when every gate opens; gives the gates' answers. A repeated one changes nothing."""
         if decision.adaptation_id in self.adaptations or not decision.actionable:
             return []
-        with adaptation_span("esper.adaptation.plan", decision.adaptation_id, run_id=self._context.run_id):
+        with adaptation_span("plan", decision.adaptation_id, run_id=self._context.run_id):
             checks = self._starters[decision.adaptation_type](decision)
             failed = [check for check in checks if not check.passed]
             status = PlanStatus.REJECTED if failed else PlanStatus.ACCEPTED
@@ -359,7 +359,7 @@ class SeedOrchestrator:
         assert arrival.kernel is not None
         context, index = self._context, adaptation.seed_index
         layer = self.layers[adaptation.layer]
-        with adaptation_span("esper.adaptation.germinate", adaptation.id, run_id=context.run_id):
+        with adaptation.span("germinate", context.run_id):
             with self._tell.because("kernel loaded", hoped=True):
                 layer.attach_kernel(index, arrival.kernel, adaptation_id=adaptation.id)
             adaptation.artifact_id = arrival.ready.artifact_id
@@ -416,7 +416,7 @@ class SeedOrchestrator:
 
     def _look(self, adaptation: Adaptation, *, last: bool) -> None:
         growth = self._context.growth
-        with adaptation_span("esper.adaptation.evaluate", adaptation.id, run_id=self._context.run_id):
+        with adaptation.span("evaluate", self._context.run_id):
             contribution = self._measure(adaptation, level_per_look(growth.confidence_level, growth.max_looks))
         adaptation.looks += 1
         adaptation.contribution = contribution

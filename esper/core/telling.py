@@ -13,7 +13,6 @@ from esper.core.adaptation import Adaptation
 from esper.core.context import RunContext
 from esper.execution.state import SeedTransition
 from esper.telemetry.subjects import Kind
-from esper.telemetry.tracing import adaptation_span
 
 _MAX_REASON = 500
 _FAILURES = frozenset({SeedLifecycleState.ERROR, SeedLifecycleState.CULLED})
@@ -74,7 +73,7 @@ class Teller:
         """Tell how an adaptation ended: its field report, and its plan's end."""
         context = self._context
         report = adaptation.field_report(context.run_id)
-        with adaptation_span("esper.adaptation.report", adaptation.id, run_id=context.run_id):
+        with adaptation.span("report", context.run_id):
             context.link.send(Kind.FIELD_REPORT, report, layer=adaptation.layer or None, msg_id=report.report_id)
             failed = adaptation.outcome is AdaptationOutcome.FAILED
             self.plan(adaptation.id, PlanStatus.FAILED if failed else PlanStatus.COMPLETED, adaptation.reason)

@@ -65,6 +65,20 @@ class Tracing:
             return False
         return True
 
+    def flush(self, deadline_s: float = 2.0) -> bool:
+        """Send what is buffered within ``deadline_s`` seconds and go on recording.
+
+        Returns:
+            Whether everything was handed over in time; what was not goes with a later batch.
+        """
+        provider = self.provider
+        if provider is None:
+            return True
+        worker = threading.Thread(target=provider.force_flush, name="esper-tracing-flush", daemon=True)
+        worker.start()
+        worker.join(deadline_s)
+        return not worker.is_alive()
+
 
 def configure_tracing(
     service_name: str, endpoint: str | None = None, *, exporter: SpanExporter | None = None
@@ -92,6 +106,18 @@ def configure_tracing(
     trace.set_tracer_provider(provider)
     log.info("tracing_configured", extra={"service": service_name, "endpoint": chosen})
     return Tracing(provider)
+
+
+def join_tracing(service_name: str, endpoint: str | None = None) -> Tracing:
+    """Give the tracing of this process, set up as by :func:`configure_tracing` unless it was before, by whomever.
+
+    Raises:
+        InvalidInputError: the service name is empty, or the endpoint is not an http(s) URL.
+    """
+    provider = trace.get_tracer_provider()
+    if isinstance(provider, TracerProvider):
+        return Tracing(provider)
+    return configure_tracing(service_name, endpoint)
 
 
 def make_provider(service_name: str, exporter: SpanExporter) -> TracerProvider:
@@ -132,7 +158,7 @@ def adaptation_span(
     """Open the span of one phase of an adaptation and make it the current one; an exception marks it failed.
 
     Args:
-        name: Phase, e.g. ``"compile"``; the span is called ``adaptation.<name>``.
+        name: Phase, e.g. ``"compile"``; the span is called ``esper.adaptation.<name>``.
         adaptation_id: What joins all phases, as ``esper.adaptation_id``.
         parent: Context to hang it below, e.g. from message headers; ``None`` takes the current span.
         kind: Side of a border the span stands for.
@@ -140,7 +166,7 @@ def adaptation_span(
     """
     named = {f"esper.{key}": value for key, value in attributes.items()}
     with trace.get_tracer(_TRACER).start_as_current_span(
-        f"adaptation.{name}",
+        f"esper.adaptation.{name}",
         context=parent,
         kind=kind,
         attributes={"esper.adaptation_id": adaptation_id, **named},

@@ -11,6 +11,9 @@ import contextlib
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from typing import Final
+
+from opentelemetry.context import Context
 
 from esper.contracts.errors import (
     CapacityExceededError,
@@ -27,10 +30,12 @@ from esper.services.tezzeret.job_store import Asker, JobStore
 from esper.telemetry.bus import CONTENT_TYPE_HEADER, Bus
 from esper.telemetry.consumer import content_type
 from esper.telemetry.subjects import Kind, build_subject
-from esper.telemetry.tracing import adaptation_span, inject_headers
+from esper.telemetry.tracing import adaptation_span, extract_context, inject_headers
 from esper.v1 import kernel_pb2
 
 log = logging.getLogger(__name__)
+
+_MAX_TRACES: Final = 4096
 
 _REFUSED = (CorruptDataError, InvalidInputError, PermissionDeniedError)
 """What the library says of a kernel that it will never take."""
@@ -55,6 +60,7 @@ class Outbox:
         self._wake = asyncio.Event()
         self._closing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._traces: dict[tuple[str, str], dict[str, str]] = {}
 
     def start(self) -> None:
         """Begin to empty it."""
@@ -63,6 +69,17 @@ class Outbox:
     def wake(self) -> None:
         """Say that there is something to do."""
         self._wake.set()
+
+    def join_trace(self, job_id: str, adaptation_id: str) -> None:
+        """Let what leaves the house for an adaptation join the caller's trace; forgotten with the process."""
+        headers = inject_headers({})
+        if headers:
+            self._traces[(job_id, adaptation_id)] = headers
+            while len(self._traces) > _MAX_TRACES:
+                del self._traces[next(iter(self._traces))]
+
+    def _trace_of(self, job_id: str, adaptation_id: str) -> Context:
+        return extract_context(self._traces.get((job_id, adaptation_id)))
 
     async def close(self) -> None:
         """Stop; what is left stays in the store. Idempotent."""
@@ -112,7 +129,8 @@ class Outbox:
             return
         job = await self._store.get(job_id)
         try:
-            with adaptation_span("store", job.adaptation_id, job_id=job_id, size_bytes=len(data)):
+            parent = self._trace_of(job_id, job.adaptation_id)
+            with adaptation_span("store", job.adaptation_id, parent=parent, job_id=job_id, size_bytes=len(data)):
                 artifact_id, _ = await upload_kernel(self._urza, data, timeout_s=self._config.upload_timeout_s)
         except _REFUSED as error:
             refused = str(error)[: self._config.max_error_chars]
@@ -135,7 +153,8 @@ class Outbox:
         )
         headers = {CONTENT_TYPE_HEADER: content_type(kernel_pb2.KernelReady)}
         ended_us = 0 if job.finished_at is None else int(job.finished_at.timestamp() * 1e6)
-        with adaptation_span("announce", asker.adaptation_id, job_id=job.job_id):
+        parent = self._trace_of(job.job_id, asker.adaptation_id)
+        with adaptation_span("announce", asker.adaptation_id, parent=parent, job_id=job.job_id):
             try:
                 await self._bus.publish(
                     build_subject(asker.run_id, Kind.KERNEL),
@@ -148,6 +167,7 @@ class Outbox:
                 log.error("kernel_announcement_refused", extra={"job_id": job.job_id, "error": str(error)})
                 raise
         await self._store.mark_announced(job.job_id, asker)
+        self._traces.pop((job.job_id, asker.adaptation_id), None)
 
 
 async def _either(event: asyncio.Event, timeout_s: float) -> None:

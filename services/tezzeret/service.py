@@ -156,6 +156,7 @@ class TezzeretService:
         self._check(spec, run_id, adaptation_id)
         key = content_key(spec)
         asker = Asker(run_id=run_id, adaptation_id=adaptation_id) if run_id else None
+        self._outbox.join_trace(job_id_of(key), adaptation_id)
         job, cached = await self._job_of(spec, key, asker, adaptation_id)
         if asker is not None and job.phase in ENDED_PHASES:
             self._outbox.wake()

@@ -174,7 +174,7 @@ async def test_spans_reach_a_real_collector(tmp_path: Path) -> None:
             assert output == b"True\n"
             assert collector.stdout is not None
             seen = b""
-            while not all(word in seen for word in (b"adaptation.compile", b"adaptation-17", b"urza")):
+            while not all(word in seen for word in (b"esper.adaptation.compile", b"adaptation-17", b"urza")):
                 seen += await collector.stdout.readline()
     finally:
         collector.terminate()

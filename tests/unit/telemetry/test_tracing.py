@@ -105,7 +105,7 @@ def test_adaptation_span_carries_its_id_and_facts(spans: InMemorySpanExporter) -
     with adaptation_span("compile", "a1", device="cpu", attempts=2):
         pass
     (span,) = finished(spans)
-    assert span.name == "adaptation.compile"
+    assert span.name == "esper.adaptation.compile"
     assert dict(span.attributes or {}) == {"esper.adaptation_id": "a1", "esper.device": "cpu", "esper.attempts": 2}
 
 
