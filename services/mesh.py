@@ -34,6 +34,7 @@ from esper.mesh.stubs import STUBS
 from esper.services.compose import Node, Surroundings, connect_bus, open_node
 from esper.telemetry import Bus, MemoryBroker, MemoryBus
 from esper.telemetry.streams import streams_with_replicas
+from esper.telemetry.tracing import Tracing, join_tracing
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ _L1_BYTES: Final = 256 * 1024 * 1024
 _START_S: Final = 120.0
 _STOP_S: Final = 20.0
 _FETCH_S: Final = 60.0
+_TRACED_AS: Final = "esper-training"
 _START_ORDER: Final = ("urza", "tezzeret", "karn", "tamiyo", "nissa", "tolaria")
 
 
@@ -243,7 +245,10 @@ class Mesh:
         self._links: list[RunLink] = []
         self._source: LoopSource | None = None
         self._closed = False
+        self._tracing = Tracing()
         try:
+            configured = self.settings or resolve().settings
+            self._tracing = join_tracing(_TRACED_AS, configured.otlp_endpoint or None)
             self._loop.run(self._open(), _START_S)
         except BaseException:
             self.close()
@@ -335,6 +340,7 @@ class Mesh:
         with contextlib.ExitStack() as leaving:
             if self._on_close is not None:
                 leaving.callback(self._on_close)
+            leaving.callback(self._tracing.flush)
             leaving.callback(self._loop.close)
             leaving.callback(self._close_services)
             for link in self._links:
