@@ -104,6 +104,7 @@ def test_no_secret_and_no_whole_tree_is_copied() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_what_is_copied_is_enough_for_a_wheel(tmp_path: Path) -> None:
     import shutil
     import subprocess
