@@ -25,7 +25,8 @@ class SessionConfig:
     """
 
     run_id: str = ""
-    """Name of the run, [a-z0-9][a-z0-9-]{0,63}; empty makes one from the time."""
+    """Name of the run, [a-z0-9][a-z0-9-]{0,63}; empty makes one from the time. The mesh takes what a new run says under
+    an old name for news that is late; only a run that is taken up from its checkpoint may have the old name."""
     planned_epochs: int | None = None
     """Epochs planned; lets the policy weigh how much time is left."""
     growth: GrowthConfig = field(default_factory=GrowthConfig)

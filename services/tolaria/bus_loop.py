@@ -6,17 +6,18 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from google.protobuf.message import Message
 
-from esper.contracts.decision import ControlCommand, ControlResult
+from esper.contracts.decision import AdaptationDecision, AdaptationPlan, ControlCommand, ControlResult
 from esper.contracts.errors import DeadlineExceededError, EsperError, InvalidInputError, UnavailableError
-from esper.contracts.run import SystemStatePacket
+from esper.contracts.run import FieldReport, SeedEvent, SystemStatePacket
 from esper.contracts.wire import from_wire, to_message
-from esper.services.tolaria.store import StoredEvent, TolariaStore
+from esper.mesh.validation import require_size
+from esper.services.tolaria.store import MAX_ADAPTATION_ID, StoredEvent, TolariaStore
 from esper.telemetry.bus import CONTENT_TYPE_HEADER, Bus
 from esper.telemetry.consumer import Received, TypedConsumer, content_type, decode_any, durable_messages
 from esper.telemetry.streams import EVENTS
@@ -29,11 +30,11 @@ DURABLE_NAME: Final = "tolaria"
 """Name under which Tolaria keeps its place in the stream."""
 
 _KINDS: Final = (Kind.STATE, Kind.DECISION, Kind.PLAN, Kind.SEED, Kind.FIELD_REPORT, Kind.CONTROL)
-_EVENT_KINDS: Final = {
-    decision_pb2.AdaptationDecision: "decision",
-    decision_pb2.AdaptationPlan: "plan",
-    telemetry_pb2.SeedEvent: "seed",
-    telemetry_pb2.FieldReport: "field_report",
+_EVENT_KINDS: Final[Mapping[type[Message], tuple[str, type]]] = {
+    decision_pb2.AdaptationDecision: ("decision", AdaptationDecision),
+    decision_pb2.AdaptationPlan: ("plan", AdaptationPlan),
+    telemetry_pb2.SeedEvent: ("seed", SeedEvent),
+    telemetry_pb2.FieldReport: ("field_report", FieldReport),
 }
 _ANSWERS_KEPT: Final = 4096
 _RETRY_S: Final = 1.0
@@ -58,7 +59,7 @@ class TolariaBusLoop:
         self._consumer: TypedConsumer[Message] | None = None
         self._running: asyncio.Task[None] | None = None
         self._watchers: dict[str, set[asyncio.Queue[RunNews]]] = {}
-        self._waiting: dict[str, asyncio.Future[ControlResult]] = {}
+        self._waiting: dict[str, set[asyncio.Future[ControlResult]]] = {}
         self._answers: dict[str, ControlResult] = {}
         self._answered: deque[str] = deque()
 
@@ -106,20 +107,21 @@ class TolariaBusLoop:
         known = self._answers.get(command.request_id)
         if known is not None:
             return known
-        waiting = self._waiting.get(command.request_id)
-        if waiting is None:
-            waiting = asyncio.get_running_loop().create_future()
-            self._waiting[command.request_id] = waiting
+        answer: asyncio.Future[ControlResult] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting.setdefault(command.request_id, set())
+        waiting.add(answer)
         try:
-            await self._publish(command)
-            return await asyncio.wait_for(asyncio.shield(waiting), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._publish(command)
+                return await answer
         except TimeoutError as error:
             message = (
                 f"run {command.run_id} must answer within {timeout_s:.1f} s, got no answer to {command.action.name}"
             )
             raise DeadlineExceededError(message) from error
         finally:
-            if waiting.done():
+            waiting.discard(answer)
+            if not waiting:
                 self._waiting.pop(command.request_id, None)
 
     @contextlib.contextmanager
@@ -156,6 +158,9 @@ class TolariaBusLoop:
             except EsperError as error:
                 log.warning("event_postponed", extra={"subject": received.raw.subject, "error": str(error)})
                 await self._settle(delivery.nak(_RETRY_S, reason=str(error)))
+            except Exception as error:  # a defect with one event must not end the intake of all
+                log.exception("event_failed", extra={"subject": received.raw.subject})
+                await self._settle(delivery.nak(_RETRY_S, reason=type(error).__name__))
             else:
                 await self._settle(delivery.ack())
 
@@ -176,10 +181,12 @@ class TolariaBusLoop:
             if await self._store.keep_packet(from_wire(message, SystemStatePacket)):
                 self._tell(run_id, message)
             return
-        kind = _EVENT_KINDS.get(type(message))
-        if kind is None:
+        found = _EVENT_KINDS.get(type(message))
+        if found is None:
             raise InvalidInputError.of("message", "be an event of a run", message.DESCRIPTOR.full_name)
-        adaptation_id: str = message.adaptation_id  # type: ignore[attr-defined]
+        kind, domain = found
+        adaptation_id: str = from_wire(message, domain).adaptation_id  # what is kept can be read by whoever asks
+        require_size("adaptation_id", adaptation_id, max_bytes=MAX_ADAPTATION_ID)
         event = StoredEvent(adaptation_id=adaptation_id, kind=kind, payload=message.SerializeToString())
         if await self._store.keep_event(run_id, int(received.raw.sequence or 0), event):
             self._tell(run_id, message)
@@ -189,9 +196,9 @@ class TolariaBusLoop:
         self._answered.append(result.request_id)
         while len(self._answered) > _ANSWERS_KEPT:
             self._answers.pop(self._answered.popleft(), None)
-        waiting = self._waiting.get(result.request_id)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(result)
+        for waiting in self._waiting.get(result.request_id, ()):
+            if not waiting.done():
+                waiting.set_result(result)
 
     def _tell(self, run_id: str, message: Message) -> None:
         for queue in self._watchers.get(run_id, ()):

@@ -11,6 +11,7 @@ from esper.contracts.decision import ControlCommand
 from esper.contracts.errors import InvalidInputError, InvalidStateError, NotFoundError
 from esper.contracts.run import ENDED_RUN_PHASES, RunPhase, SystemStatePacket
 from esper.contracts.wire import enum_from_wire, from_wire, to_message, to_timestamp
+from esper.mesh.auth import LOCAL_CALLER, current_caller
 from esper.mesh.deadline import remaining_s
 from esper.mesh.page_token import decode_page_token, encode_page_token
 from esper.mesh.validation import require_enum, require_id, require_page_size
@@ -137,7 +138,9 @@ def _command(message: decision_pb2.ControlCommand) -> ControlCommand:
     if not message.HasField("created_at"):
         message.created_at.CopyFrom(to_timestamp(datetime.now(UTC)))
     command = from_wire(message, ControlCommand)
-    return dataclasses.replace(command, actor=command.actor or "operator")
+    caller = current_caller()
+    proven = caller.name if caller != LOCAL_CALLER else ""  # whoever showed a token or certificate speaks in that name
+    return dataclasses.replace(command, actor=proven or command.actor or "operator")
 
 
 def _run(row: StoredRun) -> tolaria_service_pb2.Run:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import Final
 
 from sqlalchemy import BigInteger, Index, LargeBinary, MetaData, SmallInteger, String, select, tuple_
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -16,6 +17,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from esper.contracts.run import ENDED_RUN_PHASES, RunPhase, SystemStatePacket
 from esper.contracts.wire import parse, serialize
 from esper.mesh.database import Database
+
+MAX_ADAPTATION_ID: Final = 128
+"""Longest adaptation id, in characters."""
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Base(DeclarativeBase):
@@ -45,7 +50,7 @@ class EventRow(Base):
 
     stream_sequence: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
     run_id: Mapped[str] = mapped_column(String(64))
-    adaptation_id: Mapped[str] = mapped_column(String(128))
+    adaptation_id: Mapped[str] = mapped_column(String(MAX_ADAPTATION_ID))
     kind: Mapped[str] = mapped_column(String(16))
     payload: Mapped[bytes] = mapped_column(LargeBinary)
 
@@ -163,8 +168,8 @@ def _stored(row: RunRow) -> StoredRun:
 
 
 def _microseconds(moment: datetime) -> int:
-    return int(moment.timestamp() * 1_000_000)
+    return (moment - _EPOCH) // timedelta(microseconds=1)
 
 
 def _moment(microseconds: int) -> datetime:
-    return datetime.fromtimestamp(microseconds / 1_000_000, UTC)
+    return _EPOCH + timedelta(microseconds=microseconds)
