@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any, Final, Protocol
 
+from esper.contracts.errors import InvalidStateError
 from esper.mesh.channel import open_channel
 from esper.mesh.loop_thread import LoopThread
 from esper.mesh.settings import MeshSettings, resolve
@@ -57,8 +59,12 @@ class AsyncStubTransport:
 
     async def stream(self, service: str, method: str, request: Any) -> AsyncIterator[Any]:
         """Call a method that gives a stream."""
-        async for response in getattr(self.stub(service), method)(request, timeout=STREAM_TIMEOUT_S):
-            yield response
+        call = getattr(self.stub(service), method)(request, timeout=STREAM_TIMEOUT_S)
+        try:
+            async for response in call:
+                yield response
+        finally:
+            call.cancel()
 
     async def pages(self, service: str, method: str, request: Any) -> AsyncIterator[Any]:
         """Call a listing until its last page."""
@@ -147,7 +153,8 @@ class Transport:
                     return
                 yield item
         finally:
-            self._run(leave(), _MARGIN_S)
+            with contextlib.suppress(InvalidStateError):  # the loop has been closed, and with it the call
+                self._run(leave(), _MARGIN_S)
 
     def _run(self, work: Any, timeout_s: float) -> Any:
         assert self._loop is not None

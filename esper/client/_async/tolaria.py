@@ -89,10 +89,14 @@ class AsyncTolariaClient:
         seed_index: int | None = None,
         blueprint: Blueprint | None = None,
         checkpoint_id: str = "",
+        request_id: str = "",
     ) -> ControlResult:
-        """Have a run do something and give its answer; a refusal is an answer, not an error."""
+        """Have a run do something and give its answer; a refusal is an answer, not an error.
+
+        A command is carried out once for each ``request_id``; an empty one is made up.
+        """
         command = ControlCommand(
-            request_id=uuid.uuid4().hex,
+            request_id=request_id or uuid.uuid4().hex,
             run_id=run_id,
             action=action,
             actor=actor,
