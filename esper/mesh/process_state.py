@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,8 @@ from esper.contracts.errors import AlreadyExistsError, CorruptDataError
 
 STATE_FILE: Final = "processes.json"
 LOCK_FILE: Final = "processes.lock"
+LEAST_STOP_S: Final = 2.0
+"""Seconds that a level has to end by itself, however long those above it took."""
 _VERSION: Final = 1
 _CLOCK_SLACK_S: Final = 0.05  # the kernel counts starts in ticks of 10 ms
 
@@ -50,6 +53,9 @@ class ProcessRecord:
 
     restarts: int = 0
     """How often it was started again."""
+
+    level: int = 0
+    """Those of a level were started after all of lower ones, which they need, and are stopped before them."""
 
     def process(self) -> psutil.Process | None:
         """Give the running process, or ``None`` when it has ended or the pid belongs to another one now."""
@@ -156,11 +162,11 @@ def state_lock(state_dir: Path) -> Iterator[None]:
 
 
 def stop_recorded(state_dir: Path, *, deadline_s: float = 20.0) -> tuple[ProcessRecord, ...]:
-    """Take down whatever runs in ``state_dir``, in the reverse order of start, and give what was stopped.
+    """Take down whatever runs in ``state_dir``, level by level from the highest, and give what was stopped.
 
-    Each process gets SIGTERM and, if it is still there at the deadline, SIGKILL. Supervisors of these processes, in
-    whatever process they live, see ``stopping`` and start nothing again. Blocks for about ``deadline_s`` seconds at
-    most.
+    Each process gets SIGTERM and, if it is still there at the deadline, SIGKILL; a level waits until those above it
+    have ended, since they need it to finish what they do. Supervisors of these processes, in whatever process they
+    live, see ``stopping`` and start nothing again. Blocks for about ``deadline_s`` seconds at most.
     """
     state = read_state(state_dir)
     running = state.running
@@ -173,13 +179,16 @@ def stop_recorded(state_dir: Path, *, deadline_s: float = 20.0) -> tuple[Process
 
 
 def _end(records: Sequence[ProcessRecord], deadline_s: float) -> None:
-    processes = [process for record in reversed(records) if (process := record.process()) is not None]
-    for process in processes:
-        _signal(process, kill=False)
-    _, alive = psutil.wait_procs(processes, timeout=deadline_s)
-    for process in alive:
-        _signal(process, kill=True)
-    psutil.wait_procs(alive, timeout=5.0)
+    end_s = time.monotonic() + deadline_s
+    for level in sorted({record.level for record in records}, reverse=True):
+        chosen = [record for record in reversed(records) if record.level == level]
+        processes = [process for record in chosen if (process := record.process()) is not None]
+        for process in processes:
+            _signal(process, kill=False)
+        _, alive = psutil.wait_procs(processes, timeout=max(LEAST_STOP_S, end_s - time.monotonic()))
+        for process in alive:
+            _signal(process, kill=True)
+        psutil.wait_procs(alive, timeout=5.0)
 
 
 def _signal(process: psutil.Process, *, kill: bool) -> None:

@@ -31,7 +31,14 @@ from esper.contracts.errors import (
     InvalidStateError,
     UnavailableError,
 )
-from esper.mesh.process_state import MeshState, ProcessRecord, read_state, state_lock, write_state
+from esper.mesh.process_state import (
+    LEAST_STOP_S,
+    MeshState,
+    ProcessRecord,
+    read_state,
+    state_lock,
+    write_state,
+)
 
 log = logging.getLogger(__name__)
 
@@ -167,21 +174,24 @@ class ProcessSupervisor:
                 raise AlreadyExistsError(f"state_dir must hold no running mesh, got {names}", parameter="state_dir")
             self._extra |= dict(extra or {})
             try:
-                for level in levels:
-                    await self._start_level(level)
+                for number, level in enumerate(levels):
+                    await self._start_level(number, level)
             except BaseException:
                 await self.stop()
                 raise
 
     async def stop(self) -> None:
-        """Stop every child in the reverse order of start: SIGTERM, and SIGKILL past the deadline. Idempotent."""
+        """Stop every child, those that need others before these: SIGTERM, SIGKILL past the deadline. Idempotent."""
         self._stopping = True
         children = list(reversed(self._children.values()))
         await _cancel_all([child.watcher for child in children if child.watcher is not None])
-        for child in children:
-            _send(child.popen, signal.SIGTERM)
-        deadline_s = time.monotonic() + self._stop_deadline_s
-        await asyncio.gather(*(self._end(child, deadline_s) for child in children))
+        end_s = time.monotonic() + self._stop_deadline_s
+        for level in sorted({child.record.level for child in children}, reverse=True):
+            chosen = [child for child in children if child.record.level == level]
+            for child in chosen:
+                _send(child.popen, signal.SIGTERM)
+            deadline_s = max(end_s, time.monotonic() + LEAST_STOP_S)
+            await asyncio.gather(*(self._end(child, deadline_s) for child in chosen))
         self._children.clear()
         if children:
             write_state(self._state_dir, MeshState(extra=self._extra))
@@ -200,8 +210,8 @@ class ProcessSupervisor:
         """Return once no child is left to watch: another process took the mesh down, or all were given up."""
         await asyncio.gather(*(child.watcher for child in self._children.values() if child.watcher is not None))
 
-    async def _start_level(self, level: Sequence[ProcessSpec]) -> None:
-        started = [self._spawn(spec, restarts=0) for spec in level]
+    async def _start_level(self, number: int, level: Sequence[ProcessSpec]) -> None:
+        started = [self._spawn(spec, restarts=0, level=number) for spec in level]
         self._save()
         waiting = [asyncio.create_task(_wait_ready(child)) for child in started]
         try:
@@ -212,7 +222,7 @@ class ProcessSupervisor:
             log.info("process_ready", extra={"process_name": child.spec.name, "pid": child.record.pid})
             child.watcher = asyncio.create_task(self._watch(child), name=f"esper-watch-{child.spec.name}")
 
-    def _spawn(self, spec: ProcessSpec, *, restarts: int) -> _Child:
+    def _spawn(self, spec: ProcessSpec, *, restarts: int, level: int) -> _Child:
         spec.log_path.parent.mkdir(parents=True, exist_ok=True)
         argv = list(spec.argv)
         if self._die_with_parent:
@@ -237,6 +247,7 @@ class ProcessSupervisor:
             log_path=str(spec.log_path),
             address=spec.address,
             restarts=restarts,
+            level=level,
         )
         child = _Child(spec, popen, record, time.monotonic())
         self._children[spec.name] = child
@@ -282,7 +293,7 @@ class ProcessSupervisor:
 
     def _restart(self, child: _Child) -> None:
         child.failures += 1
-        fresh = self._spawn(child.spec, restarts=child.record.restarts + 1)
+        fresh = self._spawn(child.spec, restarts=child.record.restarts + 1, level=child.record.level)
         child.popen, child.record, child.started_s = fresh.popen, fresh.record, fresh.started_s
         self._children[child.spec.name] = child
         self._save()

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,17 @@ from esper.mesh.process_state import state_lock
 LISTEN = (
     "import os, socket, sys, time\n"
     "print('start', os.environ.get('GREETING', ''), flush=True)\n"
+    "s = socket.create_server(('127.0.0.1', int(sys.argv[1])))\n"
+    "while True: s.accept()[0].close()\n"
+)
+# Writes its name once it has ended in order; a service takes a while and needs its bus until then.
+TELLING = (
+    "import pathlib, signal, socket, sys\n"
+    "def end(*_):\n"
+    "    signal.sigtimedwait([], float(sys.argv[2]))\n"
+    "    with pathlib.Path(sys.argv[4]).open('a') as file: file.write(sys.argv[3] + ' ')\n"
+    "    sys.exit()\n"
+    "signal.signal(signal.SIGTERM, end)\n"
     "s = socket.create_server(('127.0.0.1', int(sys.argv[1])))\n"
     "while True: s.accept()[0].close()\n"
 )
@@ -104,6 +116,24 @@ async def test_stop_ends_all_and_clears_the_state(supervisor: ProcessSupervisor,
     await supervisor.stop()
     assert not any(record.running for record in records)
     assert read_state(tmp_path).processes == ()
+
+
+def telling(tmp_path: Path, name: str, takes_s: float, **options: Any) -> ProcessSpec:
+    made = spec(tmp_path, name, TELLING, **options)
+    return replace(made, argv=(*made.argv, str(takes_s), name, str(tmp_path / "ended")))
+
+
+@pytest.mark.parametrize("by_state_file", [False, True])
+async def test_what_others_need_is_stopped_last(
+    supervisor: ProcessSupervisor, tmp_path: Path, by_state_file: bool
+) -> None:
+    bus = telling(tmp_path, "bus", 0.0)
+    await supervisor.start([bus, telling(tmp_path, "service", 0.5, after=("bus",))])
+    if by_state_file:
+        await asyncio.to_thread(stop_recorded, tmp_path)
+    else:
+        await supervisor.stop()
+    assert (tmp_path / "ended").read_text() == "service bus "
 
 
 async def test_stubborn_process_is_killed_at_the_deadline(tmp_path: Path) -> None:
