@@ -21,6 +21,7 @@ from esper.telemetry.tracing import (
     current_trace_id,
     extract_context,
     inject_headers,
+    join_tracing,
     link_to,
     make_provider,
 )
@@ -99,6 +100,33 @@ def test_shutdown_hands_over_what_is_buffered() -> None:
     assert Tracing(provider).shutdown(10)
     (span,) = exporter.get_finished_spans()
     assert span.resource.attributes["service.name"] == "urza"
+
+
+def test_joining_takes_what_was_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    provider = TracerProvider(shutdown_on_exit=False)
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    assert join_tracing("esper-training", "http://127.0.0.1:4317").provider is provider
+
+
+def test_joining_without_an_endpoint_leaves_tracing_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ENDPOINT_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert not join_tracing("esper-training").enabled
+    assert join_tracing("esper-training").flush()
+
+
+def test_flush_is_bounded_and_recording_goes_on() -> None:
+    exporter = InMemorySpanExporter()
+    provider = make_provider("urza", exporter)
+    for name in ("first", "second"):
+        provider.get_tracer("t").start_span(name).end()
+        assert Tracing(provider).flush(10)
+    assert [span.name for span in exporter.get_finished_spans()] == ["first", "second"]
+    stuck = StuckExporter()
+    provider = make_provider("urza", stuck)
+    provider.get_tracer("t").start_span("s").end()
+    assert not Tracing(provider).flush(0.05)
+    stuck.released.set()
 
 
 def test_adaptation_span_carries_its_id_and_facts(spans: InMemorySpanExporter) -> None:
