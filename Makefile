@@ -34,7 +34,7 @@ demo: $(VENV)/.setup-demo
 	$(BIN)/esper demo
 
 test: $(VENV)/.setup-dev
-	$(BIN)/python -m pytest -q -m "not slow and not chaos and not gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not chaos and not gpu"
 
 # The services live in services/ and are imported as esper.services: the tools read a tree laid out like the installed package.
 build/tree/esper: FORCE

@@ -116,14 +116,18 @@ def _say_seed(run: SeedResult) -> None:
     console.print(
         f"seed {run.seed}: {report.host_params:,} -> {report.final_params:,} parameters, {len(report.kept)} of "
         f"{len(report.adaptations)} adaptations kept; sealed test: grown {run.grown_accuracy:.2%}, host alone "
-        f"{run.host_accuracy:.2%}, static of the grown size {run.static_accuracy:.2%}"
+        f"{run.host_accuracy:.2%}, static of the grown size {run.static_accuracy:.2%}",
+        highlight=False,
+        soft_wrap=True,
     )
     for item in report.adaptations:
         effect = "not measured"
         if item.contribution is not None and item.interval is not None:
             effect = f"{item.contribution:+.4f} ({item.interval[0]:+.4f} to {item.interval[1]:+.4f})"
         name = item.blueprint or item.adaptation_type
-        console.print(f"    layer {item.layer}: {name}, {item.outcome}, contribution {effect}", highlight=False)
+        console.print(
+            f"    layer {item.layer}: {name}, {item.outcome}, contribution {effect}", highlight=False, soft_wrap=True
+        )
 
 
 def _say_result(result: DemoResult, path: Path, state_dir: Path | None) -> None:
@@ -132,7 +136,7 @@ def _say_result(result: DemoResult, path: Path, state_dir: Path | None) -> None:
     for name, control in (("the host alone", "host"), ("a static net of the grown size", "static")):
         margin = result.margin(control)
         if margin is not None:
-            console.print(f"grown minus {name}: {describe_margin(margin)}", highlight=False)
+            console.print(f"grown minus {name}: {describe_margin(margin)}", highlight=False, soft_wrap=True)
     console.print(f"report: {path}")
     if state_dir is None:
         return

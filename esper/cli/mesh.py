@@ -88,7 +88,7 @@ def up(state_dir: StateDir = None, config: ConfigFile = None) -> None:
         )
     with console.status("starting the mesh ..."):
         _await_up(child, settings.state_dir, log_path)
-    status()
+    status(state_dir=settings.state_dir)
 
 
 def down(state_dir: StateDir = None, config: ConfigFile = None) -> None:

@@ -91,3 +91,10 @@ def fresh_net(**settings: Any) -> tuple[MorphableModel, torch.Tensor]:
     batch = torch.randn(32, 64)
     wrapped(batch)
     return wrapped, batch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the stages in one worker, so that they share one mesh and one run."""
+    for item in items:
+        if "acceptance" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("acceptance"))
