@@ -1,4 +1,4 @@
-"""A run's line over a real publisher thread: words go out and come in, and no trouble of the mesh reaches the caller."""
+"""A run's line over a real publisher thread: words go out and come in, and no trouble of the mesh reaches the run."""
 
 from __future__ import annotations
 

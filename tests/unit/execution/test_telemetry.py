@@ -26,7 +26,7 @@ def test_a_backward_pass_yields_the_health_signal(pair: Any) -> None:
 
 def test_figures_are_those_of_the_layers_output(pair: Any) -> None:
     seen: list[torch.Tensor] = []
-    pair.model.layer1.register_forward_hook(lambda module, args, out: seen.append(out))
+    pair.model.layer1.register_forward_hook(lambda *seen_now: seen.append(seen_now[-1]))
     out = pair.model(pair.x)
     seen[0].retain_grad()
     out.square().sum().backward()
