@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from esper.execution.keys import SigningKey
 from esper.mesh import LOOPBACK, ProcessSpec, ProcessSupervisor, free_ports, probe, read_state
 from esper.mesh.loop_thread import LoopThread
-from esper.mesh.process_state import write_state
+from esper.mesh.ports import require_free
+from esper.mesh.ready_mark import clear_ready, mark_ready
 from esper.mesh.settings import SERVICES, MeshSettings, default_state_dir, environment_of
 from esper.telemetry import NatsBus
+
+log = logging.getLogger(__name__)
 
 _READY_S: Final = 90.0
 _STOP_S: Final = 30.0
@@ -91,19 +94,21 @@ class LocalMesh:
             AlreadyExistsError: A mesh runs in this state directory.
             UnavailableError: A process ended or was not ready in time.
         """
-        self.state_dir.mkdir(parents=True, exist_ok=True)
-        settings = local_settings(self.state_dir)
-        SigningKey.load_or_create(settings.keys_dir)
         try:
+            self.state_dir.mkdir(parents=True, exist_ok=True)
+            settings = local_settings(self.state_dir)
+            SigningKey.load_or_create(settings.keys_dir)
             extra = environment_of(settings)
             self._loop.run(self._supervisor.start(process_specs(settings), extra=extra), _READY_S * 2)
-        except BaseException:
-            self._loop.close()
+        except BaseException:  # Ctrl-C too: what has been started is stopped before the caller goes on
+            self.stop()
             raise
         return settings
 
     def stop(self) -> None:
         """Stop every process; idempotent."""
+        if self._loop.loop.is_closed():
+            return
         try:
             self._loop.run(self._supervisor.stop(), _STOP_S)
         finally:
@@ -117,6 +122,8 @@ async def supervise(settings: MeshSettings) -> None:
         AlreadyExistsError: A mesh runs in this state directory.
         UnavailableError: A process ended or was not ready in time.
     """
+    if not read_state(settings.state_dir).running:  # else the supervisor says what runs there
+        require_free_ports(settings)
     SigningKey.load_or_create(settings.keys_dir)
     supervisor = ProcessSupervisor(settings.state_dir)
     stop = asyncio.Event()
@@ -129,19 +136,31 @@ async def supervise(settings: MeshSettings) -> None:
         if starting.done():
             starting.result()
             mark_ready(settings.state_dir)
+            log.info("mesh_ready", extra={"state_dir": str(settings.state_dir)})
             ended = asyncio.create_task(supervisor.wait_all_ended())
             await _first_of(ended, asyncio.create_task(stop.wait()))
     finally:
         if not starting.done():
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
+        clear_ready(settings.state_dir)
         await supervisor.stop()
 
 
-def mark_ready(state_dir: Path) -> None:
-    """Note in the state file that every process is ready."""
-    state = read_state(state_dir)
-    write_state(state_dir, replace(state, extra={**state.extra, "ready": "yes"}))
+def require_free_ports(settings: MeshSettings) -> None:
+    """Make sure that every address of a local mesh can be listened on.
+
+    A probe cannot tell our service from another one that holds its port, so this is looked at before anything starts.
+
+    Raises:
+        PortInUseError: Another process holds one; the message names it.
+    """
+    addresses = [settings.nats_url.rpartition("//")[2], *(settings.address_of(service) for service in SERVICES)]
+    ports = [address.rpartition(":") for address in addresses]
+    for host, _, port in ports:
+        require_free(host, int(port))
+    for http_port in (settings.nissa_http_port, settings.urza_rest_port):
+        require_free(LOOPBACK, http_port)
 
 
 async def _first_of(*tasks: asyncio.Task[Any]) -> None:

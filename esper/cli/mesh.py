@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 
 from esper.cli.output import Json, console, print_rows
@@ -20,6 +21,7 @@ from esper.contracts.errors import EsperError, InvalidInputError, NotFoundError,
 from esper.mesh.channel import probe
 from esper.mesh.process_state import read_state, stop_recorded
 from esper.mesh.processes import log_tail
+from esper.mesh.ready_mark import find_supervisor
 from esper.mesh.settings import SERVICES, resolve
 from esper.telemetry.logs import configure_service_logs
 from esper.telemetry.tracing import configure_tracing
@@ -27,6 +29,7 @@ from esper.telemetry.tracing import configure_tracing
 StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Where databases, keys, queues and logs rest.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.")]
 _UP_S = 180.0
+_DOWN_S = 30.0
 
 
 class Service(StrEnum):
@@ -88,43 +91,50 @@ def up(state_dir: StateDir = None, config: ConfigFile = None) -> None:
         )
     with console.status("starting the mesh ..."):
         _await_up(child, settings.state_dir, log_path)
-    status(state_dir=settings.state_dir)
+    _show_status(settings.state_dir, as_json=False)
 
 
 def down(state_dir: StateDir = None, config: ConfigFile = None) -> None:
     """Stop what `esper up` started; services drain first."""
     settings = resolve({"state_dir": state_dir}, config_file=config).settings
+    supervisor = find_supervisor(settings.state_dir)
     stopped = stop_recorded(settings.state_dir)
+    if supervisor is not None:  # until it has ended it may still write the state file
+        psutil.wait_procs([supervisor], timeout=_DOWN_S)
     if not stopped:
         console.print("nothing was running")
         return
     console.print("stopped " + ", ".join(record.name for record in stopped))
 
 
-def status(as_json: Json = False, state_dir: StateDir = None) -> None:
+def status(as_json: Json = False, state_dir: StateDir = None, config: ConfigFile = None) -> None:
     """Show the processes of the local mesh and what each answers to a health check."""
-    settings = resolve({"state_dir": state_dir}).settings
+    _show_status(resolve({"state_dir": state_dir}, config_file=config).settings.state_dir, as_json=as_json)
+
+
+def _show_status(state_dir: Path, *, as_json: bool) -> None:
     rows: list[tuple[Any, ...]] = []
-    for record in read_state(settings.state_dir).processes:
+    for record in read_state(state_dir).processes:
         health = _health(record.address) if record.name in SERVICES else ("RUNNING" if record.running else "ENDED")
         rows.append((record.name, record.pid, record.address or "", health, record.restarts))
     if not rows and not as_json:
-        console.print(f"no mesh is running in {settings.state_dir} (esper up starts one)")
+        console.print(f"no mesh is running in {state_dir} (esper up starts one)", soft_wrap=True)
         return
     print_rows("mesh", ("service", "pid", "address", "health", "restarts"), rows, as_json=as_json)
 
 
 def logs(
-    service: Annotated[str, typer.Argument(help="Service, or nats.")],
+    service: Annotated[Service, typer.Argument(help="Whose log.")],
     lines: Annotated[int, typer.Option("--lines", "-n", help="Lines from the end.", min=1)] = 40,
     state_dir: StateDir = None,
+    config: ConfigFile = None,
 ) -> None:
-    """Print the end of a service's log."""
-    settings = resolve({"state_dir": state_dir}).settings
-    record = read_state(settings.state_dir).find(service)
-    if record is None:
-        raise NotFoundError(f"service must be one the mesh has run, got {service!r}", parameter="service")
-    text = log_tail(Path(record.log_path), max_bytes=lines * 400)
+    """Print the end of a service's log; it stays when the mesh has been stopped."""
+    directory = resolve({"state_dir": state_dir}, config_file=config).settings.state_dir
+    path = directory / "mesh.log" if service is Service.MESH else directory / "logs" / f"{service.value}.log"
+    if not path.is_file():
+        raise NotFoundError(f"service must be one the mesh has run, got {service.value!r}", parameter="service")
+    text = log_tail(path, max_bytes=lines * 400)
     sys.stdout.write("\n".join(text.splitlines()[-lines:]) + "\n")
 
 
@@ -151,7 +161,8 @@ def _await_up(child: subprocess.Popen[bytes], state_dir: Path, log_path: Path) -
         while time.monotonic() < deadline_s:
             if child.poll() is not None:
                 raise UnavailableError(f"the mesh must come up, got:\n{log_tail(log_path)}")
-            if read_state(state_dir).extra.get("ready") == "yes":
+            supervisor = find_supervisor(state_dir)
+            if supervisor is not None and supervisor.pid == child.pid:
                 child.returncode = 0  # it stays; keeps Popen from warning that it still runs
                 return
             time.sleep(0.1)

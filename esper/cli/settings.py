@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,5 +27,10 @@ def show(
     """Print every setting, its value and its source."""
     resolved = resolve(config_file=config)
     values = resolved.settings.model_dump(mode="json")
-    rows = [(name, values[name], source) for name, source in resolved.sources.items()]
+    rows = [(name, _shown(values[name]), source) for name, source in resolved.sources.items()]
     print_rows("settings", ("setting", "value", "source"), rows, as_json=as_json)
+
+
+def _shown(value: Any) -> Any:
+    """Give a value with the password of a URL left out."""
+    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", value) if isinstance(value, str) else value

@@ -154,14 +154,18 @@ def resolve(flags: Mapping[str, Any] | None = None, *, config_file: Path | None 
     from_file = _read_file(path) if path is not None else {}
     _refuse_unknown_variables()
     from_flags = {key: value for key, value in (flags or {}).items() if value is not None}
-    environment = {key for key in MeshSettings.model_fields if f"{PREFIX}{key.upper()}" in os.environ}
+    given = {key.upper() for key in os.environ}  # a variable's name may be written in any case
+    environment = {key for key in MeshSettings.model_fields if f"{PREFIX}{key.upper()}" in given}
     file_only = {key: value for key, value in from_file.items() if key not in environment}
     try:
         settings = MeshSettings(**{**file_only, **from_flags})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "settings"
-        message = f"{name} must be valid: {first['msg']}, got {first.get('input')!r}"
+        received = (
+            f", got {first.get('input')!r}" if first["loc"] else ""
+        )  # a rule of several: their values stay private
+        message = f"{name} must be valid: {first['msg']}{received}"
         raise ConfigError(message, parameter=name) from error
     sources = dict.fromkeys(MeshSettings.model_fields, "default")
     sources |= dict.fromkeys(file_only, f"file {path}")
@@ -187,6 +191,6 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _refuse_unknown_variables() -> None:
     known = {f"{PREFIX}{key.upper()}" for key in MeshSettings.model_fields} | {CONFIG_FILE_VARIABLE}
-    unknown = sorted(key for key in os.environ if key.startswith(PREFIX) and key not in known)
+    unknown = sorted(key for key in os.environ if key.upper().startswith(PREFIX) and key.upper() not in known)
     if unknown:
         raise ConfigError(f"environment must name known settings, got {unknown[0]}", parameter=unknown[0])
