@@ -33,8 +33,9 @@ setup: $(VENV)/.setup-$(EXTRA)
 demo: $(VENV)/.setup-demo
 	$(BIN)/esper demo
 
+# Two workers on two cores: torch's own threads would only fight over them.
 test: $(VENV)/.setup-dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not chaos and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not chaos and not gpu"
 
 # The services live in services/ and are imported as esper.services: the tools read a tree laid out like the installed package.
 build/tree/esper: FORCE
