@@ -58,3 +58,12 @@ def test_a_missing_tensor_is_corrupt() -> None:
     tree, _ = flatten({"w": torch.ones(1)})
     with pytest.raises(CorruptDataError, match=r"tensor must be present in the data, got 'value\.w'"):
         unflatten(tree, {})
+
+
+def test_paths_that_read_alike_keep_their_own_tensors() -> None:
+    one, two, three, four = (torch.full((1,), float(number)) for number in range(4))
+    value = {"a": {"b": one}, "a.b": two, "n": {1: three, "1": four}}
+    tree, tensors = flatten(value)
+    assert len(tensors) == 4
+    back = unflatten(tree, tensors)
+    assert [float(back["a"]["b"]), float(back["a.b"]), float(back["n"][1]), float(back["n"]["1"])] == [0, 1, 2, 3]

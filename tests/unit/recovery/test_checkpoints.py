@@ -6,14 +6,14 @@ import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
 import pytest
 import torch
 
 from esper.contracts.errors import CorruptDataError, InvalidInputError, NotFoundError, StorageFullError
-from esper.recovery import CheckpointConfig, CheckpointManager, ComponentState, ComponentType
+from esper.recovery import CheckpointConfig, CheckpointManager, ComponentState, ComponentType, checkpoints
 
 
 def components(epoch: int = 3) -> dict[ComponentType, ComponentState]:
@@ -132,6 +132,25 @@ async def test_nothing_to_write_is_refused(manager: CheckpointManager) -> None:
 def test_bad_settings_are_refused(tmp_path: Path, setting: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         CheckpointConfig(directory=tmp_path, **setting)  # type: ignore[arg-type]
+
+
+async def test_a_clock_that_is_set_back_does_not_make_the_newest_the_oldest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = CheckpointManager(CheckpointConfig(directory=tmp_path, keep=2))
+    for epoch in range(3):
+        await manager.create_checkpoint(components(epoch))
+
+    class Earlier(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime(2020, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr(checkpoints, "datetime", Earlier)
+    newest = await manager.create_checkpoint(components(9))
+    assert manager.latest() == newest
+    restored = await manager.restore_checkpoint(newest)
+    assert restored.components[ComponentType.TOLARIA].state_data["epoch"] == 9
 
 
 def _size(path: Path) -> int:
