@@ -73,7 +73,9 @@ class Figure:
     spread: Spread | None = None
     """5 % to 95 % of the single measurements, or the interval that the measure's notes name."""
     certain: Spread | None = None
-    """99 % interval of ``value``; with one, a goal that lies inside is neither met nor missed."""
+    """Interval of ``value``; with one, a goal that lies inside is neither met nor missed."""
+    is_claim: bool = False
+    """Whether the goal is a claim to be shown: one that lies inside the interval is then missed."""
 
     @property
     def holds(self) -> bool | None:
@@ -83,6 +85,8 @@ class Figure:
         if self.certain is None:
             return self.goal.holds_for(self.value)
         answers = {self.goal.holds_for(bound) for bound in self.certain}
+        if self.is_claim:
+            return answers == {True}
         return answers.pop() if len(answers) == 1 else None
 
     def to_plain(self) -> dict[str, Any]:

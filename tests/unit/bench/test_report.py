@@ -32,6 +32,11 @@ def test_a_goal_inside_the_interval_is_undecided() -> None:
     assert figure(goal=at_most(0.8), certain=Spread(0.9, 1.1)).holds is False
 
 
+def test_a_claim_must_hold_over_its_whole_interval() -> None:
+    assert figure(goal=at_least(0.0), certain=Spread(-0.1, 2.1), is_claim=True).holds is False
+    assert figure(goal=at_least(0.0), certain=Spread(0.1, 2.1), is_claim=True).holds is True
+
+
 def test_json_has_exactly_the_agreed_fields(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = Result(name="m", figures=(figure(goal=at_most(2.0), spread=Spread(0.5, 1.5)),), notes=("a note",))
     path = publish(result, json_alone=True, directory=tmp_path)

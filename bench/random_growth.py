@@ -1,0 +1,172 @@
+"""The control of choosing: growth whose life cycle is Esper's own, and whose sites and blueprints are drawn at random.
+
+It stands in the place of a mesh. Kernels come from the same compiler, seeds are learnt, grafted, measured, kept and
+culled by the same orchestrator under the same budget; only who decides differs: a uniform draw from every (layer,
+template) that is legal and affordable, whenever there is room, from the fifth epoch on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+import numpy as np
+
+from esper.blueprints.cost import plan_cost
+from esper.blueprints.plan import plan
+from esper.blueprints.registry import default_registry
+from esper.contracts.blueprint import Blueprint, Site
+from esper.contracts.decision import AdaptationDecision, AdaptationType, CurveState
+from esper.contracts.errors import InvalidBlueprintError
+from esper.contracts.kernel import CompileSpec, KernelReady
+from esper.contracts.lifecycle import SeedLifecycleState
+from esper.contracts.run import BudgetStatus, CacheTierStatus, LayerStatus, RunPhase, SystemStatePacket
+from esper.core.link import Arrival, KernelArrival
+from esper.core.morphable import MorphableModel
+from esper.execution.artifact import artifact_bytes, verify
+from esper.execution.keys import SigningKey
+from esper.services.tamiyo.candidates import allowed_mixing
+from esper.services.tezzeret.worker import TezzeretWorker
+from esper.telemetry.subjects import Kind
+
+FIRST_EPOCH: Final = 5
+"""Epoch from which seeds are tried: about when a plateau can first be seen."""
+MAX_OPEN: Final = 2
+"""Seeds tried at once, as many as Tamiyo allows."""
+
+_UNDER_WAY: Final = (SeedLifecycleState.LOADING, SeedLifecycleState.ACTIVE, SeedLifecycleState.EVALUATING)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draw:
+    """One candidate of a draw."""
+
+    layer: str
+    """Dotted module name."""
+    seed_index: int
+    """Dormant seed of the layer."""
+    site: Site
+    """Kind and dims of the layer."""
+    blueprint: Blueprint
+    """Template."""
+
+
+class RandomMesh:
+    """What a session takes for a mesh; every run's draws depend on the seed alone."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def open_link(self, run_id: str, model: MorphableModel) -> RandomLink:
+        """Give the run's line."""
+        del model
+        return RandomLink(run_id, self._seed)
+
+
+class RandomLink:
+    """A run's line that answers each packet with a random decision and, at once, its kernel."""
+
+    def __init__(self, run_id: str, seed: int) -> None:
+        self._run_id = run_id
+        self._random = np.random.default_rng(seed)
+        self._arrivals: deque[Arrival] = deque()
+        self._key = SigningKey.generate()
+        self._worker = TezzeretWorker(signer=self._key)
+        self._num_decisions = 0
+
+    def send(self, kind: Kind, value: object, *, layer: str | None = None, msg_id: str | None = None) -> None:
+        """Take a message; packets of a run in training are answered."""
+        del kind, layer, msg_id
+        if isinstance(value, SystemStatePacket) and value.phase is RunPhase.TRAINING and value.epoch >= FIRST_EPOCH:
+            candidates = draws(value)
+            if candidates:
+                self._decide(value, candidates[int(self._random.integers(len(candidates)))])
+
+    def arrivals(self) -> Iterator[Arrival]:
+        """Give what has come in."""
+        while self._arrivals:
+            yield self._arrivals.popleft()
+
+    def cache_tiers(self) -> Sequence[CacheTierStatus]:
+        """There is no cache."""
+        return ()
+
+    def close(self, deadline_s: float = 5.0) -> None:
+        """Nothing waits to be sent."""
+        del deadline_s
+
+    def _decide(self, packet: SystemStatePacket, draw: Draw) -> None:
+        self._num_decisions += 1
+        spec = CompileSpec(
+            ir=draw.blueprint.ir, site=draw.site, random_seed=(packet.random_seed + draw.seed_index) % 2**63
+        )
+        data = artifact_bytes(self._worker.compile_spec(spec).artifact)
+        kernel = verify(data, self._key.ring())
+        decision = AdaptationDecision(
+            adaptation_id=f"a{self._num_decisions:032x}",
+            run_id=self._run_id,
+            state_sequence=packet.sequence,
+            epoch=packet.epoch,
+            adaptation_type=AdaptationType.ADD_SEED,
+            layer=draw.layer,
+            seed_index=draw.seed_index,
+            blueprint_id=draw.blueprint.id,
+            confidence=1.0,
+            urgency=1.0,
+            curve_state=CurveState.PLATEAU,
+            actionable=True,
+            explanation="drawn at random",
+            created_at=datetime.now(UTC),
+            blueprint=draw.blueprint,
+            site=draw.site,
+        )
+        ready = KernelReady(
+            adaptation_id=decision.adaptation_id,
+            run_id=self._run_id,
+            job_id=f"j{self._num_decisions:032x}",
+            blueprint_id=draw.blueprint.id,
+            site=draw.site,
+            artifact_id=kernel.artifact_id,
+        )
+        self._arrivals += [decision, KernelArrival(ready=ready, kernel=kernel)]
+
+
+def draws(packet: SystemStatePacket) -> list[Draw]:
+    """Give everything that could be tried on a packet; nothing while as many seeds as allowed are under way."""
+    under_way = sum(seed.state in _UNDER_WAY for layer in packet.layers for seed in layer.seeds)
+    if under_way >= MAX_OPEN:
+        return []
+    registry = default_registry()
+    templates = [registry.create_blueprint(name) for name in registry.names()]
+    found: list[Draw] = []
+    for layer in packet.layers:
+        index = _free_seed(layer)
+        if layer.site is None or index is None:
+            continue
+        fitting = [one for one in templates if _fits(one, layer.site, packet.budget)]
+        found += [Draw(layer=layer.layer, seed_index=index, site=layer.site, blueprint=one) for one in fitting]
+    return found
+
+
+def _free_seed(layer: LayerStatus) -> int | None:
+    """Give the first dormant seed of a layer in which nothing is under way."""
+    if any(seed.state in _UNDER_WAY for seed in layer.seeds):
+        return None
+    dormant = (seed.seed_index for seed in layer.seeds if seed.state is SeedLifecycleState.DORMANT)
+    return next(dormant, None)
+
+
+def _fits(blueprint: Blueprint, site: Site, budget: BudgetStatus) -> bool:
+    kinds = blueprint.metadata.site_kinds
+    if kinds and site.kind not in kinds:
+        return False
+    try:
+        layout = plan(blueprint.ir, site)
+    except InvalidBlueprintError:
+        return False
+    bound = budget.max_added_parameters
+    affordable = bound is None or budget.added_parameters + plan_cost(layout).parameters <= bound
+    return affordable and layout.mixing <= allowed_mixing(site)
