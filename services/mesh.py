@@ -53,6 +53,10 @@ class LoopSource:
         self._source = source
         self._home = home
 
+    def __deepcopy__(self, memo: dict[int, object]) -> LoopSource:
+        """Give itself: copies of a model take their kernels from the same place."""
+        return self
+
     async def fetch(self, artifact_id: str) -> VerifiedKernel:
         """Give a verified kernel from the nearest tier that has it."""
         return await asyncio.wrap_future(self._home.submit(self._source.fetch(artifact_id)))
