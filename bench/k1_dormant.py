@@ -37,7 +37,8 @@ GOAL_OFF: Final = at_most(1.005)
 GOAL_ON: Final = at_most(1.01)
 _SAMPLE_S: Final = 0.0001
 _TURN_S: Final = 0.25
-_MIN_ROUNDS: Final = 3
+_MIN_ROUNDS: Final = 4
+_MIN_CYCLES: Final = 2
 _TELEMETRY: Final[Mapping[State, bool | LayerTelemetry]] = {
     "off": False,
     "on, between samples": True,
@@ -108,7 +109,9 @@ def measure_overhead(host: Host, mode: Pass, state: State, seconds: float, decid
             found[turn].append(_time_turn(copies[turn], copies[1 - turn], batch, mode, state, calls))
         pooled = _pool(found)
         decided = decide is not None and decide.holds_for(pooled.certain.low) == decide.holds_for(pooled.certain.high)
-        if time.perf_counter() > deadline or (decided and len(found[0]) > 1):
+        # Fewer than eight rounds each way say nothing with 99 %; neighbours in time are alike, so ask for more to stop.
+        cycles = len(found[0])
+        if (cycles >= _MIN_CYCLES and time.perf_counter() > deadline) or (decided and cycles > 2 * _MIN_CYCLES):
             return pooled
 
 
