@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import esper
-from bench.flops import ThreadFlops, count_flops
+from esper.blueprints.flops import ThreadFlops, count_flops
 from esper.cli import digits
 from esper.core.report import RunReport
 from esper.core.session import MeshPort

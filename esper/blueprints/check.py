@@ -23,16 +23,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import FlopCounterMode
 
 from esper.blueprints.build import build_plan
 from esper.blueprints.cost import plan_cost
+from esper.blueprints.flops import count_flops
 from esper.blueprints.plan import Plan, plan
 from esper.contracts.blueprint import BlueprintIR, Site
 from esper.contracts.errors import InvalidBlueprintError
@@ -92,20 +92,6 @@ def check_blueprint(
     rows = [probe.identity(), *probe.learning(), probe.batches(), probe.positions(), *probe.cost(), probe.determinism()]
     rows += probe.finite(dtypes)
     return CheckReport(checks=tuple(rows))
-
-
-def measured_flops(run: Callable[[], object]) -> int:
-    """Give the operations of matrix products, convolutions and attention that a call performs."""
-    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter = FlopCounterMode(display=False, custom_mapping={cpu_attention: _attention_flops})
-    with counter:
-        run()
-    return int(counter.get_total_flops())
-
-
-def _attention_flops(query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
-    """Count the two products of a (batch, heads, length, features) attention, which torch leaves out on the CPU."""
-    return 4 * math.prod(query) * key[-2]
 
 
 def _small(layout: Plan) -> Plan:
@@ -191,7 +177,7 @@ class _Probe:
         parameters = sum(parameter.numel() for parameter in self.born.parameters())
         x, h = self.inputs(1, torch.float32)
         with torch.no_grad():
-            flops = measured_flops(lambda: self.born(x, h))
+            flops = count_flops(lambda: self.born(x, h))
         return [
             _row("parameters", parameters, declared.parameters, parameters == declared.parameters, "counted", "1"),
             _row("flops", flops, run_cost.flops, flops == run_cost.flops, "counted for one example", "1"),

@@ -6,11 +6,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import esper
-from bench.flops import count_flops
 from bench.growth import CONTROLS, SeedRun, figures_of, loss_margin, margin, run_seed
 from bench.growth_arms import Outcome, epoch_flops, epochs_for, grow, train_fixed
 from bench.random_growth import RandomMesh, draws
@@ -69,17 +66,6 @@ def test_every_control_has_margins_and_an_accuracy() -> None:
     for control in CONTROLS:
         assert f"grown minus {control}, sealed accuracy" in names
         assert f"{control}, sealed accuracy" in names
-
-
-def test_flops_are_what_torch_counts() -> None:
-    host, (inputs, targets) = digits.make_host(0), SPLITS.control.tensors
-
-    def learn() -> None:
-        nn.functional.cross_entropy(host(inputs), targets).backward()
-
-    with FlopCounterMode(display=False) as theirs:
-        learn()
-    assert count_flops(learn) == theirs.get_total_flops() > 0
 
 
 def test_same_compute_is_rounded_up() -> None:

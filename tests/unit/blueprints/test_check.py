@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from esper.blueprints import BlueprintRegistry, check_blueprint, parse_text
-from esper.blueprints.check import measured_flops
+from esper.blueprints.flops import count_flops
 from esper.contracts.blueprint import BlueprintIR, Site, SiteKind
 from esper.contracts.errors import InvalidBlueprintError
 
@@ -100,9 +100,9 @@ def test_illegal_site_is_refused_before_anything_runs(linear: Site) -> None:
         check_blueprint(graph("c = conv(x, init=zero)", "return c"), linear)
 
 
-def test_measured_flops_counts_a_known_product() -> None:
+def test_count_flops_counts_a_known_product() -> None:
     a, b = torch.ones(3, 5), torch.ones(5, 7)
-    assert measured_flops(lambda: a @ b) == 2 * 3 * 5 * 7
+    assert count_flops(lambda: a @ b) == 2 * 3 * 5 * 7
 
 
 def test_one_feature_site_is_checked_too(registry: BlueprintRegistry) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from esper.blueprints import BlueprintRegistry, cost, parse_text, plan, to_module
-from esper.blueprints.check import measured_flops
+from esper.blueprints.flops import count_flops
 from esper.blueprints.operators import OPERATORS, Emitter
 from esper.contracts.blueprint import BlueprintIR, Site, SiteKind
 
@@ -122,7 +122,7 @@ def test_cost_is_what_torch_counts(case: tuple[BlueprintIR, Site]) -> None:
     module, declared = to_module(ir, site, seed=0), cost(ir, site)
     x, h = inputs(site, 1)
     assert sum(parameter.numel() for parameter in module.parameters()) == declared.parameters
-    assert measured_flops(lambda: module(x, h)) == declared.flops
+    assert count_flops(lambda: module(x, h)) == declared.flops
     assert kept_bytes(module, x, h) == declared.activation_bytes
 
 
@@ -130,7 +130,7 @@ def test_work_grows_with_the_batch(case: tuple[BlueprintIR, Site]) -> None:
     ir, site = case
     module, declared = to_module(ir, site, seed=0), cost(ir, site)
     x, h = inputs(site, 3)
-    assert measured_flops(lambda: module(x, h)) == 3 * declared.flops
+    assert count_flops(lambda: module(x, h)) == 3 * declared.flops
     assert kept_bytes(module, x, h) == 3 * declared.activation_bytes
 
 
