@@ -5,24 +5,19 @@ Payloads are wire bytes with a CRC-32 beside them. A row that no longer reads is
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Final, TypeVar
+from typing import Final
 
 from sqlalchemy import BigInteger, Index, LargeBinary, MetaData, String, func, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from esper.contracts import wire
 from esper.contracts.blueprint import Blueprint
-from esper.contracts.errors import CorruptDataError, InvalidInputError, InvalidStateError
 from esper.contracts.run import FieldReport
 from esper.mesh.database import Database
-
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
+from esper.mesh.wire_store import WireStore
 
 SCHEMA_VERSION: Final = 1
 """Version of the tables."""
@@ -67,41 +62,13 @@ class ReportRow(Base):
     crc32: Mapped[int] = mapped_column(BigInteger)
 
 
-class KarnStore:
+class KarnStore(WireStore):
     """Karn's tables. Safe for many tasks of one event loop."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self.num_unreadable = 0
-
-    @property
-    def database(self) -> Database:
-        """The database underneath."""
-        return self._database
-
-    async def prepare(self) -> None:
-        """Create the tables that are not there.
-
-        Raises:
-            InvalidStateError: The tables are those of another version.
-            CorruptDataError: The store is damaged.
-            UnavailableError: The store cannot be reached.
-        """
-        await self._database.create_all(Base.metadata)
-        async with self._database.session() as session:
-            version = await session.scalar(select(SchemaRow.version).where(SchemaRow.id == 1))
-            if version is None:
-                session.add(SchemaRow(id=1, version=SCHEMA_VERSION))
-            elif version != SCHEMA_VERSION:
-                raise InvalidStateError(f"Karn's tables must have version {SCHEMA_VERSION}, got {version}")
-
-    async def ping(self) -> None:
-        """Return when the store answers.
-
-        Raises:
-            UnavailableError: It does not.
-        """
-        await self._database.ping()
+    owner = "Karn"
+    metadata = Base.metadata
+    schema_row = SchemaRow
+    schema_version = SCHEMA_VERSION
 
     async def add_designs(self, designs: Sequence[Blueprint]) -> None:
         """Keep designs; those that are there stay as they are."""
@@ -117,13 +84,13 @@ class KarnStore:
         """Give one design; ``None`` when it is not kept."""
         async with self._database.reading() as session:
             row = await session.get(DesignRow, blueprint_id)
-        return None if row is None else self._read(row.payload, row.crc32, Blueprint, blueprint_id)
+        return None if row is None else self.read(row.payload, row.crc32, Blueprint, blueprint_id)
 
     async def designs(self) -> dict[str, Blueprint]:
         """Give every design that reads, by content id."""
         async with self._database.reading() as session:
             rows = (await session.scalars(select(DesignRow))).all()
-        found = {row.blueprint_id: self._read(row.payload, row.crc32, Blueprint, row.blueprint_id) for row in rows}
+        found = {row.blueprint_id: self.read(row.payload, row.crc32, Blueprint, row.blueprint_id) for row in rows}
         return {name: design for name, design in found.items() if design is not None}
 
     async def add_report(self, report: FieldReport) -> bool:
@@ -148,24 +115,13 @@ class KarnStore:
         """Give every report that reads, in the order in which they came."""
         async with self._database.reading() as session:
             rows = (await session.scalars(select(ReportRow).order_by(ReportRow.received_us, ReportRow.report_id))).all()
-        read = [self._read(row.payload, row.crc32, FieldReport, row.report_id) for row in rows]
+        read = [self.read(row.payload, row.crc32, FieldReport, row.report_id) for row in rows]
         return [report for report in read if report is not None]
 
     async def num_reports(self) -> int:
         """Give how many reports are kept."""
         async with self._database.reading() as session:
             return int(await session.scalar(select(func.count()).select_from(ReportRow)) or 0)
-
-    def _read(self, payload: bytes, crc32: int, cls: type[T], name: str) -> T | None:
-        """Give the value of a row, or ``None``, said aloud, when it no longer reads."""
-        try:
-            if zlib.crc32(payload) != crc32:
-                raise CorruptDataError(f"{cls.__name__} {name} must have CRC-32 {crc32}, got {zlib.crc32(payload)}")
-            return wire.parse(payload, cls)
-        except (CorruptDataError, InvalidInputError) as error:
-            self.num_unreadable += 1
-            log.error("stored_row_unreadable", extra={"row": name, "kind": cls.__name__, "error": str(error)})
-            return None
 
 
 async def open_store(url: str) -> KarnStore:

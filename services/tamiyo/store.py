@@ -13,20 +13,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 from sqlalchemy import BigInteger, Index, LargeBinary, MetaData, String, delete, func, select, tuple_
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from esper.contracts import wire
 from esper.contracts.decision import AdaptationDecision
-from esper.contracts.errors import CorruptDataError, EsperError, InvalidInputError, InvalidStateError
+from esper.contracts.errors import CorruptDataError, EsperError
 from esper.contracts.run import FieldReport, SystemStatePacket
 from esper.mesh.database import Database
+from esper.mesh.wire_store import WireStore
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 SCHEMA_VERSION: Final = 1
 """Version of the tables."""
@@ -112,41 +111,13 @@ class StoredRun:
     """Decisions by the sequence of their packet."""
 
 
-class TamiyoStore:
+class TamiyoStore(WireStore):
     """Tamiyo's tables. Safe for many tasks of one event loop."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self.num_unreadable = 0
-
-    @property
-    def database(self) -> Database:
-        """The database underneath."""
-        return self._database
-
-    async def prepare(self) -> None:
-        """Create the tables that are not there.
-
-        Raises:
-            InvalidStateError: The tables are those of another version.
-            CorruptDataError: The store is damaged.
-            UnavailableError: The store cannot be reached.
-        """
-        await self._database.create_all(Base.metadata)
-        async with self._database.session() as session:
-            version = await session.scalar(select(SchemaRow.version).where(SchemaRow.id == 1))
-            if version is None:
-                session.add(SchemaRow(id=1, version=SCHEMA_VERSION))
-            elif version != SCHEMA_VERSION:
-                raise InvalidStateError(f"Tamiyo's tables must have version {SCHEMA_VERSION}, got {version}")
-
-    async def ping(self) -> None:
-        """Return when the store answers.
-
-        Raises:
-            UnavailableError: It does not.
-        """
-        await self._database.ping()
+    owner = "Tamiyo"
+    metadata = Base.metadata
+    schema_row = SchemaRow
+    schema_version = SCHEMA_VERSION
 
     async def keep(self, packet: SystemStatePacket, decision: AdaptationDecision) -> None:
         """Keep a packet with the decision on it; the first of equal ones stands."""
@@ -172,13 +143,13 @@ class TamiyoStore:
         """Give the decision taken on one packet; ``None`` when there is none."""
         async with self._database.reading() as session:
             row = await session.get(DecisionRow, (run_id, sequence))
-        return None if row is None else self._read(row.payload, row.crc32, AdaptationDecision, row.adaptation_id)
+        return None if row is None else self.read(row.payload, row.crc32, AdaptationDecision, row.adaptation_id)
 
     async def decision_of(self, adaptation_id: str) -> AdaptationDecision | None:
         """Give the decision that began an adaptation; ``None`` when it was not ours."""
         async with self._database.reading() as session:
             row = await session.scalar(select(DecisionRow).where(DecisionRow.adaptation_id == adaptation_id))
-        return None if row is None else self._read(row.payload, row.crc32, AdaptationDecision, row.adaptation_id)
+        return None if row is None else self.read(row.payload, row.crc32, AdaptationDecision, row.adaptation_id)
 
     async def run(self, run_id: str) -> StoredRun:
         """Give a run's packets and decisions; empty when nothing is known of it."""
@@ -187,11 +158,11 @@ class TamiyoStore:
                 await session.scalars(select(PacketRow).where(PacketRow.run_id == run_id).order_by(PacketRow.sequence))
             ).all()
             decisions = (await session.scalars(select(DecisionRow).where(DecisionRow.run_id == run_id))).all()
-        read = [self._read(row.payload, row.crc32, SystemStatePacket, f"{run_id}/{row.sequence}") for row in packets]
+        read = [self.read(row.payload, row.crc32, SystemStatePacket, f"{run_id}/{row.sequence}") for row in packets]
         decided = {
             row.sequence: decision
             for row in decisions
-            if (decision := self._read(row.payload, row.crc32, AdaptationDecision, row.adaptation_id)) is not None
+            if (decision := self.read(row.payload, row.crc32, AdaptationDecision, row.adaptation_id)) is not None
         }
         return StoredRun(packets=tuple(packet for packet in read if packet is not None), decisions=decided)
 
@@ -211,7 +182,7 @@ class TamiyoStore:
             rows = (await session.scalars(query)).all()
         found: list[StoredReport] = []
         for row in rows:
-            report = self._read(row.payload, row.crc32, FieldReport, row.report_id)
+            report = self.read(row.payload, row.crc32, FieldReport, row.report_id)
             if report is not None:
                 found.append(StoredReport(report, row.family))
         return found
@@ -250,21 +221,10 @@ class TamiyoStore:
             rows = (await session.scalars(query.limit(limit))).all()
         found: list[tuple[tuple[int, str], AdaptationDecision]] = []
         for row in rows:
-            decision = self._read(row.payload, row.crc32, AdaptationDecision, row.adaptation_id)
+            decision = self.read(row.payload, row.crc32, AdaptationDecision, row.adaptation_id)
             if decision is not None:
                 found.append(((row.created_us, row.adaptation_id), decision))
         return found
-
-    def _read(self, payload: bytes, crc32: int, cls: type[T], name: str) -> T | None:
-        """Give the value of a row, or ``None``, said aloud, when it no longer reads."""
-        try:
-            if zlib.crc32(payload) != crc32:
-                raise CorruptDataError(f"{cls.__name__} {name} must have CRC-32 {crc32}, got {zlib.crc32(payload)}")
-            return wire.parse(payload, cls)
-        except (CorruptDataError, InvalidInputError) as error:
-            self.num_unreadable += 1
-            log.error("stored_row_unreadable", extra={"row": name, "kind": cls.__name__, "error": str(error)})
-            return None
 
 
 async def open_store(url: str) -> TamiyoStore:

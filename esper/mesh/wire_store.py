@@ -1,0 +1,78 @@
+"""What stores of wire messages share: payloads rest as wire bytes with a CRC-32 beside them, in versioned tables.
+
+A row that no longer reads is left where it is, counted and reported; what it held is missing, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from typing import Any, ClassVar, TypeVar
+
+from sqlalchemy import MetaData, select
+
+from esper.contracts import wire
+from esper.contracts.errors import CorruptDataError, InvalidInputError, InvalidStateError
+from esper.mesh.database import Database
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class WireStore:
+    """Base of a store; subclasses name their tables. Safe for many tasks of one event loop."""
+
+    owner: ClassVar[str]
+    """Whose tables they are, for messages."""
+    metadata: ClassVar[MetaData]
+    """The tables."""
+    schema_row: ClassVar[Any]
+    """Mapped class of the one row (id 1) that holds the tables' version."""
+    schema_version: ClassVar[int]
+    """Version of the tables."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.num_unreadable = 0
+
+    @property
+    def database(self) -> Database:
+        """The database underneath."""
+        return self._database
+
+    async def prepare(self) -> None:
+        """Create the tables that are not there.
+
+        Raises:
+            InvalidStateError: The tables are those of another version.
+            CorruptDataError: The store is damaged.
+            UnavailableError: The store cannot be reached.
+        """
+        await self._database.create_all(self.metadata)
+        row = self.schema_row
+        async with self._database.session() as session:
+            version = await session.scalar(select(row.version).where(row.id == 1))
+            if version is None:
+                session.add(row(id=1, version=self.schema_version))
+            elif version != self.schema_version:
+                raise InvalidStateError(f"{self.owner}'s tables must have version {self.schema_version}, got {version}")
+
+    async def ping(self) -> None:
+        """Return when the store answers.
+
+        Raises:
+            UnavailableError: It does not.
+        """
+        await self._database.ping()
+
+    def read(self, payload: bytes, crc32: int, cls: type[T], name: str) -> T | None:
+        """Give the value of a row, or ``None``, said aloud, when it no longer reads."""
+        try:
+            if zlib.crc32(payload) != crc32:
+                raise CorruptDataError(f"{cls.__name__} {name} must have CRC-32 {crc32}, got {zlib.crc32(payload)}")
+            return wire.parse(payload, cls)
+        except (CorruptDataError, InvalidInputError) as error:
+            self.num_unreadable += 1
+            log.error("stored_row_unreadable", extra={"row": name, "kind": cls.__name__, "error": str(error)})
+            return None
