@@ -5,6 +5,11 @@ from __future__ import annotations
 import gc
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A loaded machine is no defect: neither a slow example nor a slow draw fails a test.
+settings.register_profile("esper", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("esper")
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ def best_by_trying(trace: list[str], capacity: int) -> int:
     return max(reached.values())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(trace=traces, capacity=st.integers(1, 3))
 def test_the_optimum_is_the_best_of_all_ways(trace: list[str], capacity: int) -> None:
     assert optimal_hits(trace, capacity) == best_by_trying(trace, capacity)

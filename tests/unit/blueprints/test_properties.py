@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper.blueprints import (
@@ -89,7 +89,7 @@ def is_small(ir: BlueprintIR, site: Site) -> bool:
     return price.parameters < 200_000 and price.flops < 20_000_000
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80)
 @given(seed=st.integers(0, 2**32), site=st.sampled_from(SITES), changes=st.integers(1, 6))
 def test_changed_graphs_are_refused_or_run_as_they_are_described(seed: int, site: Site, changes: int) -> None:
     ir = grow(seed, site, changes)
@@ -113,7 +113,7 @@ def test_changed_graphs_are_refused_or_run_as_they_are_described(seed: int, site
         assert module(*there).shape == there[1].shape
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), site=st.sampled_from(SITES), changes=st.integers(1, 3))
 def test_contract_test_of_changed_graphs_never_finds_esper_itself_wrong(seed: int, site: Site, changes: int) -> None:
     ir = grow(seed, site, changes)
@@ -126,7 +126,7 @@ def test_contract_test_of_changed_graphs_never_finds_esper_itself_wrong(seed: in
         assert {check.name for check in report.checks if not check.passed} <= ROWS
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), changes=st.integers(1, 4))
 def test_no_information_flows_further_than_a_graph_says(seed: int, changes: int) -> None:
     site = SITES[1]

@@ -67,7 +67,7 @@ def layer(num_streams: int, num_seeds: int, *, records: bool = True, dropped: in
     return machine
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 5), st.integers(1, 7))
 def test_nothing_is_left_unordered(num_streams: int, num_seeds: int) -> None:
     assert layer(num_streams, num_seeds).violations() == []

@@ -271,7 +271,7 @@ OPERATIONS = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(OPERATIONS, max_size=80), st.sampled_from([1, 2]))
 def test_random_use_keeps_the_bounds_and_the_books(operations: list[tuple[str, str, int]], num_shards: int) -> None:
     cache = KernelCache(120, max_entries=6, num_shards=num_shards)

@@ -80,7 +80,7 @@ def test_an_empty_tensor_has_no_figures() -> None:
     assert all(math.isnan(figure) for figure in figures)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1, max_size=300),
     st.integers(min_value=1, max_value=400),

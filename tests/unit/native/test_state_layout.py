@@ -177,7 +177,7 @@ def test_a_snapshot_of_another_size_is_refused() -> None:
         StateLayout(1, 4).restore(_filled(5).snapshot())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 8)), max_size=60))
 def test_random_walks_follow_the_table(walk: list[tuple[int, int]]) -> None:
     layout, table = StateLayout(4), set(transition_table())

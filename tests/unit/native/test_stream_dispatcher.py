@@ -100,7 +100,7 @@ def _layer(dispatcher: StreamDispatcher, num_seeds: int, *, records: bool = True
     machine.free(x)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 5), st.lists(st.integers(1, 9), min_size=1, max_size=8))
 def test_any_sequence_of_layers_is_clean(num_streams: int, layers: list[int]) -> None:
     dispatcher = StreamDispatcher("simulated", num_streams)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from esper.contracts.errors import CorruptDataError, InvalidInputError
 from esper.telemetry.health_wire import (
@@ -23,9 +22,19 @@ DTYPES = {"layer_id": np.uint32, "seed": np.int32, "step": np.uint64, "time_ns":
 @st.composite
 def batches(draw: st.DrawFn) -> Columns:
     count = draw(st.integers(0, 20))
-    columns = {name: draw(hnp.arrays(dtype, count)) for name, dtype in DTYPES.items()}
-    columns |= {name: draw(hnp.arrays(np.float32, count)) for name in FLOAT_COLUMNS}
-    return columns
+    dtypes = DTYPES | dict.fromkeys(FLOAT_COLUMNS, np.float32)
+    return {name: draw(any_bits(dtype, count)) for name, dtype in dtypes.items()}
+
+
+def any_bits(dtype: type[np.generic], count: int) -> st.SearchStrategy[np.ndarray]:
+    """Give columns from raw bytes; every NaN is the quiet one, for a Python float keeps no other."""
+    size = np.dtype(dtype).itemsize * count
+    columns = st.binary(min_size=size, max_size=size).map(lambda data: np.frombuffer(data, dtype))
+    return (
+        columns.map(lambda column: np.where(np.isnan(column), dtype(np.nan), column))
+        if dtype is np.float32
+        else columns
+    )
 
 
 def envelope() -> HealthBatch:
