@@ -63,6 +63,7 @@ def _make_plain(layer: KasminaLayer) -> None:
     fossils = {str(seed.index): seed.kernel for seed in layer.live_seeds()}
     batch_axis = 1 if isinstance(layer, KasminaMultiheadAttention) and not layer.batch_first else 0
     layer.set_terms(())
+    layer.remove_forward()
     layer._modules.pop("seeds", None)
     del layer.__dict__["_kasmina"]
     kind = type(layer)

@@ -10,15 +10,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
+import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from esper.contracts.errors import InvalidStateError, NotFoundError
 from esper.execution.grown import GrownSeed
 from esper.execution.layers import KasminaLayer
+from esper.execution.layers.pulse import Pulse, arm
 from esper.execution.seed import extra_states
 from esper.execution.state import SeedStates
 from esper.telemetry.client import OonaClient
 
+_tracing_state: Final = torch._C._get_tracing_state
 _SHARED: Final = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _OWN: Final = frozenset({"training", "_host", "_kasmina_layers", "_seed_states", "_oona_client"})
 
@@ -28,14 +32,19 @@ class MorphableModel(nn.Module):
 
     Attributes that are not the wrapper's own are the host's, for reading and for writing. The wrapper's own public
     names are chosen so that few hosts have them: ``kasmina_layers``, ``seed_states``, ``oona_client``,
-    ``host_module``, ``grown_structure``, ``rebuild``.
+    ``host_module``, ``grown_structure``, ``rebuild``, ``tick_step``.
 
     A copy has its own layout and no bus client. ``state_dict`` has exactly the host's keys while every seed is dormant;
     a live seed adds keys below ``<layer>.seeds.<i>``, one of which says what stands there.
     """
 
     def __init__(
-        self, host: nn.Module, layers: Mapping[str, KasminaLayer], states: SeedStates, client: OonaClient | None
+        self,
+        host: nn.Module,
+        layers: Mapping[str, KasminaLayer],
+        states: SeedStates,
+        client: OonaClient | None,
+        pulse: Pulse,
     ) -> None:
         super().__init__()
         for name in _SHARED:
@@ -44,6 +53,7 @@ class MorphableModel(nn.Module):
         self._kasmina_layers = dict(layers)
         self._seed_states = states
         self._oona_client = client
+        object.__setattr__(self, "_pulse", pulse)
         self.training = host.training
 
     @property
@@ -80,6 +90,27 @@ class MorphableModel(nn.Module):
             names = ", ".join(self.kasmina_layers)
             raise NotFoundError(f"layer must be one of {names}, got {name!r}", parameter="layer")
         return found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Give the host's output. Without hooks on the wrapper its own module call is left out: a frame, no more."""
+        own = self.__dict__  # reading attributes would go through __getattr__, which costs more
+        pulse = own["_pulse"]
+        if pulse.is_on and not is_compiling() and pulse.tick():
+            arm(own["_host"], own["_kasmina_layers"].values())
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or _tracing_state() is not None
+        ):
+            return super().__call__(*args, **kwargs)
+        return own["_host"](*args, **kwargs)
+
+    def tick_step(self) -> None:
+        """Count a training step for telemetry, where the loop went around this model's own call."""
+        if self._pulse.tick_step():
+            arm(self._host, self._kasmina_layers.values())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Give the host's output."""

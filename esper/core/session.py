@@ -286,6 +286,7 @@ class Session:
             context.optimizer.zero_grad()
         context.clock.step += 1
         context.model.seed_states.step = context.clock.step
+        context.model.tick_step()
         self._orchestrator.tick(batch)
 
     def _sample_gradient_norm(self) -> None:

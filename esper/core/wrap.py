@@ -24,6 +24,7 @@ from esper.execution.layers import (
     supported_classes,
     supported_names,
 )
+from esper.execution.layers.pulse import Pulse
 from esper.execution.layers.record import NestedPathGuard
 from esper.execution.state import LayerStateLayout, SeedStates
 from esper.telemetry.client import OonaClient
@@ -48,7 +49,7 @@ class LayerTelemetry:
     """How layers measure themselves."""
 
     interval_steps: int = DEFAULT_TELEMETRY_INTERVAL_STEPS
-    """A layer measures its first forward pass and then every so many-th."""
+    """A layer measures its first forward pass and then one in every so many-th pass of the model."""
     ring_capacity: int = 1 << 16
     """Signals that wait for the publisher before further ones are dropped and counted; 56 bytes each."""
 
@@ -128,17 +129,18 @@ def _build(
     ring = SignalRing(telemetry.ring_capacity) if telemetry else None
     client = OonaClient(run_id, ring) if ring is not None else None
     interval_steps = telemetry.interval_steps if telemetry else DEFAULT_TELEMETRY_INTERVAL_STEPS
-    states = SeedStates(len(eligible) * seeds_per_layer)
+    states, pulse = SeedStates(len(eligible) * seeds_per_layer), Pulse(interval_steps)
     layers: dict[str, KasminaLayer] = {}
     for number, (name, module) in enumerate(eligible.items()):
         layout = LayerStateLayout(states, name, number * seeds_per_layer, seeds_per_layer)
-        record = LayerRecord(layout, layer_id=number, interval_steps=interval_steps)
+        record = LayerRecord(layout, layer_id=number, pulse=pulse)
         if client is not None:
-            record.client, record.ring, record.telemetry_enabled = client, ring, True
+            record.client, record.ring = client, ring
+            record.switch_telemetry(True)
             record.layer_id = client.register_layer(name)
         layers[name] = _swap(module, record)
     _guard_encoders(model)
-    return MorphableModel(model, layers, states, client)
+    return MorphableModel(model, layers, states, client, pulse)
 
 
 def _guard_encoders(model: nn.Module) -> None:
@@ -166,6 +168,7 @@ def unwrap(model: MorphableModel) -> nn.Module:
     model.require_dormant()
     for layer in model.kasmina_layers.values():
         layer.set_terms(())
+        layer.remove_forward()
         host_class = type(layer).host_class
         del layer.__dict__["_kasmina"]
         layer.__class__ = host_class  # type: ignore[assignment]
@@ -178,7 +181,7 @@ def _swap(module: nn.Module, record: LayerRecord) -> KasminaLayer:
     module.__class__ = kasmina_class
     assert isinstance(module, KasminaLayer)
     record.state_layout.attach_owner(module)
-    record.refresh()
+    module.refresh_forward()
     return module
 
 

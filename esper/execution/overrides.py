@@ -96,16 +96,15 @@ def seeds_at(model: GrowingModel, alphas: Mapping[SeedRef, float]) -> Iterator[N
 @contextmanager
 def unmeasured(model: GrowingModel) -> Iterator[None]:
     """Count and measure no forward pass meanwhile."""
-    records = [layer._kasmina for layer in model.kasmina_layers.values() if not layer._kasmina.is_paused]
-    for record in records:
-        record.is_paused = True
-        record.refresh()
+    records = [layer._kasmina for layer in model.kasmina_layers.values()]
+    paused = [holder for record in records for holder in (record, record.pulse) if not holder.is_paused]
+    for holder in paused:
+        holder.is_paused = True
     try:
         yield
     finally:
-        for record in records:
-            record.is_paused = False
-            record.refresh()
+        for holder in paused:
+            holder.is_paused = False
 
 
 @contextmanager

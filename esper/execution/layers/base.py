@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import Contribution, HealthSummary, LayerStatus, SeedStatus
@@ -22,12 +21,42 @@ class KasminaLayer(Germination):
     Everything but reading state is for the training thread.
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Give the parent's output, plus what the live seeds add."""
-        record = self._kasmina
-        if record.is_plain or (not record.terms and (is_compiling() or not record.is_due())):
-            return self.host_class.forward(self, *args, **kwargs)
+    def busy_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Give the parent's output, plus what the live seeds add; measure the pass where it is due.
+
+        Stands in the instance as ``forward`` while seeds take part or a pass is to be measured, and only then.
+        """
         return kasmina_forward(self, args, kwargs)
+
+    def refresh_forward(self) -> None:
+        """Put ``busy_forward`` in the way or take it away, by whether there is anything to do.
+
+        A ``forward`` that the user has put into the instance stays in force: below ours where it was there first, and
+        around ours where it came later.
+        """
+        record, own = self._kasmina, self.__dict__
+        if not record.is_plain:
+            if not record.is_installed or "forward" not in own:
+                record.displaced, record.is_installed = own.get("forward"), True
+                own["forward"] = self.busy_forward
+        elif record.is_installed:
+            self.remove_forward()
+
+    def remove_forward(self) -> None:
+        """Take ``busy_forward`` away, unless something else stands around it by now."""
+        record, own = self._kasmina, self.__dict__
+        if getattr(own.get("forward"), "__func__", None) is not KasminaLayer.busy_forward:
+            return
+        del own["forward"]
+        if record.displaced is not None:
+            own["forward"] = record.displaced
+        record.displaced, record.is_installed = None, False
+
+    def arm(self) -> None:
+        """Measure the next forward pass."""
+        if not self._kasmina.is_armed:
+            self._kasmina.is_armed = True
+            self.refresh_forward()
 
     # --- what a kind of layer may say otherwise ---
 
@@ -72,9 +101,8 @@ class KasminaLayer(Germination):
 
     def set_telemetry(self, enabled: bool) -> None:
         """Switch measuring on or off; off, a dormant layer runs its parent's forward and nothing else."""
-        record = self._kasmina
-        record.telemetry_enabled, record.countdown, record.pending = enabled, 1, None
-        record.refresh()
+        self._kasmina.switch_telemetry(enabled)
+        self.refresh_forward()
 
     def get_health_signal(self) -> HealthSummary:
         """Give rolling statistics over the sampled passes; a figure nobody measured is ``None``.
@@ -90,8 +118,8 @@ class KasminaLayer(Germination):
         """Give counts and figures by name; a figure nobody measured is ``None``.
 
         ``kernel_execution_latency_ms`` is the mean over live seeds, one forward each; ``performance_improvement`` the
-        sum of the measured contributions of the seeds that stand, in units of loss; ``total_forwards`` counts eager
-        passes while telemetry is on.
+        sum of the measured contributions of the seeds that stand, in units of loss; ``total_forwards`` counts the eager
+        passes of the model while telemetry is on.
         """
         record, layout = self._kasmina, self.state_layout
         latencies = [ms for ms in (layout.read(seed.index).latency_ms for seed in self.live_seeds()) if ms is not None]

@@ -25,19 +25,21 @@ if TYPE_CHECKING:
 
 
 def kasmina_forward(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Give the layer's output: its parent's, plus what its live seeds add; measure the pass where it is due.
-
-    REQUIRES: the layer has live seeds, or ``is_due`` has just said yes.
-    """
-    record, host = layer._kasmina, type(layer).host_class.forward
+    """Give the layer's output: its parent's, plus what its live seeds add; measure the pass where it is due."""
+    record = layer._kasmina
+    host = record.displaced or partial(type(layer).host_class.forward, layer)
     if is_compiling():
-        return _blend(layer, args, kwargs, host(layer, *args, **kwargs), sampled=False)
-    due = not record.terms or record.is_due()
+        out = host(*args, **kwargs)
+        return _blend(layer, args, kwargs, out, sampled=False) if record.terms else out
+    due = record.is_armed and not record.is_paused
+    if not due:
+        out = host(*args, **kwargs)
+        return _blend(layer, args, kwargs, out, sampled=False) if record.terms else out
     x = layer.seed_input(args, kwargs)
-    watch = Stopwatch(x.device) if due and is_real_tensor(x) else None
-    out = host(layer, *args, **kwargs)
+    watch = Stopwatch(x.device) if is_real_tensor(x) else None
+    out = host(*args, **kwargs)
     if record.terms:
-        out = _blend(layer, args, kwargs, out, sampled=due)
+        out = _blend(layer, args, kwargs, out, sampled=True)
     if watch is not None:
         watch.stop()
         result = layer.seed_output(out)
@@ -106,10 +108,11 @@ def _observe(layer: KasminaLayer, x: Tensor, out: Tensor, watch: Stopwatch) -> N
     record = layer._kasmina
     if not record.is_site_settled:
         _learn_site(layer, x, out)
+    record.end_sample()
+    layer.refresh_forward()
     if not record.telemetry_enabled:
         return
     record.settle()
-    record.begin_sample()
     pending = record.pending = PendingSignal(record.state_layout.states.step, watch)
     if can_probe(out):
         record.note_figures(pending, probe_tensor(out.detach()))
@@ -138,7 +141,6 @@ def _learn_site(layer: KasminaLayer, x: Tensor, out: Tensor) -> None:
             kind=type(layer).site_kind, input_shape=tuple(x.shape[1:]), output_shape=tuple(out.shape[1:])
         )
         record.batch_size = x.shape[0]
-    record.refresh()
 
 
 class _GradientHook:

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from esper.contracts.blueprint import SiteKind
 from esper.execution.layers.base import KasminaLayer
-from esper.execution.layers.forward import kasmina_forward
 from esper.execution.layers.registry import add_class
-
-# The forward of each one-tensor layer is written out, though it does what the mixin's does: a fixed signature without
-# packing and looking up keeps the dormant path at about 0.2 microseconds, 0.5 where passes are counted.
-_LINEAR_FORWARD: Final = nn.Linear.forward
-_CONV1D_FORWARD: Final = nn.Conv1d.forward
-_CONV2D_FORWARD: Final = nn.Conv2d.forward
-_LAYER_NORM_FORWARD: Final = nn.LayerNorm.forward
-_BATCH_NORM1D_FORWARD: Final = nn.BatchNorm1d.forward
-_BATCH_NORM2D_FORWARD: Final = nn.BatchNorm2d.forward
 
 
 @add_class
@@ -29,14 +18,6 @@ class KasminaLinear(KasminaLayer, nn.Linear):
 
     host_class = nn.Linear
     site_kind = SiteKind.LINEAR
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the parent's name
-        """Give the parent's output, plus what the live seeds add."""
-        record = self._kasmina
-        if record.is_plain or (not record.terms and (is_compiling() or not record.is_due())):
-            return _LINEAR_FORWARD(self, input)
-        out: Tensor = kasmina_forward(self, (input,), {})
-        return out
 
     def unbatched_dims(self) -> int | None:
         """Give 1: a bare vector of features."""
@@ -50,14 +31,6 @@ class KasminaConv1d(KasminaLayer, nn.Conv1d):
     host_class = nn.Conv1d
     site_kind = SiteKind.CONV1D
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the parent's name
-        """Give the parent's output, plus what the live seeds add."""
-        record = self._kasmina
-        if record.is_plain or (not record.terms and (is_compiling() or not record.is_due())):
-            return _CONV1D_FORWARD(self, input)
-        out: Tensor = kasmina_forward(self, (input,), {})
-        return out
-
     def unbatched_dims(self) -> int | None:
         """Give 2: (channels, length)."""
         return 2
@@ -69,14 +42,6 @@ class KasminaConv2d(KasminaLayer, nn.Conv2d):
 
     host_class = nn.Conv2d
     site_kind = SiteKind.CONV2D
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the parent's name
-        """Give the parent's output, plus what the live seeds add."""
-        record = self._kasmina
-        if record.is_plain or (not record.terms and (is_compiling() or not record.is_due())):
-            return _CONV2D_FORWARD(self, input)
-        out: Tensor = kasmina_forward(self, (input,), {})
-        return out
 
     def unbatched_dims(self) -> int | None:
         """Give 3: (channels, height, width)."""
@@ -90,14 +55,6 @@ class KasminaLayerNorm(KasminaLayer, nn.LayerNorm):
     host_class = nn.LayerNorm
     site_kind = SiteKind.LAYER_NORM
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the parent's name
-        """Give the parent's output, plus what the live seeds add."""
-        record = self._kasmina
-        if record.is_plain or (not record.terms and (is_compiling() or not record.is_due())):
-            return _LAYER_NORM_FORWARD(self, input)
-        out: Tensor = kasmina_forward(self, (input,), {})
-        return out
-
     def unbatched_dims(self) -> int | None:
         """Give the number of normalised dimensions."""
         return len(self.normalized_shape)
@@ -110,14 +67,6 @@ class KasminaBatchNorm1d(KasminaLayer, nn.BatchNorm1d):
     host_class = nn.BatchNorm1d
     site_kind = SiteKind.BATCH_NORM1D
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the parent's name
-        """Give the parent's output, plus what the live seeds add."""
-        record = self._kasmina
-        if record.is_plain or (not record.terms and (is_compiling() or not record.is_due())):
-            return _BATCH_NORM1D_FORWARD(self, input)
-        out: Tensor = kasmina_forward(self, (input,), {})
-        return out
-
 
 @add_class
 class KasminaBatchNorm2d(KasminaLayer, nn.BatchNorm2d):
@@ -125,14 +74,6 @@ class KasminaBatchNorm2d(KasminaLayer, nn.BatchNorm2d):
 
     host_class = nn.BatchNorm2d
     site_kind = SiteKind.BATCH_NORM2D
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the parent's name
-        """Give the parent's output, plus what the live seeds add."""
-        record = self._kasmina
-        if record.is_plain or (not record.terms and (is_compiling() or not record.is_due())):
-            return _BATCH_NORM2D_FORWARD(self, input)
-        out: Tensor = kasmina_forward(self, (input,), {})
-        return out
 
 
 @add_class

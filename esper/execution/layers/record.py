@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from torch import nn
@@ -12,6 +12,7 @@ from esper.contracts.run import Contribution
 from esper.execution._native import SignalRing
 from esper.execution.device_probe import PendingFigures, Stopwatch
 from esper.execution.health import Figures, RollingHealth
+from esper.execution.layers.pulse import Pulse
 from esper.execution.state import LayerStateLayout
 from esper.telemetry.client import OonaClient
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from esper.execution.seed import Seed
 
 DEFAULT_TELEMETRY_INTERVAL_STEPS: Final = 128
-"""A layer measures its first forward pass and then every 128th."""
+"""A layer measures its first forward pass and then one in every 128th pass of the model."""
 
 
 class KernelSource(Protocol):
@@ -74,14 +75,13 @@ class NestedPathGuard:
 class LayerRecord:
     """A layer's place in the model, what it has measured, and which seeds take part in its forward pass.
 
-    ``is_plain`` is all that a dormant layer without telemetry looks at. A copy of a layer has no bus client: two
-    models must not write into one ring.
+    A copy of a layer has no bus client: two models must not write into one ring.
     """
 
-    def __init__(self, state_layout: LayerStateLayout, *, layer_id: int, interval_steps: int) -> None:
+    def __init__(self, state_layout: LayerStateLayout, *, layer_id: int, pulse: Pulse) -> None:
         self.state_layout = state_layout
         self.layer_id = layer_id
-        self.interval_steps = interval_steps
+        self.pulse = pulse
         self.client: OonaClient | None = None
         self.ring: SignalRing | None = None
         self.kernel_source: KernelSource | None = None
@@ -90,35 +90,36 @@ class LayerRecord:
         self.batch_size: int | None = None
         self.telemetry_enabled = False
         self.is_paused = False
+        self.is_armed = True
         self.terms: tuple[Seed, ...] = ()
         self.guards: tuple[NestedPathGuard, ...] = ()
-        self.countdown = 1
+        self.is_installed = False
+        self.displaced: Callable[..., Any] | None = None
         self.num_samples = 0
-        self.is_plain = False
         self.health = RollingHealth()
         self.pending: PendingSignal | None = None
         self.contributions: dict[int, Contribution] = {}
         self.num_kept = 0
-        self.refresh()
+        self._passes_before = 0
+        self._passes_at_start = 0
 
     @property
-    def is_watching(self) -> bool:
-        """Whether forward passes are counted: telemetry is on, or the site is not settled yet."""
-        return not self.is_paused and (self.telemetry_enabled or not self.is_site_settled)
+    def is_plain(self) -> bool:
+        """Whether the layer has nothing to do but its parent's forward."""
+        return not self.terms and not self.is_armed
 
-    def refresh(self) -> None:
-        """Work out again whether the layer has anything to do but its parent's forward."""
-        self.is_plain = not self.terms and not self.is_watching
+    def switch_telemetry(self, enabled: bool) -> None:
+        """Start or end measuring; the next forward pass is measured where it starts."""
+        self._passes_before, self._passes_at_start = self._num_passes, self.pulse.num_passes
+        self.telemetry_enabled, self.pending = enabled, None
+        self.is_armed = enabled or not self.is_site_settled
+        self.pulse.is_on = self.pulse.is_on or enabled
 
-    def is_due(self) -> bool:
-        """Count one forward pass; true where it is to be measured."""
-        self.countdown -= 1
-        return self.countdown <= 0 and self.is_watching
-
-    def begin_sample(self) -> None:
-        """Start the count towards the next measurement."""
-        self.num_samples += 1
-        self.countdown = self.interval_steps
+    def end_sample(self) -> None:
+        """Note that a pass has been measured; with an interval of one step the next is due at once."""
+        self.num_samples += self.telemetry_enabled
+        every_pass = self.telemetry_enabled and self.pulse.interval_steps == 1
+        self.is_armed = every_pass or not self.is_site_settled
 
     def note_figures(self, pending: PendingSignal, figures: Figures | None) -> None:
         """Average the figures of a sampled pass into the layer's health."""
@@ -157,12 +158,13 @@ class LayerRecord:
 
     @property
     def num_forwards(self) -> int | None:
-        """Forward passes counted since telemetry was switched on; ``None`` where it never was."""
-        if not self.telemetry_enabled:
-            return None
-        if self.num_samples == 0:
-            return 0
-        return (self.num_samples - 1) * self.interval_steps + 1 + (self.interval_steps - self.countdown)
+        """Passes of the model counted since telemetry was switched on; ``None`` where it never was."""
+        return max(self._num_passes, self.num_samples) if self.telemetry_enabled else None
+
+    @property
+    def _num_passes(self) -> int:
+        running = self.pulse.num_passes - self._passes_at_start if self.telemetry_enabled else 0
+        return self._passes_before + running
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
