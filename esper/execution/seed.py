@@ -93,9 +93,12 @@ class Seed(nn.Module):
 
     def scaled(self, delta: Tensor, like: Tensor) -> Tensor:
         """Give the delta times the alpha of the seed's mode, in the dtype of ``like``."""
-        if self.mode is BlendMode.WHOLE:
-            return delta.to(like.dtype)
-        return (delta * (self.trial_alpha if self.mode is BlendMode.TRIAL else self.alpha)).to(like.dtype)
+        scaled = delta
+        if self.mode is not BlendMode.WHOLE:
+            alpha = self._buffers["trial_alpha" if self.mode is BlendMode.TRIAL else "alpha"]
+            assert alpha is not None
+            scaled = delta * alpha
+        return scaled if scaled.dtype is like.dtype else scaled.to(like.dtype)
 
     def get_extra_state(self) -> Tensor:
         """Give what ``load_state_dict`` needs to build this seed again; empty for a bare module."""

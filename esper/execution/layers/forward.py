@@ -8,8 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.fx import GraphModule
 
 from esper.contracts.blueprint import Site
 from esper.execution.circuit_breaker import FailureKind, is_finite
@@ -27,17 +28,12 @@ if TYPE_CHECKING:
 def kasmina_forward(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Give the layer's output: its parent's, plus what its live seeds add; measure the pass where it is due."""
     record = layer._kasmina
-    host = record.displaced or partial(type(layer).host_class.forward, layer)
-    if is_compiling():
-        out = host(*args, **kwargs)
-        return _blend(layer, args, kwargs, out, sampled=False) if record.terms else out
-    due = record.is_armed and not record.is_paused
-    if not due:
-        out = host(*args, **kwargs)
+    if is_compiling() or record.is_paused or not record.is_armed:
+        out = _run_host(layer, args, kwargs)
         return _blend(layer, args, kwargs, out, sampled=False) if record.terms else out
     x = layer.seed_input(args, kwargs)
     watch = Stopwatch(x.device) if is_real_tensor(x) else None
-    out = host(*args, **kwargs)
+    out = _run_host(layer, args, kwargs)
     if record.terms:
         out = _blend(layer, args, kwargs, out, sampled=True)
     if watch is not None:
@@ -48,52 +44,96 @@ def kasmina_forward(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[
     return out
 
 
+def _run_host(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    displaced = layer._kasmina.displaced
+    if displaced is not None:
+        return displaced(*args, **kwargs)
+    return type(layer).host_class.forward(layer, *args, **kwargs)
+
+
 def _blend(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any, *, sampled: bool) -> Any:
     h = layer.seed_output(out)
     x_site, h_site = layer.to_site(layer.seed_input(args, kwargs)), layer.to_site(h)
-    terms = layer._kasmina.terms
-    total = h_site
     if is_compiling():
-        for seed in terms:
+        total = h_site
+        for seed in layer._kasmina.terms:
             total = total + guarded(seed, seed.kernel(gated(x_site), gated(h_site)), h_site)
+    elif h.device.type == "cpu":
+        total = _sum_on_cpu(layer, x_site, h_site, sampled)
     else:
-        pieces = [partial(_contribution, layer, seed, x_site, h_site, sampled) for seed in terms if not seed.is_silent]
-        for contribution in run_side_by_side(pieces, x_site, h_site):
-            if contribution is not None:
-                total = total + contribution
+        total = _sum_on_device(layer, x_site, h_site)
     return out if total is h_site else layer.with_output(out, layer.from_site(total, like=h))
 
 
-def _contribution(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor, sampled: bool) -> Tensor | None:
-    """Run one kernel under its circuit breaker; ``None`` where its contribution is dropped."""
-    on_cpu = h.device.type == "cpu"
-    start_ns = time.perf_counter_ns() if sampled else 0
+def _sum_on_cpu(layer: KasminaLayer, x: Tensor, h: Tensor, sampled: bool) -> Tensor:
+    """Add the contributions up and look at the sum alone: it is finite only where h and every contribution are."""
+    total = h
+    found: list[tuple[Seed, Tensor]] = []
+    for seed in layer._kasmina.terms:
+        if not seed.is_silent:
+            start_ns = time.perf_counter_ns() if sampled else 0
+            delta = _delta(layer, seed, x, h)
+            if delta is not None:
+                contribution = seed.scaled(delta, h)
+                if sampled:
+                    _measure_seed(layer, seed, delta, (time.perf_counter_ns() - start_ns) / 1e6)
+                found.append((seed, contribution))
+                total = total + contribution
+    if found and not is_finite(total):
+        found = _finite_ones(layer, found)
+        total = sum((contribution for _, contribution in found), start=h)
+    layout = layer._kasmina.state_layout
+    for seed, _ in found:
+        layout.states.layout.count_forward(layout.first + seed.index)
+        seed.breaker.note_success()
+    return total
+
+
+def _delta(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor) -> Tensor | None:
+    """Run one kernel under its circuit breaker; ``None`` where it raised, or gave what does not fit h."""
+    kernel = seed._modules["kernel"]
+    assert kernel is not None
     try:
-        delta = seed.kernel(x, h) if on_cpu else seed.kernel(gated(x), gated(h))
-        fault = _fault_of(delta, h)
+        # What fx puts around a graph's call explains errors in generated code; the breaker has its own words.
+        delta = nn.Module.__call__(kernel, x, h) if isinstance(kernel, GraphModule) else kernel(x, h)
     except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the host's result is kept
-        delta, fault = None, (FailureKind.RAISED, f"{type(error).__name__}: {error}")
-    if fault is not None:
-        layer.note_failure(seed, *fault)
+        layer.note_failure(seed, FailureKind.RAISED, f"{type(error).__name__}: {error}")
+        return None
+    if isinstance(delta, Tensor) and delta.shape == h.shape and delta.device == h.device:
+        return delta
+    shown = f"{tuple(delta.shape)} on {delta.device}" if isinstance(delta, Tensor) else type(delta).__name__
+    wanted = f"{tuple(h.shape)} on {h.device}"
+    layer.note_failure(seed, FailureKind.WRONG_SHAPE, f"delta must be {wanted}, got {shown}")
+    return None
+
+
+def _finite_ones(layer: KasminaLayer, found: list[tuple[Seed, Tensor]]) -> list[tuple[Seed, Tensor]]:
+    """Give the contributions that are finite; the seeds of the others have failed."""
+    kept = []
+    for seed, contribution in found:
+        if is_finite(contribution):
+            kept.append((seed, contribution))
+        else:
+            layer.note_failure(seed, FailureKind.NON_FINITE, "delta holds NaN or infinity")
+    return kept
+
+
+def _sum_on_device(layer: KasminaLayer, x: Tensor, h: Tensor) -> Tensor:
+    """Run the seeds side by side; whether a delta is finite is left to the device."""
+    total, live = h, [seed for seed in layer._kasmina.terms if not seed.is_silent]
+    for contribution in run_side_by_side([partial(_guarded_contribution, layer, seed, x, h) for seed in live], x, h):
+        if contribution is not None:
+            total = total + contribution
+    return total
+
+
+def _guarded_contribution(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor) -> Tensor | None:
+    delta = _delta(layer, seed, gated(x), gated(h))
+    if delta is None:
         return None
     layout = layer._kasmina.state_layout
     layout.states.layout.count_forward(layout.first + seed.index)
-    if not on_cpu:
-        return guarded(seed, delta, h)
-    seed.breaker.note_success()
-    if sampled:
-        _measure_seed(layer, seed, delta, (time.perf_counter_ns() - start_ns) / 1e6)
-    return seed.scaled(delta, h)
-
-
-def _fault_of(delta: object, h: Tensor) -> tuple[FailureKind, str] | None:
-    """Say what is wrong with a delta; off the CPU whether it is finite is left to the device."""
-    if not isinstance(delta, Tensor) or delta.shape != h.shape:
-        shown = tuple(delta.shape) if isinstance(delta, Tensor) else type(delta).__name__
-        return FailureKind.WRONG_SHAPE, f"delta must be {tuple(h.shape)}, got {shown}"
-    if h.device.type == "cpu" and not is_finite(delta):
-        return FailureKind.NON_FINITE, "delta holds NaN or infinity"
-    return None
+    return guarded(seed, delta, h)
 
 
 def _measure_seed(layer: KasminaLayer, seed: Seed, delta: Tensor, latency_ms: float) -> None:

@@ -166,16 +166,19 @@ class SeedHolder(nn.Module):
     def set_terms(self, terms: tuple[Seed, ...]) -> None:
         """Let exactly these seeds take part in the forward pass.
 
-        Meanwhile a forward hook that does nothing stands on the layer: fused paths, which go around a submodule's
-        forward, step back where they see a hook.
+        Meanwhile a forward hook that does nothing stands on the seeds' container: fused paths, which go around a
+        submodule's forward, step back where they see a hook on any module below them. Nobody calls the container, so
+        the hook costs nothing.
         """
         self._kasmina.terms = terms
-        hooks = [number for number, hook in self._forward_hooks.items() if hook is _keep_forward]
-        if terms and not hooks:
-            self.register_forward_hook(_keep_forward)
-        elif not terms:
-            for number in hooks:
-                del self._forward_hooks[number]
+        bank = self._modules.get("seeds")
+        if bank is not None:
+            hooks = [number for number, hook in bank._forward_hooks.items() if hook is _keep_forward]
+            if terms and not hooks:
+                bank.register_forward_hook(_keep_forward)
+            elif not terms:
+                for number in hooks:
+                    del bank._forward_hooks[number]
         for guard in self._kasmina.guards:
             guard.refresh()
         self.refresh_forward()

@@ -30,16 +30,31 @@ class Moody(nn.Module):
             case "nan":
                 return h * self.weight * torch.nan
             case "inf":
-                return h * self.weight * torch.inf
+                return h.abs() * self.weight * torch.inf
+            case "minus inf":
+                return h.abs() * self.weight * -torch.inf
             case "narrow":
                 return h[..., :-1]
+            case "elsewhere":
+                return h.to("meta")
             case "no tensor":
                 return None  # type: ignore[return-value]
             case _:
                 return h * self.weight
 
 
-BAD = ["raises", "nan", "inf", "narrow", "no tensor"]
+class Constant(nn.Module):
+    """Gives one value everywhere."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return self.value.expand_as(h)
+
+
+BAD = ["raises", "nan", "inf", "narrow", "elsewhere", "no tensor"]
 
 
 def plant(pair: Any, name: str = "layer1") -> tuple[Any, Moody]:
@@ -95,6 +110,45 @@ def test_a_failing_seed_leaves_its_neighbours_alone(warm: Any, scale: Any) -> No
     kernel.mood = "raises"
     host = nn.functional.linear(x, layer.weight, layer.bias)
     torch.testing.assert_close(layer(x), host * 2.0)
+
+
+@pytest.mark.parametrize("moods", [("nan", "good"), ("good", "nan"), ("inf", "minus inf"), ("nan", "raises")])
+def test_of_two_seeds_only_those_that_fail_are_dropped(warm: Any, moods: tuple[str, str]) -> None:
+    layer, first = plant(warm)
+    second, x = Moody(), torch.randn(4, 128)
+    layer.attach_module(1, second)
+    layer.transition(1, State.EVALUATING)
+    layer.set_alpha(1, 0.25)
+    first.mood, second.mood = moods
+    host = nn.functional.linear(x, layer.weight, layer.bias)
+    expected = host
+    for mood, alpha in zip(moods, (0.5, 0.25), strict=True):
+        expected = expected + host * alpha if mood == "good" else expected
+    assert torch.equal(layer(x), expected)
+    assert layer.state_layout.errors[:2].tolist() == [int(mood != "good") for mood in moods]
+    assert layer.state_layout.forwards[:2].tolist() == [int(mood == "good") for mood in moods]
+
+
+def test_a_host_that_is_not_finite_is_no_fault_of_the_seed(warm: Any) -> None:
+    layer, _ = plant(warm)
+    layer.attach_module(1, Constant(2.0))
+    layer.transition(1, State.EVALUATING)
+    layer.transition(1, State.FOSSILIZED)
+    layer.set_alpha(0, 0.0)
+    out = layer(torch.full((4, 128), torch.nan))
+    assert out.isnan().all()
+    assert not layer.state_layout.errors.any()
+
+
+def test_a_sum_that_overflows_is_no_failure(warm: Any) -> None:
+    layer, _ = plant(warm)
+    layer.set_alpha(0, 0.0)
+    layer.attach_module(1, Constant(3e38))
+    layer.transition(1, State.EVALUATING)
+    layer.transition(1, State.FOSSILIZED)
+    out = layer(torch.randn(4, 128))
+    assert torch.equal(out, torch.full_like(out, 3e38))
+    assert not layer.state_layout.errors.any()
 
 
 def test_a_failing_fossil_goes_to_error(warm: Any) -> None:
