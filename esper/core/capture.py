@@ -6,6 +6,7 @@ structure, seed states), ``orchestrator`` (adaptations, budget, what is under wa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from esper.contracts.errors import CorruptDataError, EsperError, InvalidInputError
+from esper.core import optimizers
 from esper.core.morphable import MorphableModel
 
 TrainingState = dict[str, dict[str, Any]]
@@ -36,6 +38,8 @@ def cloned(value: Any) -> Any:
     match value:
         case torch.Tensor():
             return value.detach().clone()
+        case Counter():  # MultiStepLR's milestones
+            return Counter(value)
         case Mapping():
             return {key: cloned(item) for key, item in value.items()}
         case list():
@@ -46,41 +50,74 @@ def cloned(value: Any) -> Any:
 
 
 def capture_optimizer(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
-    """Give the optimizer's state, with the name of every parameter in every group.
+    """Give the state of the optimizer, or of each that a wrapper holds, with the names of every group's parameters.
 
     Raises:
         InvalidInputError: A parameter is not one of the model's.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {"parts": [_capture_part(part, names) for part in optimizers.parts(optimizer)]}
+
+
+def _capture_part(part: Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
     groups: list[list[str]] = []
-    for index, group in enumerate(optimizer.param_groups):
+    for index, group in enumerate(part.param_groups):
         unknown = sum(id(parameter) not in names for parameter in group["params"])
         if unknown:
             raise InvalidInputError.of(f"optimizer.param_groups[{index}]", "hold the model's parameters", unknown)
         groups.append([names[id(parameter)] for parameter in group["params"]])
-    return {"names": groups, "state": optimizer.state_dict()}
+    return {"class": type(part).__name__, "names": groups, "state": part.state_dict()}
 
 
 def restore_optimizer(optimizer: Optimizer, model: nn.Module, captured: Mapping[str, Any]) -> None:
-    """Put groups, their order and their state back.
+    """Put groups, their order and their state back; the groups stay the objects they are.
+
+    Every part is checked before any is changed.
 
     Raises:
-        CorruptDataError: A group or parameter named there is not in the optimizer or model.
+        CorruptDataError: Class, number of groups or a parameter named there is not the optimizer's or model's.
     """
     parameters = dict(model.named_parameters())
-    if len(captured["names"]) != len(optimizer.param_groups):
-        raise CorruptDataError(
-            f"optimizer must have {len(captured['names'])} groups, got {len(optimizer.param_groups)}",
-            parameter="optimizer",
-        )
-    missing = [name for names in captured["names"] for name in names if name not in parameters]
+    parts = optimizers.parts(optimizer)
+    with fitting("optimizer"):
+        if len(captured["parts"]) != len(parts):
+            raise _misfit(f"hold {len(captured['parts'])} optimizers", len(parts))
+        for part, saved in zip(parts, captured["parts"], strict=True):
+            _check_part(part, saved, parameters)
+        for part, saved in zip(parts, captured["parts"], strict=True):
+            _restore_part(part, saved, parameters)
+        optimizers.refresh_mirror(optimizer)
+
+
+def _check_part(part: Optimizer, saved: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
+    if saved["class"] != type(part).__name__:
+        raise _misfit(f"be {saved['class']} as saved", type(part).__name__)
+    if len(saved["names"]) != len(part.param_groups):
+        raise _misfit(f"have {len(saved['names'])} groups", len(part.param_groups))
+    missing = [name for names in saved["names"] for name in names if name not in parameters]
     if missing:
         raise CorruptDataError(f"model must have parameter {missing[0]!r} ({len(missing)} are missing)")
-    optimizer.state.clear()
-    for group, names in zip(optimizer.param_groups, captured["names"], strict=True):
-        group["params"] = [parameters[name] for name in names]
-    with fitting("optimizer"):
-        optimizer.load_state_dict(cloned(captured["state"]))
+    sizes = [len(group["params"]) for group in saved["state"]["param_groups"]]
+    if sizes != [len(names) for names in saved["names"]]:
+        raise _misfit(f"name {sizes} parameters in its groups", [len(names) for names in saved["names"]])
+
+
+def _restore_part(part: Optimizer, saved: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
+    groups = list(part.param_groups)
+    part.state.clear()
+    for group, names in zip(groups, saved["names"], strict=True):
+        group["params"][:] = [parameters[name] for name in names]
+    part.load_state_dict(cloned(saved["state"]))
+    for group, loaded in zip(groups, list(part.param_groups), strict=True):
+        # torch puts new dictionaries in; wrappers, schedulers and users hold on to the old ones.
+        params = group["params"]
+        group.clear()
+        group.update({**loaded, "params": params})
+    part.param_groups[:] = groups
+
+
+def _misfit(rule: str, received: object) -> CorruptDataError:
+    return CorruptDataError(f"optimizer must {rule}, got {received}", parameter="optimizer")
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Nested plain data with tensors, taken apart into a JSON tree and named tensors, and put together again bit for bit.
 
 What JSON has no form for is written as an object with one reserved key: a tensor as ``{"$tensor": name}``, a tuple
-as ``{"$tuple": [...]}``, a mapping whose keys are not all text as ``{"$items": [[key, value], ...]}``.
+as ``{"$tuple": [...]}``, a mapping whose keys are not all text as ``{"$items": [[key, value], ...]}``, a ``Counter`` in
+the same way under ``$counter``.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -18,6 +20,7 @@ _TENSOR: Final = "$tensor"
 _ARRAY: Final = "$array"
 _TUPLE: Final = "$tuple"
 _ITEMS: Final = "$items"
+_COUNTER: Final = "$counter"
 _MAX_DEPTH: Final = 32
 
 
@@ -75,6 +78,8 @@ def _kept(tensor: torch.Tensor, path: str, tensors: dict[str, torch.Tensor]) -> 
 
 def _mapping_down(value: Mapping[Any, Any], path: str, tensors: dict[str, torch.Tensor], depth: int) -> Any:
     items = [(key, _down(item, f"{path}.{key}", tensors, depth + 1)) for key, item in value.items()]
+    if isinstance(value, Counter):  # MultiStepLR's milestones
+        return {_COUNTER: [[_down(key, f"{path}.key", tensors, depth + 1), item] for key, item in items]}
     if all(isinstance(key, str) and not key.startswith("$") for key, _ in items):
         return dict(items)
     return {_ITEMS: [[_down(key, f"{path}.key", tensors, depth + 1), item] for key, item in items]}
@@ -93,8 +98,9 @@ def _up(tree: Any, tensors: Mapping[str, torch.Tensor], depth: int) -> Any:
         return _tensor(tree[_ARRAY], tensors).numpy()
     if _TUPLE in tree:
         return tuple(_up(item, tensors, depth + 1) for item in tree[_TUPLE])
-    if _ITEMS in tree:
-        return {_up(key, tensors, depth + 1): _up(item, tensors, depth + 1) for key, item in tree[_ITEMS]}
+    for key, kind in ((_ITEMS, dict), (_COUNTER, Counter)):
+        if key in tree:
+            return kind({_up(name, tensors, depth + 1): _up(item, tensors, depth + 1) for name, item in tree[key]})
     return {key: _up(item, tensors, depth + 1) for key, item in tree.items()}
 
 

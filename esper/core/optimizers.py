@@ -1,63 +1,195 @@
 """Surgery on live optimizers: parameters of seeds join and leave; the state of all others is untouched to the bit.
 
-A seed's parameters join the *group of the layer they stand in*, so that learning rate, weight decay and any LR
-scheduler (which is tied to the number of groups) reach them like the layer's own.
+A seed's parameters join a *group of the layer they stand in*, so that learning rate, weight decay, clipping per group
+and any LR scheduler (which is tied to the number of groups) reach them like the layer's own. Where the layer's weight
+and bias are in different groups, matrices follow the weight and vectors the bias. No group is ever added or taken away.
+
+Inside its group a seed stands where ``model.parameters()`` has it: behind its layer's own. So the ``state_dict`` of an
+optimizer goes into one that is made afresh over the grown model.
+
+A wrapper that holds several optimizers (an attribute ``optimizers``, or ``optimizer`` for one) is reached through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Adagrad, Muon, Optimizer, SparseAdam
 
 from esper.contracts.errors import InvalidInputError
 
+Group = dict[str, Any]
+"""One of an optimizer's ``param_groups``."""
 
-def group_of(optimizer: Optimizer, layer: nn.Module) -> int:
-    """Give the index of the group that holds the layer's own parameters; 0 when none of them is optimized."""
-    own = {id(parameter) for parameter in layer.parameters(recurse=False)}
-    for index, group in enumerate(optimizer.param_groups):
-        if any(id(parameter) in own for parameter in group["params"]):
-            return index
-    return 0
+_NO_CLOSURE: Final = (
+    "take its step without a closure: a closure runs the loss several times a step (LBFGS), and every run would be "
+    "seen as a step of the seeds. Use SGD, Adam(W), RMSprop, Adagrad, Muon ..."
+)
 
 
-def join(optimizer: Optimizer, parameters: Iterable[nn.Parameter], group_index: int) -> None:
-    """Add parameters to a group; their state starts as a fresh parameter's does.
+def parts(optimizer: Optimizer) -> tuple[Optimizer, ...]:
+    """Give the optimizers that hold state: the optimizer itself, or those that a wrapper holds, in its order."""
+    held = getattr(optimizer, "optimizers", None)
+    if isinstance(held, Mapping):
+        held = list(held.values())
+    if isinstance(held, Sequence) and held:
+        return tuple(part for inner in held for part in parts(inner))
+    inner = getattr(optimizer, "optimizer", None)
+    if inner is not None and inner is not optimizer and hasattr(inner, "param_groups"):
+        return parts(inner)
+    return (optimizer,)
+
+
+def groups(optimizer: Optimizer) -> list[Group]:
+    """Give the groups of all parts, in order."""
+    return [group for part in parts(optimizer) for group in part.param_groups]
+
+
+def require_supported(optimizer: Optimizer) -> None:
+    """Check that seeds can join and leave the optimizer, and that a session can step it.
 
     Raises:
-        InvalidInputError: A parameter is in the optimizer already, or the group does not exist.
+        InvalidInputError: It is no optimizer, needs a closure, or takes sparse gradients only.
     """
-    if not 0 <= group_index < len(optimizer.param_groups):
-        raise InvalidInputError.of("group_index", f"lie in [0, {len(optimizer.param_groups)})", group_index)
-    present = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    added = list(parameters)
+    for part in parts(optimizer):
+        if not isinstance(part, Optimizer):
+            raise InvalidInputError.of("optimizer", "be a torch.optim.Optimizer, or hold some", type(part).__name__)
+        closure = inspect.signature(type(part).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise InvalidInputError.of("optimizer", _NO_CLOSURE, type(part).__name__)
+        if isinstance(part, SparseAdam):
+            raise InvalidInputError.of("optimizer", "take dense gradients, for those of seeds are", type(part).__name__)
+
+
+def check_fit(optimizer: Optimizer, layer: nn.Module, parameters: Iterable[nn.Parameter], layer_name: str = "") -> None:
+    """Check that :func:`join` would find a group for every parameter; changes nothing.
+
+    Raises:
+        InvalidInputError: No group takes one of them; the message names it and the optimizer.
+    """
+    names = _names(layer, layer_name)
+    for parameter in parameters:
+        _place(optimizer, layer, parameter, names)
+
+
+def join(optimizer: Optimizer, layer: nn.Module, parameters: Iterable[nn.Parameter], layer_name: str = "") -> None:
+    """Add a seed's parameters to groups of its layer; their state starts as a fresh parameter's does. All or none.
+
+    ``layer_name`` is the layer's dotted name in the model: for messages, and for optimizers made with names.
+
+    Raises:
+        InvalidInputError: A parameter is in the optimizer already, or no group takes it.
+    """
+    added, names = list(parameters), _names(layer, layer_name)
+    present = {id(parameter) for group in groups(optimizer) for parameter in group["params"]}
     if any(id(parameter) in present for parameter in added):
         raise InvalidInputError.of("parameters", "be new to the optimizer", f"{len(added)} parameters, some present")
-    optimizer.param_groups[group_index]["params"].extend(added)
+    order = {id(parameter): number for number, parameter in enumerate(layer.parameters())}
+    places = [_place(optimizer, layer, parameter, names) for parameter in added]
+    for parameter, (part, group) in zip(added, places, strict=True):
+        _insert(group, parameter, order, names)
+        _begin_state(part, group, parameter)
+    refresh_mirror(optimizer)
 
 
 def leave(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Remove parameters and their state; those that never joined are skipped."""
     gone = {id(parameter): parameter for parameter in parameters}
-    for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
-    for parameter in gone.values():
-        optimizer.state.pop(parameter, None)
+    for group in groups(optimizer):
+        kept = [number for number, parameter in enumerate(group["params"]) if id(parameter) not in gone]
+        for column in ("params", "param_names"):
+            if column in group:
+                group[column][:] = [group[column][number] for number in kept]
+    for part in parts(optimizer):
+        for parameter in gone.values():
+            part.state.pop(parameter, None)
+    refresh_mirror(optimizer)
 
 
-def carry_state(source: Optimizer, target: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-    """Copy the running moments of ``parameters`` between two optimizers of the same class; else start afresh."""
-    if type(source) is not type(target):
+def refresh_mirror(optimizer: Optimizer) -> None:
+    """Bring the groups that a wrapper keeps beside those of its parts to the same parameters; else change nothing.
+
+    A scaler or a clipper that is given the wrapper reads them.
+    """
+    inner, mirror = groups(optimizer), getattr(optimizer, "param_groups", None)
+    lists = {id(group["params"]) for group in inner}
+    if mirror is None or any(id(group["params"]) in lists for group in mirror):
         return
-    for parameter in parameters:
-        state = source.state.get(parameter)
-        if state:
-            target.state[parameter] = {key: _copied(value) for key, value in state.items()}
+    held = {id(parameter) for group in inner for parameter in group["params"]}
+    for group in mirror:
+        group["params"][:] = [parameter for parameter in group["params"] if id(parameter) in held]
+    known = {id(parameter): group for group in mirror for parameter in group["params"]}
+    for group in inner:
+        nearest = next((known[id(p)] for p in group["params"] if id(p) in known), mirror[0])
+        nearest["params"].extend(p for p in group["params"] if id(p) not in known)
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
+def _place(
+    optimizer: Optimizer, layer: nn.Module, parameter: nn.Parameter, names: Mapping[int, str]
+) -> tuple[Optimizer, Group]:
+    """Choose the group of a seed's parameter: of its layer and its rank, of its layer, of its rank, the first."""
+    own = {id(value) for value in layer.parameters()}
+    pairs = [(part, group) for part in parts(optimizer) for group in part.param_groups]
+    found = []
+    for number, (part, group) in enumerate(pairs):
+        if _takes(part, group, parameter):
+            near = [value for value in group["params"] if id(value) in own]
+            same_rank = any(_is_matrix(value) is _is_matrix(parameter) for value in near or group["params"])
+            found.append(((not near, not same_rank, number), part, group))
+    if not found:
+        kinds = ", ".join(type(part).__name__ for part in parts(optimizer))
+        rule = (
+            f"fit a group of the optimizer ({kinds} takes 2-D parameters only: give it to a wrapper with AdamW beside)"
+        )
+        name = names.get(id(parameter), "of the seed")
+        raise InvalidInputError.of(f"parameter {name}", rule, tuple(parameter.shape))
+    _, part, group = min(found, key=lambda item: item[0])
+    return part, group
+
+
+def _takes(part: Optimizer, group: Group, parameter: nn.Parameter) -> bool:
+    """Whether a group may hold the parameter: those of Muon and its kin orthogonalise matrices, and nothing else."""
+    if isinstance(part, Muon):
+        return parameter.ndim == 2
+    is_kin = group.get("use_muon", "muon" in type(part).__name__.lower() and "use_muon" not in group)
+    return _is_matrix(parameter) or not is_kin
+
+
+def _is_matrix(parameter: torch.Tensor) -> bool:
+    return parameter.ndim >= 2
+
+
+def _insert(group: Group, parameter: nn.Parameter, order: Mapping[int, int], names: Mapping[int, str]) -> None:
+    """Put the parameter behind those of its layer that come before it, or before those that come after it."""
+    rank = order.get(id(parameter), len(order))
+    ranks = [order.get(id(value)) for value in group["params"]]
+    before = [at + 1 for at, found in enumerate(ranks) if found is not None and found < rank]
+    after = [at for at, found in enumerate(ranks) if found is not None and found > rank]
+    at = before[-1] if before else after[0] if after else len(ranks)
+    group["params"].insert(at, parameter)
+    if "param_names" in group:
+        group["param_names"].insert(at, names.get(id(parameter), "seed"))
+
+
+def _begin_state(part: Optimizer, group: Group, parameter: nn.Parameter) -> None:
+    """Make the state that a parameter lacks which was not there when the optimizer was made, or took its first step."""
+    if isinstance(part, Adagrad):  # makes its state when it is made
+        donor = Adagrad([parameter], **{name: group[name] for name in Adagrad([parameter]).defaults})
+        part.state[parameter] = donor.state[parameter]
+    elif isinstance(part, SGD) and group["fused"] and _has_momentum(part, group):
+        # The fused kernel takes buffers from all or from none. A zero one gives what a first step gives, but that it
+        # is dampened where the group has dampening.
+        part.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _has_momentum(part: Optimizer, group: Group) -> bool:
+    return any(part.state.get(other, {}).get("momentum_buffer") is not None for other in group["params"])
+
+
+def _names(layer: nn.Module, layer_name: str) -> dict[int, str]:
+    prefix = f"{layer_name}." if layer_name else ""
+    return {id(parameter): f"{prefix}{name}" for name, parameter in layer.named_parameters()}

@@ -202,10 +202,10 @@ class SeedOrchestrator:
                 layer.germinate(
                     adaptation.seed_index, blueprint.ir, blueprint_id=blueprint.id, adaptation_id=adaptation_id
                 )
+            self._incubate(adaptation)
         except EsperError as error:
             self._fail(adaptation, f"does not germinate: {error}")
             raise
-        self._incubate(adaptation)
 
     def abandon_since(self, known: Iterable[str], reason: str) -> None:
         """End the adaptations begun after those ``known``: the state they stood in was taken back."""
@@ -367,6 +367,10 @@ class SeedOrchestrator:
 
     def _incubate(self, adaptation: Adaptation) -> None:
         context = self._context
+        layer = self.layers[adaptation.layer]
+        optimizers.check_fit(
+            context.optimizer, layer, layer.seed_parameters(adaptation.seed_index), layer_name=adaptation.layer
+        )
         rate = context.growth.incubation_learning_rate
         self._incubators[adaptation.id] = Incubator(
             context.model, context.loss_fn, layer=adaptation.layer, seed_index=adaptation.seed_index, learning_rate=rate
@@ -399,8 +403,9 @@ class SeedOrchestrator:
         context = self._context
         layer = self.layers[adaptation.layer]
         self._incubators.pop(adaptation.id).close()
-        group = optimizers.group_of(context.optimizer, layer)
-        optimizers.join(context.optimizer, layer.seed_parameters(adaptation.seed_index), group)
+        optimizers.join(
+            context.optimizer, layer, layer.seed_parameters(adaptation.seed_index), layer_name=adaptation.layer
+        )
         self._move(adaptation, State.EVALUATING, "graft begins", (evidence,))
         self._ramps[adaptation.id] = self._ramp()
 

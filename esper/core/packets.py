@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from esper.contracts.run import RunPhase, SystemStatePacket
 from esper.core.context import RunContext
 from esper.core.control import ControlFigures
+from esper.core.optimizers import groups
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,7 +61,7 @@ class PacketBuilder:
         """Give the next packet; figures that were not measured stay absent."""
         context = self._context
         context.clock.packets += 1
-        rate = context.optimizer.param_groups[0].get("lr")
+        rate = groups(context.optimizer)[0].get("lr")
         speed = meter.examples / seconds if meter is not None and meter.examples and seconds else None
         return SystemStatePacket(
             run_id=context.run_id,

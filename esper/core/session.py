@@ -36,6 +36,7 @@ from esper.core.link import KernelArrival, RunLink
 from esper.core.losses import LossFunction, per_example
 from esper.core.memory import RunMemory
 from esper.core.morphable import MorphableModel
+from esper.core.optimizers import require_supported
 from esper.core.orchestrator import SeedOrchestrator
 from esper.core.packets import EpochMeter, PacketBuilder
 from esper.core.report import EpochRecord, RunReport
@@ -80,6 +81,7 @@ class Session:
             raise InvalidInputError.of("model", "be wrapped: esper.wrap(model)", type(model).__name__)
         self.config = config or SessionConfig()
         self.run_id = self.config.resolve_run_id()
+        require_supported(optimizer)
         clear_leftovers(model, optimizer)
         device = next(model.parameters()).device
         control = ControlSplit(control_loader, device=device)

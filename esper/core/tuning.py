@@ -12,6 +12,7 @@ from esper.contracts.decision import AdaptationDecision, ParameterChange
 from esper.contracts.run import AdaptationOutcome, Contribution, GateCheck
 from esper.core.adaptation import Adaptation
 from esper.core.context import RunContext
+from esper.core.optimizers import groups
 from esper.execution.counterfactual import paired_interval
 
 _FACTORS: Final = (("lr", "learning_rate_factor"), ("weight_decay", "weight_decay_factor"))
@@ -33,7 +34,7 @@ class ParameterTrial:
         for setting, field in _FACTORS:
             factor = getattr(self._change, field)
             if factor is not None:
-                for group in self._optimizer.param_groups:
+                for group in groups(self._optimizer):
                     if setting in group:
                         group[setting] = group[setting] * factor
         self._after = self._settings()
@@ -48,7 +49,7 @@ class ParameterTrial:
             factor = getattr(self._change, field)
             if factor is None:
                 continue
-            for group, before, after in zip(self._optimizer.param_groups, self._before, self._after, strict=True):
+            for group, before, after in zip(groups(self._optimizer), self._before, self._after, strict=True):
                 if setting in group:
                     untouched = _same(group[setting], after[setting])
                     group[setting] = before[setting] if untouched else group[setting] / factor
@@ -64,9 +65,7 @@ class ParameterTrial:
 
     def _settings(self) -> list[dict[str, Any]]:
         names = [setting for setting, _ in _FACTORS]
-        return [
-            {name: _copied(group[name]) for name in names if name in group} for group in self._optimizer.param_groups
-        ]
+        return [{name: _copied(group[name]) for name in names if name in group} for group in groups(self._optimizer)]
 
 
 class TrialBench:

@@ -382,6 +382,8 @@ class SeedHolder(nn.Module):
         assert bank is not None
         bank.train(self.training)
         bank.add_module(str(seed.index), seed)
+        # By index, whatever the order of germination: a rebuilt model must have its parameters in the same order.
+        bank._modules = dict(sorted(bank._modules.items(), key=lambda item: int(item[0])))
         self.state_layout.set_kernel(seed.index, number_of(seed.artifact_id), number_of(seed.blueprint_id))
 
 
