@@ -76,7 +76,10 @@ class Incubator:
         self._learns_locally = bool(state["learns_locally"])
 
     def _step(self) -> None:
-        self._optimizer.step()
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        # A batch that overflows must not poison the seed: a scaler leaves the host's step out, so the seed's goes too.
+        if gradients and torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            self._optimizer.step()
         self._optimizer.zero_grad()
 
     def _see(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

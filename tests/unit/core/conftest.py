@@ -171,6 +171,7 @@ def open_session(task: Task, line: KeptLine) -> Iterator[Callable[..., esper.Ses
         budget = settings.pop("budget", None)
         loss_fn = settings.pop("loss_fn", nn.CrossEntropyLoss())
         control = settings.pop("control", task.control)
+        step_optimizer = settings.pop("step_optimizer", True)
         session = esper.Session(
             wrapped,
             optimizer or torch.optim.AdamW(wrapped.parameters(), lr=1e-2),
@@ -178,6 +179,7 @@ def open_session(task: Task, line: KeptLine) -> Iterator[Callable[..., esper.Ses
             control_loader=control,
             mesh=OneLineMesh(line),
             budget=budget,
+            step_optimizer=step_optimizer,
             config=esper.SessionConfig(run_id="r", **settings),
         )
         opened.append(session)
