@@ -7,7 +7,10 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from torch.optim.swa_utils import AveragedModel
+
 from esper.contracts.errors import EsperError, InvalidInputError, InvalidStateError
+from esper.core.averaging import GrowingAverage
 from esper.core.capture import (
     Stateful,
     TrainingState,
@@ -52,9 +55,18 @@ class RunMemory:
         self.rollbacks = 0
 
     def track(self, name: str, item: Stateful) -> None:
-        """Let snapshots and checkpoints hold the item's state."""
+        """Let snapshots and checkpoints hold the item's state.
+
+        Raises:
+            InvalidInputError: The name is taken, or the item is an average that cannot grow.
+        """
         if name in self._tracked:
             raise InvalidInputError.of("name", "be new", name)
+        if isinstance(item, AveragedModel) and not isinstance(item, GrowingAverage):
+            rule = (
+                "be a GrowingAverage (esper.core.averaging), for an AveragedModel pairs parameters by number and mixes "
+            )
+            raise InvalidInputError.of(f"tracked {name!r}", f"{rule}them up when a seed comes", type(item).__name__)
         self._tracked[name] = item
         if self._snapshot is not None:  # it may be needed before the epoch is over
             self._snapshot["tolaria"]["tracked"][name] = cloned(item.state_dict())

@@ -15,10 +15,11 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from esper.contracts.errors import InvalidStateError, NotFoundError
+from esper.core.loading import load_whole
 from esper.execution.grown import GrownSeed
 from esper.execution.layers import KasminaLayer
 from esper.execution.layers.pulse import Pulse, arm
-from esper.execution.seed import extra_states
+from esper.execution.seed import Seed, extra_states
 from esper.execution.state import SeedStates
 from esper.telemetry.client import OonaClient
 
@@ -175,16 +176,19 @@ class MorphableModel(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Build the seeds that the state dict names, then load every value; the host's own checkpoints load as well.
 
-        A strict load brings the grown structure to the state dict's: live seeds it does not name are cleared.
+        A strict load brings the grown structure to the state dict's: live seeds it does not name are cleared. It is all
+        or nothing where seeds stand or are named; a host alone loads as torch does it.
 
         Raises:
             CorruptDataError: A seed's entry is not ours, or is damaged.
             InvalidBlueprintError: A seed's graph is not legal at its site.
         """
-        if strict:
-            for name, layer in self.kasmina_layers.items():
-                layer.clear_others(extra_states(state_dict, f"{name}."))
+        if strict and any(seeds or extra_states(state_dict, f"{name}.") for name, seeds in self._live().items()):
+            return load_whole(self.host_module, self.kasmina_layers, self.seed_states, state_dict, assign=assign)
         return self.host_module.load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _live(self) -> dict[str, tuple[Seed, ...]]:
+        return {name: layer.live_seeds() for name, layer in self.kasmina_layers.items()}
 
     # --- growth ---
 

@@ -317,7 +317,17 @@ class SeedHolder(nn.Module):
             self.transition(seed_idx, states.DORMANT)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Build the seeds that the state dict names and the layer lacks, before their weights are read."""
+        self.grow_to(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def grow_to(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Build the seeds that the state dict names and the layer lacks, before their weights are read.
+
+        Raises:
+            CorruptDataError: A seed's entry is not ours, or is damaged; no seed has been built.
+            InvalidBlueprintError: A graph is not legal at its site.
+            InvalidStateError: A bare module's entry finds none at its seed.
+        """
         packed = extra_states(state_dict, prefix)
         bare = [index for index, value in packed.items() if not value.numel()]
         for index in bare:
@@ -331,7 +341,6 @@ class SeedHolder(nn.Module):
             if grown.seed_index != index:
                 raise CorruptDataError(f"{prefix}seeds.{index} must describe seed {index}, got {grown.seed_index}")
         self.match_seeds(saved)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def clear_others(self, kept: Collection[int]) -> None:
         """Bring every live seed but those ``kept`` back to DORMANT, without telling listeners."""

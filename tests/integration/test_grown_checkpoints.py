@@ -1,0 +1,59 @@
+"""A grown run that is taken up in a fresh process, over another mesh, goes on as the one that was not interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("grown_run.py")
+STATES = {
+    "incubating": ("ACTIVE", "DORMANT"),
+    "grafting": ("EVALUATING", "DORMANT"),
+    "kept": ("FOSSILIZED", "ACTIVE"),
+    "culled": ("FOSSILIZED", "EMBARGOED"),
+}
+SAVED_AT = {"incubating": "33", "grafting": "53", "kept": "133", "culled": "153"}
+
+
+def run(action: str, directory: Path, optimizer: str, mesh: str) -> Any:
+    """Run one process to its end; give what it printed."""
+    command = [sys.executable, str(SCRIPT), action, str(directory), optimizer, mesh]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def assert_goes_on(whole: Any, resumed: Any) -> None:
+    assert set(resumed) == set(STATES)
+    for name, found in resumed.items():
+        at = SAVED_AT[name]
+        states = tuple(state for state, _ in whole["seeds"][at])
+        assert states == STATES[name], name
+        if name == "grafting":
+            assert 0.0 < whole["seeds"][at][0][1] < 1.0, "the ramp is under way"
+        assert found["seeds_at_once"] == whole["seeds"][at], name
+        assert found["at_once"] == whole["digests"][at], f"{name}: what was loaded is what was saved"
+        assert found["losses"] == {step: loss for step, loss in whole["losses"].items() if int(step) >= int(at)}, name
+        for step, digests in found["digests"].items():
+            assert digests == whole["digests"][step], f"{name}, step {step}"
+        assert len(found["digests"]) >= 2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "both"])
+def test_a_run_goes_on_to_the_bit_in_a_fresh_process(tmp_path: Path, optimizer: str) -> None:
+    whole = run("whole", tmp_path, optimizer, "embedded")
+    assert_goes_on(whole, run("resume", tmp_path, optimizer, "embedded"))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_to_the_bit_over_processes_and_nats(tmp_path: Path) -> None:
+    whole = run("whole", tmp_path, "sgd", "embedded")
+    assert_goes_on(whole, run("resume", tmp_path, "sgd", "local"))
