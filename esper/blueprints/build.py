@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
-from esper.blueprints.operator_base import Emitter
+from esper.blueprints.operator_base import NODE_KEY, Emitter
 from esper.blueprints.plan import Plan, plan
 from esper.blueprints.types import Layout
 from esper.contracts.blueprint import BlueprintIR, Site
@@ -40,7 +40,10 @@ def build_plan(layout: Plan, *, seed: int) -> fx.GraphModule:
     reshaped = _flatten_inputs(layout, emitter, values)
     for step in layout.steps:
         args = [values[source] for source in step.node.inputs]
+        known = len(graph.nodes)
         values[step.node.name] = step.operator.emit(emitter, args, step.call, step.output)
+        for emitted in list(graph.nodes)[known:]:
+            emitted.meta[NODE_KEY] = step.node.name
     delta = values[layout.ir.output]
     graph.output(emitter.method("reshape_as", delta, h) if reshaped else delta)
     for node in reversed(graph.nodes):

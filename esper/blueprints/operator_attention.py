@@ -34,6 +34,7 @@ class Attention(Operator):
         for part, other in (("keys", keys), ("values", values)):
             if other != queries:
                 raise call.refuse(part, f"be {queries} like the queries", str(other))
+        call.need_several("attention", queries.num_positions, "tokens")
         heads = call.integer("heads")
         if queries.features % heads:
             raise call.refuse("heads", f"divide the {queries.features} features", heads)

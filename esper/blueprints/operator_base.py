@@ -22,6 +22,9 @@ from esper.contracts.errors import InvalidBlueprintError
 MAX_FEATURES: Final = 65_536
 """Most features of any value."""
 
+NODE_KEY: Final = "blueprint_node"
+"""Entry of an fx node's ``meta`` that names the IR node it was emitted for."""
+
 Resolved = int | float | bool | str
 """An attribute after its expression was evaluated."""
 
@@ -131,6 +134,15 @@ class Call:
             names = " or ".join(layout.value for layout in layouts)
             raise self.refuse("input", f"be a {names} here", str(self.inputs[0]))
         return self.inputs[0]
+
+    def need_several(self, part: str, count: int, noun: str) -> None:
+        """Refuse what gives a constant on a single value, so that nothing before it could ever learn.
+
+        Raises:
+            InvalidBlueprintError: ``count`` is below 2.
+        """
+        if count < 2:
+            raise self.refuse(part, f"be over at least 2 {noun}", count)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

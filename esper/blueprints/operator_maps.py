@@ -108,6 +108,9 @@ class _Convolution(Operator):
         if call.flag("causal") and source.layout is not Layout.SIGNAL:
             raise call.refuse("causal", "be false except on a signal", True)
         stride = call.integer("stride")
+        if stride > 1:
+            # Besides, torch 2.13 (oneDNN, bfloat16, CPU) leaves the weight's gradient uninitialised there.
+            call.need_several("stride", source.num_positions, "positions")
         positions = tuple((size - 1) // stride + 1 for size in source.positions)
         return TensorType(source.layout, self._features(call), positions)
 

@@ -41,6 +41,13 @@ class LayerNorm(_SameType):
     attributes: ClassVar = (_AFFINE,)
 
     @override
+    def infer(self, call: Call) -> TensorType:
+        source = call.inputs[0]
+        joins = source.layout in (Layout.SIGNAL, Layout.IMAGE)
+        call.need_several("norm", source.num_elements if joins else source.features, "values")
+        return source
+
+    @override
     def work(self, call: Call, output: TensorType) -> Work:
         rows = output.num_positions if output.layout is Layout.TOKENS else 1
         return Work(
@@ -109,7 +116,9 @@ class RmsNorm(_SameType):
 
     @override
     def infer(self, call: Call) -> TensorType:
-        return call.need_layout(Layout.VECTOR, Layout.TOKENS)
+        source = call.need_layout(Layout.VECTOR, Layout.TOKENS)
+        call.need_several("norm", source.features, "values")
+        return source
 
     @override
     def work(self, call: Call, output: TensorType) -> Work:

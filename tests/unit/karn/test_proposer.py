@@ -5,12 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from esper.blueprints import check_blueprint, content_id, default_registry, plan, structure_id
+from esper.blueprints import (
+    BlueprintRegistry,
+    check_blueprint,
+    content_id,
+    default_registry,
+    parse_text,
+    plan,
+    structure_id,
+)
 from esper.blueprints.cost import cost
 from esper.contracts.errors import InvalidInputError, InvalidStateError
+from esper.services.karn import proposer as proposer_module
 from esper.services.karn.archive import Archive
 from esper.services.karn.design import allowed_mixing, view
-from esper.services.karn.proposer import Constraints, Proposer
+from esper.services.karn.proposer import Constraints, Proposer, passes_contract
 from esper.services.karn.surrogate import Sample, Surrogate
 
 
@@ -63,6 +72,31 @@ def test_bounds_that_nothing_can_keep_are_an_error_that_says_so(linear_site):
 def test_what_fails_the_contract_test_is_never_proposed(linear_site):
     with pytest.raises(InvalidStateError, match="none passed the contract test"):
         proposer(check=lambda *_: False).propose(linear_site, 1, Constraints(), 0)
+
+
+def test_a_broken_blueprint_is_refused_by_the_one_contract_test(linear_site, monkeypatch):
+    """Only what the contract test lets pass is proposed: with none but a dead design at hand there is nothing."""
+    dead = parse_text("blueprint 1\nu = linear(x, init=zero)\na = activation(u, fn=relu)\nreturn a")
+    assert not check_blueprint(dead, linear_site).passed
+    assert not passes_contract(dead, linear_site)
+    registry = BlueprintRegistry()
+    registry.register_template("dead", lambda: dead)
+    monkeypatch.setattr(proposer_module.Proposer, "_children", lambda *_: [])
+    with pytest.raises(InvalidStateError, match=r"1 known designs are legal, .* none passed the contract test"):
+        Proposer(registry, Archive(), Surrogate()).propose(linear_site, 1, Constraints(), 0)
+
+
+def test_every_proposal_went_through_check_blueprint(linear_site, monkeypatch):
+    seen = []
+
+    def watched(ir, site):
+        report = check_blueprint(ir, site)
+        seen.append((content_id(ir), site, report.passed))
+        return report
+
+    monkeypatch.setattr(proposer_module, "check_blueprint", watched)
+    for one in proposer().propose(linear_site, 6, Constraints(), 0):
+        assert (one.blueprint.id, linear_site, True) in seen
 
 
 def test_equal_requests_on_an_equal_archive_give_equal_proposals(linear_site):

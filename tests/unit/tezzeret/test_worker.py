@@ -11,18 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from esper.blueprints import BlueprintRegistry, to_module
+from esper.blueprints import BlueprintRegistry, CheckReport, check_blueprint, to_module
 from esper.contracts.blueprint import Blueprint, BlueprintIR, BlueprintMetadata, IRNode, Site, SiteKind
 from esper.contracts.errors import CapacityExceededError, CompilationError, InvalidBlueprintError, InvalidInputError
-from esper.contracts.kernel import CompileSpec, CompileTarget, DeviceKind, JobPhase
+from esper.contracts.kernel import CompileSpec, CompileTarget, DeviceKind, JobPhase, ValidationCheck
 from esper.execution.artifact import artifact_bytes, verify
 from esper.execution.keys import SigningKey
-from esper.services.tezzeret import compiler
+from esper.services.tezzeret import compiler, kernel_validator
 from esper.services.tezzeret.compiler import load_binary
 from esper.services.tezzeret.config import CompilerConfig
 from esper.services.tezzeret.content_key import content_key
 from esper.services.tezzeret.default_sites import DEFAULT_SITES, default_site
 from esper.services.tezzeret.kernel_optimizer import NO_CUDA, KernelOptimizer
+from esper.services.tezzeret.kernel_validator import contract_rows
 from esper.services.tezzeret.worker import TezzeretWorker
 
 WORKER = TezzeretWorker()
@@ -133,8 +134,20 @@ def test_a_blueprint_that_cannot_learn_fails_and_names_the_check() -> None:
         ),
         output="c",
     )
-    with pytest.raises(CompilationError, match=r"failed (gradient_flow|learning)"):
+    with pytest.raises(CompilationError, match=r"failed gradient_flow: .* node .c. passes no gradient to .b."):
         WORKER.compile_spec(CompileSpec(ir=dead, site=DEFAULT_SITES[0]))
+
+
+def test_the_contract_is_checked_by_the_blueprints_own_test(spec: CompileSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One code path with Karn: what ``check_blueprint`` says is what the kernel carries, or why there is none."""
+    own = check_blueprint(spec.ir, spec.site, seed=spec.random_seed)
+    shown = {row.name: (row.figure, row.detail) for row in contract_rows(spec)}
+    renamed = {"identity": "identity_at_birth", "gradients": "gradient_flow"}
+    assert shown == {renamed.get(row.name, row.name): (row.figure, row.detail) for row in own.checks}
+    broken = CheckReport(checks=(*own.checks, ValidationCheck(name="new_row", passed=False, detail="said so")))
+    monkeypatch.setattr(kernel_validator, "check_blueprint", lambda *_, **__: broken)
+    with pytest.raises(CompilationError, match="failed new_row: said so"):
+        WORKER.compile_spec(spec)
 
 
 def test_a_kernel_too_slow_or_too_large_fails(spec: CompileSpec) -> None:
@@ -177,6 +190,7 @@ from esper.contracts.errors import CompilationError
 from esper.contracts.kernel import CompileSpec
 from esper.services.tezzeret import kernel_validator
 from esper.services.tezzeret.config import CompilerConfig
+from esper.services.tezzeret.kernel_validator import contract_rows
 from esper.services.tezzeret.worker import TezzeretWorker
 
 torch.set_num_threads(1)
