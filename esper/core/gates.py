@@ -72,3 +72,11 @@ def check_budget(cost: BlueprintCost, ledger: BudgetLedger) -> GateCheck:
     """Check that the cost fits in what is left."""
     refusal = ledger.refusal(cost)
     return GateCheck(name="budget", passed=refusal is None, detail=refusal or f"{cost.parameters} parameters fit")
+
+
+def check_latency(layer: KasminaLayer, seed_index: int, config: GrowthConfig) -> GateCheck:
+    """Check that a kernel does not hold training up; one that nobody timed passes."""
+    latency_ms, limit_ms = layer.state_layout.read(seed_index).latency_ms, config.max_kernel_latency_ms
+    shown = "nobody timed it" if latency_ms is None else f"a pass takes {latency_ms:.3g} ms"
+    passed = latency_ms is None or latency_ms <= limit_ms
+    return GateCheck(name="latency", passed=passed, detail=f"{shown}, at most {limit_ms:g} ms")

@@ -38,6 +38,8 @@ class GrowthConfig:
     """Adaptations under way at once, at least 1; never two in one layer."""
     loading_timeout_s: float = 60.0
     """Seconds after which a kernel that has not come is given up, > 0."""
+    max_kernel_latency_ms: float = 1000.0
+    """Milliseconds a forward pass of a kernel may take, on average; a slower seed is removed at the next gate, > 0."""
     settle_epochs: int = 2
     """Epochs after which a change of the optimizer's settings is judged, at least 1."""
 
@@ -53,6 +55,7 @@ class GrowthConfig:
             ("embargo_epochs", "be >= 0 epochs", self.embargo_epochs >= 0),
             ("max_open", "be at least 1", self.max_open >= 1),
             ("loading_timeout_s", "be > 0 s", self.loading_timeout_s > 0),
+            ("max_kernel_latency_ms", "be > 0 ms", self.max_kernel_latency_ms > 0),
             ("settle_epochs", "be at least 1 epoch", self.settle_epochs >= 1),
         )
         for name, rule, holds in rules:

@@ -16,8 +16,10 @@ from esper.contracts.errors import InvalidStateError
 from esper.core.capture import cloned
 from esper.core.losses import LossFunction
 from esper.core.morphable import MorphableModel
+from esper.execution.bulkhead import has_finite_gradients
+from esper.execution.circuit_breaker import FailureKind
 from esper.execution.incubation import SiteCapture, local_regression_loss, trial_backward
-from esper.execution.overrides import SeedRef
+from esper.execution.overrides import SeedRef, frozen_streams
 
 
 class Incubator:
@@ -58,7 +60,13 @@ class Incubator:
         seed = self._layer.find_seed(self._ref.seed_index)
         if seed is None:
             return False
-        local_regression_loss(seed.kernel, sample).backward()  # type: ignore[no-untyped-call]
+        try:
+            with frozen_streams():
+                loss = local_regression_loss(seed.kernel, sample)
+                loss.backward()  # type: ignore[no-untyped-call]
+        except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the run goes on
+            self._drop(FailureKind.RAISED, f"while it learnt: {type(error).__name__}: {error}")
+            return False
         self._step()
         return True
 
@@ -76,11 +84,22 @@ class Incubator:
         self._learns_locally = bool(state["learns_locally"])
 
     def _step(self) -> None:
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        # A batch that overflows must not poison the seed: a scaler leaves the host's step out, so the seed's goes too.
-        if gradients and torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            self._optimizer.step()
+        if not has_finite_gradients(self._parameters):
+            self._drop(FailureKind.NON_FINITE, "gradient holds NaN or infinity while it learnt")
+            return
+        seed = self._layer.find_seed(self._ref.seed_index)
+        if self._learns_locally and seed is not None:
+            seed.breaker.note_success()
+        self._optimizer.step()
         self._optimizer.zero_grad()
+
+    def _drop(self, kind: FailureKind, detail: str) -> None:
+        """Leave the step out, and count it as the kernel's failure."""
+        self._optimizer.zero_grad()
+        seed = self._layer.find_seed(self._ref.seed_index)
+        if seed is not None:
+            seed.breaker.has_failed_backward = not self._learns_locally
+            self._layer.note_failure(seed, kind, detail)
 
     def _see(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         # Copies are made only where they are needed: with the batch at hand the site is not looked at.

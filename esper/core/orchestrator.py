@@ -136,6 +136,8 @@ class SeedOrchestrator:
                 self._judge_trial(adaptation)
             elif adaptation.state is State.LOADING:
                 self._check_loading(adaptation)
+            elif self._too_slow(adaptation):
+                continue
             elif adaptation.state is State.ACTIVE:
                 self._check_incubation(adaptation)
             elif adaptation.state is State.EVALUATING:
@@ -382,6 +384,14 @@ class SeedOrchestrator:
             limit_s = self._context.growth.loading_timeout_s
             self._fail(adaptation, f"kernel must come within {limit_s:g} s, waited {waited_s:.1f} s")
 
+    def _too_slow(self, adaptation: Adaptation) -> bool:
+        """Whether the seed's kernel holds training up; then it is removed."""
+        layer = self.layers[adaptation.layer]
+        check = gates.check_latency(layer, adaptation.seed_index, self._context.growth)
+        if not check.passed:
+            self._remove(adaptation, AdaptationOutcome.CULLED, f"its kernel is too slow: {check.detail}", (check,))
+        return not check.passed
+
     def _check_incubation(self, adaptation: Adaptation) -> None:
         context = self._context
         if context.clock.epoch - adaptation.state_since_epoch < context.growth.incubation_epochs:
@@ -469,8 +479,13 @@ class SeedOrchestrator:
         state = self.layers[adaptation.layer].state_layout.state(adaptation.seed_index)
         if state is not State.ERROR:
             return False
-        self._remove(adaptation, AdaptationOutcome.FAILED, "its kernel failed three times in a row")
+        failure = self._last_failure(adaptation.layer, adaptation.seed_index)
+        self._remove(adaptation, AdaptationOutcome.FAILED, f"its kernel failed three times in a row, last {failure}")
         return True
+
+    def _last_failure(self, layer: str, seed_index: int) -> str:
+        seed = self.layers[layer].find_seed(seed_index)
+        return seed.breaker.last_failure if seed is not None else "while it was loading"
 
     def _clear_failed(self) -> None:
         """Clear away every seed whose breaker has opened, kept ones too."""
@@ -531,4 +546,8 @@ class SeedOrchestrator:
         adaptation = self._places.get((transition.layer, transition.seed_index))
         if adaptation is not None:
             adaptation.state, adaptation.state_since_epoch = transition.to_state, self._context.clock.epoch
+        if transition.to_state is State.ERROR and transition.from_state is not State.LOADING:
+            with self._tell.because(self._last_failure(transition.layer, transition.seed_index)):
+                self._tell.seed_step(transition, adaptation)
+            return
         self._tell.seed_step(transition, adaptation)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.multiprocessing.reductions import StorageWeakRef
 
 FAILURE_LIMIT: Final = 3
 """Failed passes in a row after which a seed goes to ERROR."""
@@ -18,7 +21,18 @@ class FailureKind(StrEnum):
 
     RAISED = "raised"
     WRONG_SHAPE = "wrong_shape"
+    WRONG_TYPE = "wrong_type"
     NON_FINITE = "non_finite"
+    LEAKED = "leaked"
+
+
+class KernelFaultError(Exception):
+    """What is wrong with one pass of a kernel; the circuit breaker counts it, nobody else sees it."""
+
+    def __init__(self, kind: FailureKind, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+        self.detail = detail
 
 
 class CircuitBreaker:
@@ -28,21 +42,40 @@ class CircuitBreaker:
         self.limit = limit
         self.failures_in_row = 0
         self.last_failure = ""
+        self.has_failed_backward = False
+        self.over: list[StorageWeakRef] = []
+        """Activations of passes that are over."""
 
     @property
     def is_open(self) -> bool:
         """Whether the limit is reached."""
         return self.failures_in_row >= self.limit
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "over": []}  # a copy must not free what the weak references of another hold
+
     def note_success(self) -> None:
-        """End the row of failures."""
-        self.failures_in_row = 0
+        """Note a sound forward pass: it ends the row of failures, unless the last backward pass failed."""
+        if not self.has_failed_backward:
+            self.failures_in_row = 0
+        self.has_failed_backward = False
 
     def note_failure(self, kind: FailureKind, detail: str, *, in_row: int) -> bool:
         """Note that failures now stand at ``in_row`` in a row; true where that opens the breaker."""
         self.failures_in_row = in_row
         self.last_failure = f"{kind}: {detail}"
         return self.is_open
+
+
+def fault_of(delta: object, h: Tensor) -> KernelFaultError | None:
+    """Say why a delta can't be added to h, but for its values: they are left to whoever may wait for the device."""
+    if not isinstance(delta, Tensor) or delta.shape != h.shape:
+        shown = tuple(delta.shape) if isinstance(delta, Tensor) else type(delta).__name__
+        return KernelFaultError(FailureKind.WRONG_SHAPE, f"delta must be {tuple(h.shape)}, got {shown}")
+    if not delta.is_floating_point() or delta.device != h.device or delta.layout != h.layout:
+        shown = f"{delta.dtype} on {delta.device}, {delta.layout}"
+        return KernelFaultError(FailureKind.WRONG_TYPE, f"delta must be of floating type on {h.device}, got {shown}")
+    return None
 
 
 def is_finite(value: Tensor) -> bool:

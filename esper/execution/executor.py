@@ -19,6 +19,7 @@ from esper.contracts.blueprint import BlueprintIR, Site
 from esper.contracts.errors import CorruptDataError, InvalidInputError, KernelExecutionError, ShapeMismatchError
 from esper.contracts.kernel import CompileTarget
 from esper.execution.artifact import VerifiedKernel
+from esper.execution.circuit_breaker import fault_of
 
 _BATCH_SIZES: Final = (2, 3)
 _TIMED_RUNS: Final = 5
@@ -75,7 +76,7 @@ def check_shapes(module: nn.Module, site: Site, placement: Placement) -> None:
         try:
             with torch.no_grad():
                 delta = functional_call(module, state, (x, h))
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except Exception as error:
             raise ShapeMismatchError(
                 f"kernel must run at input {site.input_shape} and output {site.output_shape}, got {error}",
                 parameter="kernel",
@@ -105,12 +106,17 @@ def first_run(module: nn.Module, site: Site, placement: Placement, *, batch_size
     try:
         with torch.no_grad():
             module.eval()
-            is_finite = bool(torch.isfinite(module(x, h)).all())  # waits, so that the clock starts on an idle device
+            delta = module(x, h)
+            fault = fault_of(delta, h)
+            # Waits, so that the clock starts on an idle device.
+            is_finite = fault is None and bool(torch.isfinite(delta.to(h.dtype)).all())
             elapsed_ms = statistics.median(_timed_ms(module, x, h) for _ in range(_TIMED_RUNS))
     except Exception as error:
         raise KernelExecutionError(f"kernel must run on finite inputs, got {type(error).__name__}: {error}") from error
     finally:
         module.train(was_training)
+    if fault is not None:
+        raise KernelExecutionError(f"kernel must give a delta that can be added, got {fault.kind}: {fault.detail}")
     if not is_finite:
         raise KernelExecutionError("kernel must give a finite delta on finite inputs, got NaN or infinity")
     return elapsed_ms

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from esper.contracts.errors import InvalidInputError, NotFoundError
 from esper.execution.layers.base import KasminaLayer
+from esper.execution.random_streams import frozen_streams
 from esper.execution.seed import BlendMode, Seed
 
 
@@ -105,19 +104,6 @@ def unmeasured(model: GrowingModel) -> Iterator[None]:
     finally:
         for holder in paused:
             holder.is_paused = False
-
-
-@contextmanager
-def frozen_streams() -> Iterator[None]:
-    """Leave every random stream (Python, NumPy, torch on all devices in use) as it was."""
-    states = (random.getstate(), np.random.get_state())  # noqa: NPY002 - users' code draws from the legacy stream
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
 
 
 @contextmanager

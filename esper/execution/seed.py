@@ -86,6 +86,10 @@ class Seed(nn.Module):
         self.alpha.fill_(alpha)
         self.is_silent = alpha == 0.0
 
+    def forget_alpha(self) -> None:
+        """Give alpha a new tensor: passes before in this very step still need the old one's value in backward."""
+        self.alpha = self.alpha.clone()
+
     @property
     def num_parameters(self) -> int:
         """Trainable parameters of the kernel."""

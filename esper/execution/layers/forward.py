@@ -8,13 +8,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.compiler import is_compiling
-from torch.fx import GraphModule
 
 from esper.contracts.blueprint import Site
-from esper.execution.circuit_breaker import FailureKind, is_finite
-from esper.execution.device_guard import gated, guarded
+from esper.execution.bulkhead import private_inputs, run_kernel
+from esper.execution.circuit_breaker import FailureKind, KernelFaultError, is_finite
+from esper.execution.device_guard import guarded
 from esper.execution.device_probe import PendingFigures, Stopwatch
 from esper.execution.dispatch import run_side_by_side
 from esper.execution.health import can_probe, is_real_tensor, probe_tensor
@@ -57,7 +57,7 @@ def _blend(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     if is_compiling():
         total = h_site
         for seed in layer._kasmina.terms:
-            total = total + guarded(seed, seed.kernel(gated(x_site), gated(h_site)), h_site)
+            total = total + guarded(seed, seed.kernel(*private_inputs(seed, x_site, h_site)), h_site)
     elif h.device.type == "cpu":
         total = _sum_on_cpu(layer, x_site, h_site, sampled)
     else:
@@ -90,20 +90,16 @@ def _sum_on_cpu(layer: KasminaLayer, x: Tensor, h: Tensor, sampled: bool) -> Ten
 
 
 def _delta(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor) -> Tensor | None:
-    """Run one kernel under its circuit breaker; ``None`` where it raised, or gave what does not fit h."""
-    kernel = seed._modules["kernel"]
-    assert kernel is not None
+    """Run one kernel under its circuit breaker; ``None`` where its contribution is dropped."""
+    if seed.breaker.is_open:  # it failed in a backward pass, where nothing may be moved
+        layer.cut_off(seed)
+        return None
     try:
-        # What fx puts around a graph's call explains errors in generated code; the breaker has its own words.
-        delta = nn.Module.__call__(kernel, x, h) if isinstance(kernel, GraphModule) else kernel(x, h)
+        return run_kernel(layer, seed, x, h)
+    except KernelFaultError as fault:
+        layer.note_failure(seed, fault.kind, fault.detail)
     except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the host's result is kept
         layer.note_failure(seed, FailureKind.RAISED, f"{type(error).__name__}: {error}")
-        return None
-    if isinstance(delta, Tensor) and delta.shape == h.shape and delta.device == h.device:
-        return delta
-    shown = f"{tuple(delta.shape)} on {delta.device}" if isinstance(delta, Tensor) else type(delta).__name__
-    wanted = f"{tuple(h.shape)} on {h.device}"
-    layer.note_failure(seed, FailureKind.WRONG_SHAPE, f"delta must be {wanted}, got {shown}")
     return None
 
 
@@ -128,7 +124,7 @@ def _sum_on_device(layer: KasminaLayer, x: Tensor, h: Tensor) -> Tensor:
 
 
 def _guarded_contribution(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor) -> Tensor | None:
-    delta = _delta(layer, seed, gated(x), gated(h))
+    delta = _delta(layer, seed, x, h)
     if delta is None:
         return None
     layout = layer._kasmina.state_layout

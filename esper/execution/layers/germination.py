@@ -13,6 +13,7 @@ from esper.execution.artifact import VerifiedKernel
 from esper.execution.executor import KernelExecutor, Placement, build_kernel, check_shapes, first_run
 from esper.execution.layers.holder import SeedHolder, log
 from esper.execution.layers.record import KernelSource
+from esper.execution.random_streams import frozen_streams
 from esper.execution.seed import Seed
 
 
@@ -121,8 +122,9 @@ class Germination(SeedHolder):
             self.transition(seed_idx, states.LOADING)
         try:
             placement = self.placement()
-            seed = prepare(site, placement)
-            latency_ms = first_run(seed.kernel, site, placement, batch_size=self._kasmina.batch_size or 1)
+            with frozen_streams():
+                seed = prepare(site, placement)
+                latency_ms = first_run(seed.kernel, site, placement, batch_size=self._kasmina.batch_size or 1)
             self._plant(seed)
             self.transition(seed_idx, states.ACTIVE)
         except BaseException as error:

@@ -120,6 +120,8 @@ class SeedHolder(nn.Module):
             self._kasmina.num_kept += 1
             self.set_alpha(seed_idx, 1.0)
         elif to is SeedLifecycleState.ERROR:
+            if found is not None:
+                found.forget_alpha()
             self.set_alpha(seed_idx, 0.0)
         elif to in _FREED or (to is SeedLifecycleState.CULLED and (found is None or found.is_silent)):
             self._free(seed_idx)
@@ -218,10 +220,12 @@ class SeedHolder(nn.Module):
             "seed_cut_off" if is_open else "seed_failed",
             extra={"layer": self.layer_name, "seed_index": seed.index, "kind": kind.value, "detail": detail},
         )
-        if is_open:
-            self._cut_off(seed)
+        # Inside a backward pass nothing may be moved that autograd has yet to replay; the next pass does it.
+        if is_open and torch._C._current_graph_task_id() == -1:
+            self.cut_off(seed)
 
-    def _cut_off(self, seed: Seed) -> None:
+    def cut_off(self, seed: Seed) -> None:
+        """Send a seed whose breaker is open to ERROR; one that is being ramped out is freed."""
         state = self.state_layout.state(seed.index)
         if state in LIVE_STATES:
             self.transition(seed.index, SeedLifecycleState.ERROR)
@@ -240,6 +244,8 @@ class SeedHolder(nn.Module):
             if failures:
                 detail = "delta holds NaN or infinity"
                 self._note_failures(seed, FailureKind.NON_FINITE, detail, times=failures, in_row=in_row)
+            elif seed.breaker.is_open:
+                self.cut_off(seed)
         return found
 
     # --- checkpoints ---

@@ -1,0 +1,262 @@
+"""Running a kernel so that nothing it does reaches the host: neither what it raises, nor what it writes or keeps.
+
+A kernel built from a blueprint is made of a closed set of operators: it can't write to its inputs, keep them, or raise
+in backward. It gets the host's tensors themselves, with a gate on each: a gradient that is not finite goes no further.
+
+Any other module (``attach_module``, or a seed whose kernel was changed) runs behind a bulkhead. It is given copies of x
+and h that lead to a graph of its own; the host's graph holds one node, the bridge, whose backward runs the kernel's.
+
+    forward    writes and references stay with the copies; random streams are put back where the pass failed
+    backward   what the kernel raises, and any gradient that is not finite, is dropped as a whole and counted; the
+               gradient at h is then to the bit the host's own
+    memory     activations of passes that are over and still alive are counted; above ``LEAK_LIMIT`` it is a failure
+
+The price is one copy of x and h a pass. Off the CPU nothing here waits: gradients are zeroed on the device instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from esper.execution.circuit_breaker import FailureKind, KernelFaultError, fault_of, is_finite
+from esper.execution.device_guard import gated
+
+if TYPE_CHECKING:
+    from esper.execution.layers.holder import SeedHolder
+    from esper.execution.seed import Seed
+
+LEAK_LIMIT: Final = 16
+"""Activations of earlier passes that a kernel may keep; some keep the last one for a purpose."""
+
+
+def run_kernel(layer: SeedHolder, seed: Seed, x: Tensor, h: Tensor) -> Tensor:
+    """Give the kernel's delta, checked; its backward pass can't harm the host's.
+
+    Raises:
+        KernelFaultError: The delta can't be added to h, or the kernel leaks.
+        Exception: Whatever the kernel raises.
+    """
+    if is_closed(seed):
+        return _run_gated(layer, seed, x, h)
+    state = torch.get_rng_state()
+    try:
+        return _run_apart(layer, seed, x, h)
+    except Exception:
+        torch.set_rng_state(state)
+        raise
+
+
+def private_inputs(seed: Seed, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Give what a kernel may see inside a compiled graph, where there is no bulkhead: gated, and copies if need be."""
+    if is_closed(seed):
+        return gated(x), gated(h)
+    return gated(x).clone(), gated(h).clone()
+
+
+def is_closed(seed: Seed) -> bool:
+    """Whether the seed's kernel is a blueprint's own module as it was built, without hooks."""
+    kernel = seed.kernel
+    if seed.ir is None or not isinstance(kernel, fx.GraphModule):
+        return False
+    return not (kernel._forward_hooks or kernel._forward_pre_hooks or kernel._backward_hooks)
+
+
+# --- closed kernels ---
+
+
+def _run_gated(layer: SeedHolder, seed: Seed, x: Tensor, h: Tensor) -> Tensor:
+    if h.device.type != "cpu":
+        delta = _call(seed, gated(x), gated(h))
+        _require_sound(delta, h)
+        return delta
+    if not torch.is_grad_enabled():
+        delta = _call(seed, x, h)
+        _require_sound(delta, h)
+        return delta
+    gate = _Gate(layer, seed)
+    delta = _call(seed, gate.on(x), gate.on(h))
+    _require_sound(delta, h)
+    if gate.is_used and delta.requires_grad:
+        delta.register_hook(gate.see_incoming)
+    return delta
+
+
+def _call(seed: Seed, x: Tensor, h: Tensor) -> Tensor:
+    """Run a closed kernel; what fx puts around a graph's call explains errors in code, which the breaker need not."""
+    delta: Tensor = nn.Module.__call__(seed.kernel, x, h)
+    return delta
+
+
+class _Gate:
+    """Stops gradients that are not finite on their way from one pass of a kernel to the host."""
+
+    __slots__ = ("incoming", "is_used", "layer", "seed")
+
+    def __init__(self, layer: SeedHolder, seed: Seed) -> None:
+        self.layer = layer
+        self.seed = seed
+        self.is_used = False
+        self.incoming: Tensor | None = None
+
+    def on(self, value: Tensor) -> Tensor:
+        """Give the value for the kernel to read."""
+        if not value.requires_grad:
+            return value
+        self.is_used = True
+        view = value.view_as(value)
+        view.register_hook(self.check)  # type: ignore[no-untyped-call]
+        return view
+
+    def see_incoming(self, gradient: Tensor) -> None:
+        """Keep the gradient at delta: where that is not finite, the kernel is not to blame."""
+        self.incoming = gradient
+
+    def check(self, gradient: Tensor) -> Tensor | None:
+        """Give zeros for a gradient that is not finite."""
+        if is_finite(gradient):
+            return None
+        if self.incoming is None or is_finite(self.incoming):
+            _note_backward(self.layer, self.seed, FailureKind.NON_FINITE, "gradient at the layer holds NaN or infinity")
+        return torch.zeros_like(gradient)
+
+
+# --- any other module ---
+
+
+def _run_apart(layer: SeedHolder, seed: Seed, x: Tensor, h: Tensor) -> Tensor:
+    _require_no_leak(seed)
+    if not torch.is_grad_enabled():
+        given = (x.clone(), h.clone())
+        delta = seed.kernel(*given)
+        _require_sound(delta, h)
+        seed.breaker.over.extend(_storages((*given, delta)))
+        return delta.clone()
+    leaves = tuple(value.detach().requires_grad_(value.requires_grad) for value in (x, h))
+    given = (leaves[0].clone(), leaves[1].clone())
+    delta = seed.kernel(*given)
+    _require_sound(delta, h)
+    parameters = tuple(value for value in seed.kernel.parameters() if value.requires_grad)
+    own = _OwnGraph(layer, seed, delta, (*leaves, *parameters), _storages((*given, delta)))
+    if not delta.requires_grad:
+        own.end()
+        return delta.clone()
+    bridged: Tensor = _Bridge.apply(own, delta.detach(), x, h, *parameters)  # type: ignore[no-untyped-call]
+    return bridged
+
+
+@dataclass(slots=True)
+class _OwnGraph:
+    """One pass of a kernel apart from the host's graph."""
+
+    layer: SeedHolder
+    seed: Seed
+    delta: Tensor | None
+    wanted: tuple[Tensor, ...]
+    """x and h of its own, then the kernel's parameters."""
+    storages: list[StorageWeakRef]
+
+    def gradients(self, incoming: Tensor) -> list[Tensor | None]:
+        """Give the gradient of each of ``wanted``, or of none where the kernel's backward fails."""
+        keep: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+        assert self.delta is not None
+        reached = [value for value in self.wanted if value.requires_grad]
+        try:
+            found = torch.autograd.grad(self.delta, reached, incoming, allow_unused=True, retain_graph=keep)
+            self._require_finite(found, incoming)
+        except KernelFaultError as fault:
+            return self._refuse(fault.kind, fault.detail)
+        except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the host's gradient is kept
+            return self._refuse(FailureKind.RAISED, f"in backward: {type(error).__name__}: {error}")
+        finally:
+            if not keep:
+                self.end()
+        if incoming.device.type != "cpu":
+            found = tuple(None if value is None else _zeroed(value) for value in found)
+        rest = iter(found)
+        return [next(rest) if value.requires_grad else None for value in self.wanted]
+
+    def again(self, inputs: Sequence[Tensor], incoming: Tensor) -> list[Tensor | None]:
+        """Give the gradients such that they can be differentiated again: by a pass in the host's own graph."""
+        # h is made of x: views keep what x does through h out of the gradient at x.
+        given = [value.view_as(value) for value in inputs[:2]]
+        wanted = [*given, *inputs[2:]]
+        reached = [value for value in wanted if value.requires_grad]
+        try:
+            delta = self.seed.kernel(*given)
+            found = iter(torch.autograd.grad(delta, reached, incoming, allow_unused=True, create_graph=True))
+        except Exception as error:  # noqa: BLE001 - as in gradients
+            return self._refuse(FailureKind.RAISED, f"in backward: {type(error).__name__}: {error}")
+        return [next(found) if value.requires_grad else None for value in wanted]
+
+    def end(self) -> None:
+        """Let go of the graph; what is still alive of it from now on, the kernel keeps."""
+        self.delta = None
+        self.seed.breaker.over.extend(self.storages)
+        self.storages = []
+
+    def _refuse(self, kind: FailureKind, detail: str) -> list[Tensor | None]:
+        _note_backward(self.layer, self.seed, kind, detail)
+        # Zeros for parameters: DistributedDataParallel waits for a gradient of each.
+        return [None, None, *(torch.zeros_like(value) for value in self.wanted[2:])]
+
+    def _require_finite(self, found: Sequence[Tensor | None], incoming: Tensor) -> None:
+        if incoming.device.type != "cpu":
+            return
+        if all(value is None or is_finite(value) for value in found) or not is_finite(incoming):
+            return
+        raise KernelFaultError(FailureKind.NON_FINITE, "gradient holds NaN or infinity")
+
+
+class _Bridge(torch.autograd.Function):
+    """The one node in the host's graph that stands for a pass apart from it."""
+
+    @staticmethod
+    def forward(ctx: Any, own: _OwnGraph, delta: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.own = own
+        ctx.save_for_backward(*inputs)
+        return delta.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return (None, None, *ctx.own.again(ctx.saved_tensors, grad))
+        return (None, None, *ctx.own.gradients(grad))
+
+
+def _require_sound(delta: object, h: Tensor) -> None:
+    fault = fault_of(delta, h)
+    if fault is not None:
+        raise fault
+
+
+def _require_no_leak(seed: Seed) -> None:
+    over = seed.breaker.over = [storage for storage in seed.breaker.over if not storage.expired()]
+    if len(over) > LEAK_LIMIT:
+        detail = f"kernel must keep at most {LEAK_LIMIT} activations of earlier passes, got {len(over)}"
+        raise KernelFaultError(FailureKind.LEAKED, detail)
+
+
+def _storages(values: Sequence[Tensor]) -> list[StorageWeakRef]:
+    return [StorageWeakRef(value.untyped_storage()) for value in values]
+
+
+def _zeroed(value: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(value).all(), value, torch.zeros_like(value))
+
+
+def _note_backward(layer: SeedHolder, seed: Seed, kind: FailureKind, detail: str) -> None:
+    """Count a failed backward pass once, however many gradients it spoils."""
+    if not seed.breaker.has_failed_backward:
+        seed.breaker.has_failed_backward = True
+        layer.note_failure(seed, kind, detail)
+
+
+def has_finite_gradients(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether every gradient there is is finite; waits for the device."""
+    return all(value.grad is None or is_finite(value.grad) for value in parameters)
