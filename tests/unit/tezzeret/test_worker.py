@@ -290,6 +290,7 @@ class TestOptimizer:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_aot_inductor_compiles_where_it_may_take_its_time(spec: CompileSpec) -> None:
     worker = TezzeretWorker(CompilerConfig(aot_inductor=True))
     kernel = worker.compile_spec(replace(spec, target=CompileTarget.AOT_INDUCTOR))
