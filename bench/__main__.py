@@ -17,6 +17,7 @@ MEASURES: Final = {
     "k3_cache": "the native kernel cache against cachebox, theine, cachetools and lru_cache",
     "c1_compile": "compiling and validating a kernel against scripting and saving alone",
     "c2_adaptation": "from a decision to an active seed, cold and with the kernel in memory",
+    "incubation": "ways in which a seed learns alone: quality and cost of each",
     "growth": "grown networks against their controls on a sealed test",
 }
 """Every measure, and what it tells; each is a module of this package with ``measure(quick)``."""

@@ -1,25 +1,66 @@
 """One seed learning behind the host's back, with an optimizer of its own, a step of it per training step.
 
-The seed's loss contains its own effect. Where the batch is known it is the run's loss on a trial branch; where it is
-not (a loop whose loss is a plain function), it is the local regression of the gradient at the site. Both are explained
-in ``esper.execution.incubation``.
+The seed's loss contains its own effect: the run's loss on a trial branch, or the local regression of the gradient at
+the site. Both are explained in ``esper.execution.incubation``, and compared in decision 0007; ``choose_way`` is what
+came of it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 import torch
 from torch.optim import AdamW
 
-from esper.contracts.errors import InvalidStateError
+from esper.contracts.errors import InvalidInputError
+from esper.core.batches import Batch
 from esper.core.capture import cloned
 from esper.core.losses import LossFunction
 from esper.core.morphable import MorphableModel
 from esper.execution.bulkhead import has_finite_gradients
 from esper.execution.circuit_breaker import FailureKind
-from esper.execution.incubation import SiteCapture, local_regression_loss, trial_backward
+from esper.execution.incubation import Norms, SiteCapture, local_regression_loss, measure_reach, trial_backward
 from esper.execution.overrides import SeedRef, frozen_streams
+
+WayKind = Literal["trial", "local"]
+
+SHARES: Final = (1.0, 0.5, 0.25)
+"""Shares of a batch that a trial may be given, the most exact first."""
+MIN_TRIAL_EXAMPLES: Final = 8
+"""Fewest examples of a trial on a part of the batch: fewer make batch statistics and gradients too noisy."""
+_REACH_BOUNDS: Final = (0.01, 10.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearningWay:
+    """How a seed learns alone.
+
+    Raises:
+        InvalidInputError: A value breaks its rule; the message names it.
+    """
+
+    kind: WayKind
+    """Trial branch or local regression."""
+    share: float = 1.0
+    """Share of the batch that a trial is given, in (0, 1]; parts take turns."""
+    norms: Norms = "running"
+    """What batch norms normalise by in a trial."""
+    reach: float = 0.1
+    """Size of the step that a regression asks for, relative to the host's output, > 0."""
+    reach_interval: int = 0
+    """Steps between two measurements of the reach, where the batch is known; 0 keeps ``reach`` as it is."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("trial", "local"):
+            raise InvalidInputError.of("kind", "be trial or local", self.kind)
+        if not 0.0 < self.share <= 1.0:
+            raise InvalidInputError.of("share", "lie in (0, 1]", self.share)
+        if not self.reach > 0.0:
+            raise InvalidInputError.of("reach", "be > 0", self.reach)
+        if self.reach_interval < 0:
+            raise InvalidInputError.of("reach_interval", "be >= 0 steps", self.reach_interval)
 
 
 class Incubator:
@@ -33,6 +74,7 @@ class Incubator:
         layer: str,
         seed_index: int,
         learning_rate: float,
+        way: LearningWay = LearningWay(kind="trial"),
     ) -> None:
         self._model = model
         self._loss_fn = loss_fn
@@ -40,29 +82,45 @@ class Incubator:
         self._layer = model.kasmina_layer(layer)
         self._parameters = self._layer.seed_parameters(seed_index)
         self._optimizer = AdamW(self._parameters, lr=learning_rate)
+        self._way = way
+        self._reach = way.reach
+        self._steps = 0
         self._capture = SiteCapture(self._layer)
+        self._autocast: torch.dtype | None = None
         self._handle = self._layer.register_forward_hook(self._see, with_kwargs=True)
-        self._learns_locally = False
+        self._learns_locally = way.kind == "local"
+
+    def step(self, batch: Batch | None) -> bool:
+        """Take one step by the seed's way; without the batch a trial cannot be had, and the site is learnt from.
+
+        Gives false where nothing could be learnt.
+        """
+        if batch is not None and self._way.kind == "trial":
+            self.learn(*batch)
+            return True
+        if batch is not None and self._is_reach_due():
+            self._measure_reach(batch)
+        return self.learn_from_site()
 
     def learn(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Take one step down the run's own loss, on a trial branch with the seed fully blended in."""
         self._learns_locally = False
-        trial_backward(self._model, [self._ref], lambda: self._loss_fn(self._model(inputs), targets))
+        inputs, targets = self._part(inputs), self._part(targets)
+        with self._precision(inputs.device):
+            trial_backward(
+                self._model, [self._ref], lambda: self._loss_fn(self._model(inputs), targets), norms=self._way.norms
+            )
         self._step()
 
     def learn_from_site(self) -> bool:
         """Take one step towards what the training step just taken wanted at the site; false when it was not seen."""
         self._learns_locally = True
-        try:
-            sample = self._capture.sample
-        except InvalidStateError:
+        sample, seed = self._capture.seen, self._layer.find_seed(self._ref.seed_index)
+        if sample is None or seed is None:
             return False  # the first step after germination: the hook was not there yet
-        seed = self._layer.find_seed(self._ref.seed_index)
-        if seed is None:
-            return False
         try:
             with frozen_streams():
-                loss = local_regression_loss(seed.kernel, sample)
+                loss = local_regression_loss(seed.kernel, sample, reach=self._reach)
                 loss.backward()  # type: ignore[no-untyped-call]
         except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the run goes on
             self._drop(FailureKind.RAISED, f"while it learnt: {type(error).__name__}: {error}")
@@ -75,15 +133,27 @@ class Incubator:
         self._handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the optimizer's state, and whether the site is looked at."""
-        return {"optimizer": self._optimizer.state_dict(), "learns_locally": self._learns_locally}
+        """Give the optimizer's state, and what steers the next step."""
+        return {
+            "optimizer": self._optimizer.state_dict(),
+            "learns_locally": self._learns_locally,
+            "reach": self._reach,
+            "steps": self._steps,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a state over."""
         self._optimizer.load_state_dict(cloned(state["optimizer"]))
         self._learns_locally = bool(state["learns_locally"])
+        self._reach, self._steps = float(state["reach"]), int(state["steps"])
+
+    def _part(self, value: torch.Tensor) -> torch.Tensor:
+        """Give the part of a batch whose turn it is: taking turns, no place in the batch is never seen."""
+        num_parts = max(1, min(round(1.0 / self._way.share), len(value) // MIN_TRIAL_EXAMPLES))
+        return torch.tensor_split(value, num_parts)[self._steps % num_parts]
 
     def _step(self) -> None:
+        self._steps += 1
         if not has_finite_gradients(self._parameters):
             self._drop(FailureKind.NON_FINITE, "gradient holds NaN or infinity while it learnt")
             return
@@ -92,6 +162,24 @@ class Incubator:
             seed.breaker.note_success()
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+    def _is_reach_due(self) -> bool:
+        interval = self._way.reach_interval
+        return interval > 0 and self._steps % interval == interval - 1
+
+    def _measure_reach(self, batch: Batch) -> None:
+        inputs, targets = batch
+        with self._precision(inputs.device):
+            found = measure_reach(self._model, self._ref, lambda: self._loss_fn(self._model(inputs), targets))
+        if found is not None:
+            low, high = _REACH_BOUNDS
+            self._reach = min(high, max(low, (self._reach * found) ** 0.5))
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[object]:
+        """Give the autocast of the host's own step; float16 is left out, for its gradients need a scaler."""
+        if self._autocast is None:
+            return nullcontext()
+        return torch.autocast(device.type, self._autocast)
 
     def _drop(self, kind: FailureKind, detail: str) -> None:
         """Leave the step out, and count it as the kernel's failure."""
@@ -102,6 +190,11 @@ class Incubator:
             self._layer.note_failure(seed, kind, detail)
 
     def _see(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if not (module.training and torch.is_grad_enabled()) or self._layer._kasmina.is_paused:
+            return  # an evaluation, or a trial: the host's own step is what counts
+        device = self._layer.seed_output(out).device.type
+        short = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.bfloat16
+        self._autocast = torch.bfloat16 if short else None
         # Copies are made only where they are needed: with the batch at hand the site is not looked at.
-        if self._learns_locally and module.training and torch.is_grad_enabled():
+        if self._learns_locally:
             self._capture.see(module, args, kwargs, out)

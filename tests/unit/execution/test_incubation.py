@@ -128,14 +128,19 @@ def test_a_trial_leaves_buffers_streams_modes_and_pending_gradients_alone(scale:
     assert model[0].weight.grad is not None
 
 
-def test_batch_norm_in_a_trial_still_normalises_by_the_batch(scale: Any) -> None:
+def test_batch_norm_in_a_trial_stands_on_running_statistics_as_in_evaluation(scale: Any) -> None:
     torch.manual_seed(0)
     model = wrap(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8)), telemetry=False)
     x = torch.randn(16, 6)
     trained = model(x)
     model[0].attach_module(0, scale(0.0))
+    evaluated = model.eval()(x)
+    model.train()
     with trial_forward(model, [SeedRef("0", 0)]):
+        torch.testing.assert_close(model(x), evaluated)
+    with trial_forward(model, [SeedRef("0", 0)], norms="batch"):
         torch.testing.assert_close(model(x), trained)
+    assert model[1].training
 
 
 def test_a_seed_that_fails_in_its_trial_gets_no_gradient_and_no_error(toy: Any) -> None:
