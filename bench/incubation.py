@@ -9,9 +9,13 @@ The straight-through arm is a negative control: no part of the product learns so
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from typing import Final
 
 import torch
@@ -82,21 +86,41 @@ COSTS: Final[Mapping[str, CostCase]] = {
 def measure(*, quick: bool) -> Result:
     """Run everything for two seeds, or for eight."""
     torch.set_num_threads(1)
-    num_seeds = 2 if quick else 8
-    figures: list[Figure] = []
-    for name, stretch in TOYS.items():
-        found = [run_toy(seed, stretch=stretch, num_steps=TOY_STEPS, arms=TOY_ARMS) for seed in range(num_seeds)]
-        figures += [_mean(f"{name}: {arm}, distance", "ratio", [one[arm] for one in found]) for arm in TOY_ARMS]
-        _tell(f"{name} done")
-    outcomes: list[SiteOutcome] = []
-    for seed in range(num_seeds):
-        for host in HOSTS:
-            outcomes += run_digits(host, seed=seed)
-        _tell(f"digits, seed {seed} done")
+    seeds = range(2 if quick else 8)
+    with _pool() as pool:
+        toys = {name: list(pool.map(partial(toy, name), seeds)) for name in TOYS}
+        jobs = [(host, seed) for host in HOSTS for seed in seeds]
+        outcomes = [one for found in pool.map(digits_outcomes, *zip(*jobs, strict=True)) for one in found]
+    figures = [
+        _mean(f"{name}: {arm}, distance", "ratio", [one[arm] for one in found])
+        for name, found in toys.items()
+        for arm in TOY_ARMS
+    ]
     figures += figures_of(outcomes)
     for name, case in COSTS.items():
         figures += cost_figures(name, case, seconds=0.5 if quick else 1.5)
-    return Result(name="incubation", figures=tuple(figures), notes=_notes(num_seeds))
+    return Result(name="incubation", figures=tuple(figures), notes=_notes(len(seeds)))
+
+
+def toy(name: str, seed: int) -> dict[str, float]:
+    """Give every arm's distance to the optimum of a toy."""
+    found = run_toy(seed, stretch=TOYS[name], num_steps=TOY_STEPS, arms=TOY_ARMS)
+    _tell(f"{name}, seed {seed}")
+    return found
+
+
+def digits_outcomes(host: str, seed: int) -> list[SiteOutcome]:
+    """Give what the arms came to at every site of a host."""
+    found = list(run_digits(host, seed=seed))
+    _tell(f"digits {host}, seed {seed}")
+    return found
+
+
+def _pool() -> ProcessPoolExecutor:
+    """Give a process for each core: what is not timed may run side by side."""
+    return ProcessPoolExecutor(
+        len(os.sched_getaffinity(0)), get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    )
 
 
 def figures_of(outcomes: Sequence[SiteOutcome]) -> list[Figure]:
