@@ -41,6 +41,8 @@ class RunContext:
     """Steps and epochs."""
     host_parameters: int
     """Parameters of the host."""
+    host_flops: int
+    """FLOPs of the host's forward pass, one example."""
     random_seed: int
     """Seed of the run."""
     control_loss: float

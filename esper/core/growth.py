@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from esper.contracts.errors import InvalidInputError
 from esper.core.blending import BlendKind
+
+IncubationChoice = Literal["auto", "trial", "local"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +23,10 @@ class GrowthConfig:
     """Epochs a seed learns behind the host's back before it is grafted, at least 1."""
     incubation_learning_rate: float = 3e-3
     """Learning rate of a seed while it learns alone (AdamW), > 0."""
+    incubation_way: IncubationChoice = "auto"
+    """How a seed learns alone: a trial branch, a local regression, or the one that ``incubation_cost`` has room for."""
+    incubation_cost: float = 0.5
+    """Most that a seed that learns alone may add to a training step, as a share of the step's FLOPs, > 0."""
     graft_epochs: int = 2
     """Epochs of the ramp from alpha 0 to ``hold_alpha``, at least 1."""
     blend: BlendKind = "cosine"
@@ -47,6 +54,8 @@ class GrowthConfig:
         rules = (
             ("incubation_epochs", "be at least 1 epoch", self.incubation_epochs >= 1),
             ("incubation_learning_rate", "be > 0", self.incubation_learning_rate > 0),
+            ("incubation_way", "be auto, trial or local", self.incubation_way in get_args(IncubationChoice)),
+            ("incubation_cost", "be > 0", self.incubation_cost > 0),
             ("graft_epochs", "be at least 1 epoch", self.graft_epochs >= 1),
             ("hold_alpha", "lie in (0, 1)", 0 < self.hold_alpha < 1),
             ("max_looks", "be at least 1", self.max_looks >= 1),

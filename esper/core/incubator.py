@@ -17,6 +17,7 @@ from torch.optim import AdamW
 from esper.contracts.errors import InvalidInputError
 from esper.core.batches import Batch
 from esper.core.capture import cloned
+from esper.core.growth import IncubationChoice
 from esper.core.losses import LossFunction
 from esper.core.morphable import MorphableModel
 from esper.execution.bulkhead import has_finite_gradients
@@ -61,6 +62,38 @@ class LearningWay:
             raise InvalidInputError.of("reach", "be > 0", self.reach)
         if self.reach_interval < 0:
             raise InvalidInputError.of("reach_interval", "be >= 0 steps", self.reach_interval)
+
+
+_BY_QUALITY: Final = (
+    *(LearningWay(kind="trial", share=share) for share in SHARES),
+    LearningWay(kind="local", reach=0.3),
+)
+"""Ways in the order in which they are preferred; decision 0007 says why."""
+
+
+def way_cost(way: LearningWay, *, kernel_flops: int, host_flops: int) -> float:
+    """Give what a way adds to a training step at most, as a share of the step's FLOPs.
+
+    A step is three forward passes (backward counts two). A trial runs one forward pass and, since the host is frozen,
+    at most one backward, on its share of the batch; the kernel costs its own three wherever it is evaluated.
+    """
+    kernel = kernel_flops / host_flops
+    return way.share * (2.0 / 3.0 + kernel) if way.kind == "trial" else kernel
+
+
+def choose_way(choice: IncubationChoice, limit: float, *, kernel_flops: int, host_flops: int) -> LearningWay:
+    """Give the best way that the limit has room for at a site; the cheapest where it has room for none.
+
+    Args:
+        choice: Kind of way to stay with, or ``auto``.
+        limit: Most that a step may be lengthened by, as a share of its FLOPs.
+        kernel_flops: FLOPs of the seed's forward pass, one example.
+        host_flops: FLOPs of the host's, one example; where they are unknown (0) the limit has room for nothing.
+    """
+    ways = [way for way in _BY_QUALITY if choice in ("auto", way.kind)]
+    costs = [way_cost(way, kernel_flops=kernel_flops, host_flops=max(1, host_flops)) for way in ways]
+    fitting = (way for way, cost in zip(ways, costs, strict=True) if cost <= limit)
+    return next(fitting, ways[costs.index(min(costs))])
 
 
 class Incubator:

@@ -28,7 +28,7 @@ from esper.core.adaptation import Adaptation
 from esper.core.blending import BlendSchedule
 from esper.core.context import RunContext
 from esper.core.evaluation import Judgement, judge, level_per_look, seed_contribution
-from esper.core.incubator import Incubator
+from esper.core.incubator import Incubator, choose_way
 from esper.core.link import KernelArrival
 from esper.core.telling import Teller
 from esper.core.tuning import TrialBench
@@ -115,11 +115,7 @@ class SeedOrchestrator:
             adaptation = self.adaptations[adaptation_id]
             if self._tripped(adaptation):
                 continue
-            if batch is not None:
-                incubator.learn(*batch)
-            elif not incubator.learn_from_site():
-                continue
-            adaptation.isolated_steps += 1
+            adaptation.isolated_steps += incubator.step(batch)
         for adaptation_id, ramp in list(self._ramps.items()):
             adaptation = self.adaptations[adaptation_id]
             if self._tripped(adaptation):
@@ -373,9 +369,19 @@ class SeedOrchestrator:
         optimizers.check_fit(
             context.optimizer, layer, layer.seed_parameters(adaptation.seed_index), layer_name=adaptation.layer
         )
-        rate = context.growth.incubation_learning_rate
+        growth, cost = context.growth, adaptation.cost
         self._incubators[adaptation.id] = Incubator(
-            context.model, context.loss_fn, layer=adaptation.layer, seed_index=adaptation.seed_index, learning_rate=rate
+            context.model,
+            context.loss_fn,
+            layer=adaptation.layer,
+            seed_index=adaptation.seed_index,
+            learning_rate=growth.incubation_learning_rate,
+            way=choose_way(
+                growth.incubation_way,
+                growth.incubation_cost,
+                kernel_flops=0 if cost is None else cost.flops,
+                host_flops=context.host_flops,
+            ),
         )
 
     def _check_loading(self, adaptation: Adaptation) -> None:

@@ -111,6 +111,7 @@ class Session:
                 growth=self.config.growth,
                 clock=RunClock(planned_epochs=self.config.planned_epochs),
                 host_parameters=host_parameters,
+                host_flops=host_flops,
                 random_seed=seed,
                 control_loss=first.loss,
             )

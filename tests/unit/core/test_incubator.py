@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import esper
+from esper.blueprints import cost
+from esper.blueprints.flops import count_flops
 from esper.blueprints.registry import default_registry
 from esper.contracts.errors import InvalidInputError
-from esper.core.incubator import MIN_TRIAL_EXAMPLES, Incubator, LearningWay
+from esper.core.flops import forward_flops
+from esper.core.incubator import MIN_TRIAL_EXAMPLES, Incubator, LearningWay, choose_way, way_cost
 
 WAYS = {
     "trial": LearningWay(kind="trial"),
@@ -241,3 +244,56 @@ def test_a_state_taken_over_goes_on_to_the_bit(way: LearningWay) -> None:
 def test_a_way_that_makes_no_sense_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         LearningWay(**settings)
+
+
+def chosen(choice: Any = "auto", limit: float = 0.5, *, kernel_flops: int = 0, host_flops: int = 1000) -> LearningWay:
+    return choose_way(choice, limit, kernel_flops=kernel_flops, host_flops=host_flops)
+
+
+def test_a_site_gets_the_largest_trial_that_the_limit_has_room_for() -> None:
+    assert chosen(limit=1.0) == LearningWay(kind="trial")
+    assert chosen(limit=0.5) == LearningWay(kind="trial", share=0.5)
+    assert chosen(limit=0.2) == LearningWay(kind="trial", share=0.25)
+    assert chosen(limit=0.5, kernel_flops=400) == LearningWay(kind="trial", share=0.25)
+
+
+def test_where_no_trial_fits_the_site_is_learnt_from() -> None:
+    assert chosen(limit=0.1, kernel_flops=50).kind == "local"
+
+
+def test_where_nothing_fits_the_cheapest_way_is_taken() -> None:
+    assert chosen(limit=0.01, kernel_flops=100).kind == "local"
+    assert chosen(limit=0.01, kernel_flops=5000) == LearningWay(kind="trial", share=0.25)
+    assert chosen(kernel_flops=100, host_flops=0) == LearningWay(kind="trial", share=0.25)
+
+
+def test_a_choice_is_kept_whatever_it_costs() -> None:
+    assert chosen("local", 10.0).kind == "local"
+    assert chosen("trial", 0.001) == LearningWay(kind="trial", share=0.25)
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.25])
+def test_the_cost_of_a_way_is_a_bound_on_the_flops_counted(site: str, share: float) -> None:
+    way = LearningWay(kind="trial", share=share)
+    model = esper.wrap(host())
+    x, y = BATCHES[0]
+    model.eval()(x)
+    model.train()
+    loss_fn = nn.CrossEntropyLoss()
+    host_flops = forward_flops(model, x[:1])
+    blueprint = default_registry().create_blueprint(SITES[site])
+    layer = model.kasmina_layer(site)
+    kernel_flops = cost(blueprint.ir, layer.site).flops
+    layer.germinate(1, blueprint.ir)
+    incubator = Incubator(model, loss_fn, layer=site, seed_index=1, learning_rate=1e-2, way=way)
+    incubator.step((x, y))
+    step = 3 * host_flops * len(x)
+    counted = count_flops(lambda: incubator.step((x, y))) / step
+    assert 0.1 * share < counted <= way_cost(way, kernel_flops=kernel_flops, host_flops=host_flops) * 1.001
+
+
+@pytest.mark.parametrize(("name", "value"), [("incubation_way", "straight"), ("incubation_cost", 0.0)])
+def test_settings_of_growth_that_make_no_sense_are_refused(name: str, value: object) -> None:
+    with pytest.raises(InvalidInputError, match=rf"growth.{name} must be"):
+        esper.GrowthConfig(**{name: value})

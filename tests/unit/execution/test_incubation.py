@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from esper.contracts.errors import InvalidInputError, InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState as State
 from esper.core.wrap import wrap
-from esper.execution.incubation import captured, local_regression_loss, trial_backward, trial_forward
+from esper.execution.incubation import captured, local_regression_loss, measure_reach, trial_backward, trial_forward
 from esper.execution.overrides import SeedRef, seeds_at
 
 
@@ -245,3 +245,150 @@ def test_a_reach_of_zero_is_refused(toy: Any) -> None:
         F.mse_loss(model(x), y).backward()
     with pytest.raises(InvalidInputError, match="reach must be > 0, got 0"):
         local_regression_loss(model[0].find_seed(0).kernel, capture.sample, reach=0)
+
+
+class Lacking(nn.Module):
+    """The part that the known host lacks: Phi B, with B zero at birth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.zeros(5, 3))
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.sin(2.0 * x) @ self.b
+
+
+class Known:
+    """A linear host at its optimum, whose targets hold an additive part that it lacks: the best B is in closed form.
+
+    ``behind`` is the map behind the site; as it is invertible, the best B does not depend on it.
+    """
+
+    def __init__(self, behind: Tensor) -> None:
+        draw = torch.Generator().manual_seed(4)
+        self.x = torch.randn(128, 5, generator=draw)
+        phi = torch.sin(2.0 * self.x)
+        wanted = self.x @ torch.randn(5, 3, generator=draw) + phi @ torch.randn(5, 3, generator=draw)
+        wanted += 0.1 * torch.randn(128, 3, generator=draw)
+        solution = torch.linalg.lstsq(self.x, wanted).solution
+        self.missing = wanted - self.x @ solution
+        self.best = torch.linalg.lstsq(phi, self.missing).solution
+        self.y = wanted @ behind
+        self.model = wrap(nn.Sequential(nn.Linear(5, 3, bias=False), nn.Linear(3, 3, bias=False)))
+        with torch.no_grad():
+            self.model[0].weight.copy_(solution.T)
+            self.model[1].weight.copy_(behind.T)
+        self.model(self.x)
+        self.model[0].attach_module(0, Lacking())
+
+    def loss(self) -> Tensor:
+        return F.mse_loss(self.model(self.x), self.y)
+
+    @property
+    def seed(self) -> Lacking:
+        return self.model[0].find_seed(0).kernel
+
+    def sample(self) -> Any:
+        with captured(self.model[0]) as capture:
+            self.loss().backward()
+        self.model.zero_grad()
+        return capture.sample
+
+    def distance(self) -> float:
+        return float((self.seed.b.detach() - self.best).norm() / self.best.norm())
+
+    def descend(self, gradient: Any, *, rate: float, steps: int = 200) -> list[float]:
+        """Let the seed take plain gradient steps; gives its distance to the optimum after each."""
+        found = []
+        for _ in range(steps):
+            self.seed.b.grad = None
+            gradient()
+            with torch.no_grad():
+                self.seed.b -= rate * self.seed.b.grad
+            found.append(self.distance())
+        return found
+
+
+EVEN = torch.eye(3)
+STRETCHED = torch.diag(torch.tensor([1.0, 0.6, 0.3]))
+
+
+@pytest.mark.parametrize("behind", [EVEN, STRETCHED], ids=["even", "stretched"])
+def test_a_trial_converges_to_the_known_optimum_wherever_the_site_is(behind: Tensor) -> None:
+    known = Known(behind)
+    distances = known.descend(lambda: trial_backward(known.model, [REF], known.loss), rate=2.0, steps=600)
+    assert distances[0] > 0.1
+    assert distances[-1] < 1e-3
+
+
+def test_local_regression_converges_to_the_known_optimum_with_the_reach_that_is_measured() -> None:
+    known = Known(EVEN)
+    assert measure_reach(known.model, REF, known.loss) is None  # no delta yet, so no direction to look along
+    sample = known.sample()
+    known.descend(lambda: local_regression_loss(known.seed, sample, reach=0.1).backward(), rate=0.1, steps=3)
+    reach = measure_reach(known.model, REF, known.loss)
+    assert reach == pytest.approx(float(known.missing.norm() / sample.h.norm()), rel=1e-3)
+    distances = known.descend(
+        lambda: local_regression_loss(known.seed, sample, reach=reach).backward(), rate=0.5 * 3 * reach, steps=400
+    )
+    assert distances[-1] < 1e-2
+
+
+def test_behind_a_stretched_map_the_regressions_optimum_is_another_whatever_the_reach() -> None:
+    known = Known(STRETCHED)
+    sample = known.sample()
+    direction = torch.linalg.lstsq(torch.sin(2.0 * sample.x), -sample.g).solution  # of J's optimum, for every reach
+    length = (direction * known.best).sum() / direction.square().sum()
+    assert ((length * direction - known.best).norm() / known.best.norm()).item() > 0.2
+    even = Known(EVEN)
+    sample = even.sample()
+    direction = torch.linalg.lstsq(torch.sin(2.0 * sample.x), -sample.g).solution
+    length = (direction * even.best).sum() / direction.square().sum()
+    assert ((length * direction - even.best).norm() / even.best.norm()).item() < 1e-4
+
+
+def test_a_straight_through_estimate_overshoots_without_bound() -> None:
+    known = Known(EVEN)
+    sample = known.sample()
+    distances = known.descend(lambda: (sample.g * known.seed(sample.x, sample.h)).sum().backward(), rate=2.0)
+    assert min(distances) < 0.5  # the direction is right ...
+    assert distances[-1] > 10.0  # ... and nothing ever stops it
+    assert distances[-1] > 1.9 * distances[len(distances) // 2]
+
+
+def test_a_measured_reach_leaves_nothing_behind(toy: Any) -> None:
+    model, x, y = toy
+    with torch.no_grad():
+        model[0].find_seed(0).kernel.down.normal_()
+    stream, out = torch.get_rng_state(), model(x).detach().clone()
+    assert measure_reach(model, REF, lambda: F.mse_loss(model(x), y)) is not None
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert torch.equal(model(x), out)
+    assert all(value.grad is None for value in model.parameters())
+    assert not [hook for hook in model[0]._forward_hooks.values() if "see" in hook.__qualname__]
+
+
+def test_no_reach_is_measured_where_the_loss_does_not_curve_upwards(toy: Any) -> None:
+    model, x, _ = toy
+    with torch.no_grad():
+        model[0].find_seed(0).kernel.down.normal_()
+    assert measure_reach(model, REF, lambda: -model(x).square().mean()) is None
+
+
+def test_a_seed_that_fails_has_no_reach(toy: Any) -> None:
+    model, x, y = toy
+    with torch.no_grad():
+        model[0].find_seed(0).kernel.down.fill_(torch.nan)
+    assert measure_reach(model, REF, lambda: F.mse_loss(model(x), y)) is None
+
+
+def test_local_regression_runs_in_the_kernels_own_type_under_autocast(toy: Any) -> None:
+    model, x, y = toy
+    with captured(model[0]) as capture, torch.autocast("cpu", torch.bfloat16):
+        F.mse_loss(model(x), y).backward()
+    assert capture.sample.h.dtype == torch.bfloat16
+    kernel = model[0].find_seed(0).kernel
+    with torch.autocast("cpu", torch.bfloat16):
+        local_regression_loss(kernel, capture.sample).backward()
+    assert kernel.down.grad.dtype == torch.float32
+    assert kernel.down.grad.abs().max() > 0
