@@ -5,74 +5,49 @@
 
 #include "bindings.h"
 #include "esper/signal_ring.h"
+#include "fast_method.h"
 
 namespace esper::bindings {
 namespace {
 
-constexpr Py_ssize_t kPushArguments = 11;
+constexpr FastSignature kPush{"push",
+                              "layer_id",
+                              "seed",
+                              "step",
+                              "mean",
+                              "variance",
+                              "entropy",
+                              "dead_share",
+                              "nonfinite_share",
+                              "gradient_variance",
+                              "latency_ms",
+                              FastParameter{"flags", "0"}};
 
 std::uint64_t unix_time_ns() {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   return static_cast<std::uint64_t>(std::chrono::nanoseconds(now).count());
 }
 
-// None stands for "not measured". A failed conversion leaves a Python error set.
-float figure(PyObject* value) {
-  if (value == Py_None) return std::numeric_limits<float>::quiet_NaN();
-  return static_cast<float>(PyFloat_AsDouble(value));
-}
-
-template <class Integer, class Wide>
-Integer narrowed(Wide value, const char* name) {
-  if (!PyErr_Occurred() && (value < static_cast<Wide>(std::numeric_limits<Integer>::min()) ||
-                            value > static_cast<Wide>(std::numeric_limits<Integer>::max()))) {
-    PyErr_Format(PyExc_OverflowError, "%s must fit its field's width", name);
-  }
-  return static_cast<Integer>(value);
-}
-
-// The one call on the training step's path, so it takes the interpreter's vector call straight
-// (METH_FASTCALL) and is some three times cheaper than a pybind11 function of eleven arguments.
-PyObject* push(PyObject* self, PyObject* const* args, Py_ssize_t num_args) {
-  if (num_args != kPushArguments && num_args != kPushArguments - 1) {
-    PyErr_Format(PyExc_TypeError, "push() takes 10 or 11 positional arguments, got %zd", num_args);
-    return nullptr;
-  }
-  auto* instance = reinterpret_cast<py::detail::instance*>(self);
-  auto* ring = static_cast<SignalRing*>(instance->get_value_and_holder().value_ptr());
-  if (ring == nullptr) {
-    PyErr_SetString(PyExc_TypeError, "SignalRing.__init__() was not called");
-    return nullptr;
-  }
-  const SignalRecord record{
-      .step = PyLong_AsUnsignedLongLong(args[2]),
-      .time_ns = unix_time_ns(),
-      .layer_id = narrowed<std::uint32_t>(PyLong_AsLongLong(args[0]), "layer_id"),
-      .seed = narrowed<std::int32_t>(PyLong_AsLongLong(args[1]), "seed"),
-      .mean = figure(args[3]),
-      .variance = figure(args[4]),
-      .entropy = figure(args[5]),
-      .dead_share = figure(args[6]),
-      .nonfinite_share = figure(args[7]),
-      .gradient_variance = figure(args[8]),
-      .latency_ms = figure(args[9]),
-      .flags = num_args == kPushArguments
-                   ? narrowed<std::uint32_t>(PyLong_AsLongLong(args[10]), "flags")
-                   : 0U,
+// The one call on the training step's path.
+bool push(SignalRing& ring, const FastArguments& args) {
+  const auto figure = [&](std::size_t i) {
+    return static_cast<float>(args.number_or_none(i, std::numeric_limits<double>::quiet_NaN()));
   };
-  if (PyErr_Occurred() != nullptr) return nullptr;
-  return PyBool_FromLong(ring->push(record) ? 1 : 0);
+  return ring.push({
+      .step = args.integer<std::uint64_t>(2),
+      .time_ns = unix_time_ns(),
+      .layer_id = args.integer<std::uint32_t>(0),
+      .seed = args.integer<std::int32_t>(1),
+      .mean = figure(3),
+      .variance = figure(4),
+      .entropy = figure(5),
+      .dead_share = figure(6),
+      .nonfinite_share = figure(7),
+      .gradient_variance = figure(8),
+      .latency_ms = figure(9),
+      .flags = args.integer_or<std::uint32_t>(10, 0),
+  });
 }
-
-PyMethodDef push_method{"push", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(push)),
-                        METH_FASTCALL,
-                        "push(layer_id, seed, step, mean, variance, entropy, dead_share, "
-                        "nonfinite_share, gradient_variance, latency_ms, flags=0)\n"
-                        "--\n\n"
-                        "Append one record, stamped with the time; False where the ring was full "
-                        "and the record was dropped.\n\n"
-                        "Producer thread only, positional only. None or NaN: not measured. seed "
-                        "-1: the layer as a whole."};
 
 // Columns are made with the GIL held, filled without it.
 py::dict drain(SignalRing& ring, std::size_t max_records) {
@@ -126,10 +101,13 @@ void bind_signal_ring(py::module_& module) {
                              "Records refused by a full ring since birth.")
       .def_property_readonly("capacity", &SignalRing::capacity)
       .def("__len__", &SignalRing::size);
-  const auto push_descriptor = py::reinterpret_steal<py::object>(
-      PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(cls.ptr()), &push_method));
-  if (!push_descriptor) throw py::error_already_set();
-  cls.attr("push") = push_descriptor;
+  def_fast<push, kPush>(cls,
+                        "Append one record, stamped with the time; False where the ring was full "
+                        "and the record was dropped.\n\n"
+                        "Producer thread only. None or NaN: not measured. seed -1: the layer as a "
+                        "whole.\n\n"
+                        "Raises:\n    InvalidInputError: a whole number does not fit its field; "
+                        "nothing was pushed.");
 }
 
 }  // namespace esper::bindings

@@ -1,5 +1,6 @@
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -11,11 +12,12 @@
 #include "esper/errors.h"
 #include "esper/lifecycle.h"
 #include "esper/state_layout.h"
+#include "fast_method.h"
 
 namespace esper::bindings {
 namespace {
 
-SeedState to_state(int number) {
+SeedState to_state(std::int64_t number) {
   if (number < 0 || number > 8) {
     throw InvalidInput("state", "be the number of a seed state (0 to 8)", std::to_string(number));
   }
@@ -100,8 +102,22 @@ void bind_record(py::module_& module) {
                              [](const SeedRecord& r) { return measured(r.latency_ms); });
 }
 
-float or_nan(std::optional<float> value) {
-  return value.value_or(std::nanf(""));
+constexpr FastSignature kTransition{"transition", "seed", "to", "step"};
+
+void transition(StateLayout& layout, const FastArguments& args) {
+  const auto to = args.integer<std::int64_t>(1);
+  layout.transition(args.integer<std::size_t>(0), to_state(to), args.integer<std::uint64_t>(2));
+}
+
+constexpr FastSignature kRecordHealth{
+    "record_health", "seed", "mean", "variance", "entropy", "gradient_variance", "latency_ms"};
+
+void record_health(StateLayout& layout, const FastArguments& args) {
+  const auto figure = [&](std::size_t i) {
+    return static_cast<float>(args.number_or_none(i, std::numeric_limits<double>::quiet_NaN()));
+  };
+  layout.record_health(args.integer<std::size_t>(0),
+                       {figure(1), figure(2), figure(3), figure(4), figure(5)});
 }
 
 py::bytes snapshot_bytes(const StateLayout& layout) {
@@ -110,30 +126,18 @@ py::bytes snapshot_bytes(const StateLayout& layout) {
 }
 
 void bind_methods(LayoutClass& cls) {
+  def_fast<transition, kTransition>(
+      cls,
+      "Move a seed to another state at a training step.\n\n"
+      "Raises:\n    InvalidTransitionError: the table forbids it; names the seed, both states "
+      "and the allowed ones.");
+  def_fast<record_health, kRecordHealth>(
+      cls,
+      "Average one observation into the seed's health; None or a non-finite figure was not "
+      "measured.");
   cls.def("add_seeds", &StateLayout::add_seeds, py::arg("n"),
           "Add n dormant seeds inside the capacity and give the index of the first.\n\n"
           "Raises:\n    CapacityExceededError: the capacity would be exceeded; nothing changed.")
-      .def(
-          "transition",
-          [](StateLayout& self, std::size_t seed, int to, std::uint64_t step) {
-            self.transition(seed, to_state(to), step);
-          },
-          py::arg("seed"), py::arg("to"), py::arg("step"),
-          "Move a seed to another state at a training step.\n\n"
-          "Raises:\n    InvalidTransitionError: the table forbids it; names the seed, both states "
-          "and the allowed ones.")
-      .def(
-          "record_health",
-          [](StateLayout& self, std::size_t seed, std::optional<float> mean,
-             std::optional<float> variance, std::optional<float> entropy,
-             std::optional<float> gradient_variance, std::optional<float> latency_ms) {
-            self.record_health(seed, {or_nan(mean), or_nan(variance), or_nan(entropy),
-                                      or_nan(gradient_variance), or_nan(latency_ms)});
-          },
-          py::arg("seed"), py::arg("mean"), py::arg("variance"), py::arg("entropy"),
-          py::arg("gradient_variance"), py::arg("latency_ms"),
-          "Average one observation into the seed's health; None or a non-finite figure was not "
-          "measured.")
       .def("set_kernel", &StateLayout::set_kernel, py::arg("seed"), py::arg("kernel_id"),
            py::arg("blueprint_id"),
            "Note which kernel and blueprint stand at the seed; 0 for none.")

@@ -123,7 +123,6 @@ class SignalRing:
         gradient_variance: float | None,
         latency_ms: float | None,
         flags: int = 0,
-        /,
     ) -> bool: ...
     def drain(self, max_records: int = 65536) -> dict[str, NDArray[Any]]: ...
 

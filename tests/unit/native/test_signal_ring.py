@@ -58,13 +58,13 @@ def test_a_full_ring_drops_and_counts() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((1, 2, 3), TypeError, "10 or 11 positional arguments, got 3"),
-        ((2**32, 0, 0, *[0.0] * 7), OverflowError, "layer_id must fit"),
-        ((-1, 0, 0, *[0.0] * 7), OverflowError, "layer_id must fit"),
-        ((0, 2**31, 0, *[0.0] * 7), OverflowError, "seed must fit"),
-        ((0, 0, -1, *[0.0] * 7), OverflowError, "negative"),
-        ((0, 0, 0, "x", *[0.0] * 6), TypeError, "must be real number"),
-        ((0, 0, 0, *[0.0] * 7, 2**32), OverflowError, "flags must fit"),
+        ((1, 2, 3), TypeError, r"push\(\) must get mean, got 3 positional arguments without it"),
+        ((2**32, 0, 0, *[0.0] * 7), InvalidInputError, "layer_id must be between 0 and 4294967295, got 4294967296"),
+        ((-1, 0, 0, *[0.0] * 7), InvalidInputError, "layer_id must be between 0 and 4294967295, got -1"),
+        ((0, 2**31, 0, *[0.0] * 7), InvalidInputError, "seed must be between -2147483648 and 2147483647"),
+        ((0, 0, -1, *[0.0] * 7), InvalidInputError, "step must be between 0 and 18446744073709551615, got -1"),
+        ((0, 0, 0, "x", *[0.0] * 6), TypeError, "mean must be a real number, got str"),
+        ((0, 0, 0, *[0.0] * 7, 2**32), InvalidInputError, "flags must be between 0 and 4294967295"),
     ],
 )
 def test_bad_pushes_are_refused_and_push_nothing(arguments: Any, error: type[Exception], message: str) -> None:
