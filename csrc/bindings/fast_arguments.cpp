@@ -51,9 +51,9 @@ void refuse_type(const char* name, const char* rule, PyObject* value) {
   throw py::type_error(std::string(name) + " must " + rule + ", got " + type_name(value));
 }
 
-void refuse_range(const char* name, const std::string& low, const std::string& high,
-                  PyObject* value) {
-  throw InvalidInput(name, "be between " + low + " and " + high, shown(value));
+void refuse_range(const char* name, std::int64_t low, std::uint64_t high, PyObject* value) {
+  throw InvalidInput(name, "be between " + std::to_string(low) + " and " + std::to_string(high),
+                     shown(value));
 }
 
 void refuse_hollow(PyObject* self) {

@@ -33,6 +33,12 @@ struct FastSignature {
   explicit constexpr FastSignature(const char* name, Parameters... parameters)
       : name(name), parameters{{FastParameter(parameters)...}} {}
 
+  [[nodiscard]] constexpr std::size_t num_required() const {
+    std::size_t count = 0;
+    for (const FastParameter& parameter : parameters) count += parameter.default_text == nullptr;
+    return count;
+  }
+
   [[nodiscard]] std::string doc(const char* text) const {
     std::string line = std::string(name) + "($self";
     for (const FastParameter& parameter : parameters) {
@@ -55,12 +61,13 @@ namespace fast {
 }
 
 // What a failed conversion left behind becomes an error that names the parameter; never returns.
-[[noreturn]] void refuse_type(const char* name, const char* rule, PyObject* value);
-[[noreturn]] void refuse_range(const char* name, const std::string& low, const std::string& high,
-                               PyObject* value);
+[[noreturn, gnu::cold]] void refuse_type(const char* name, const char* rule, PyObject* value);
+[[noreturn, gnu::cold]] void refuse_range(const char* name, std::int64_t low, std::uint64_t high,
+                                          PyObject* value);
 
 // An int of one digit, without a call. False for all others, which are not wrong for that.
-[[nodiscard]] inline bool small_integer(PyObject* value, std::int64_t& number) noexcept {
+[[nodiscard, gnu::always_inline]] inline bool small_integer(PyObject* value,
+                                                            std::int64_t& number) noexcept {
   if (!PyLong_CheckExact(value)) return false;
   auto* object = reinterpret_cast<PyLongObject*>(value);
 #if PY_VERSION_HEX >= 0x030C0000
@@ -89,49 +96,56 @@ void sort_arguments(const char* method, const FastParameter* parameters, std::si
 
 }  // namespace fast
 
-// The arguments of one call, one slot per parameter. Valid during the call.
+// The arguments of one call, one slot per parameter, absent trailing ones left out. Valid during
+// the call. REQUIRES: only `has` and `..._or` are asked about an argument that was not given.
 class FastArguments {
  public:
-  FastArguments(PyObject* const* values, const FastParameter* parameters) noexcept
-      : values_(values), parameters_(parameters) {}
+  [[gnu::always_inline]] FastArguments(PyObject* const* values, std::size_t num_values,
+                                       const FastParameter* parameters) noexcept
+      : values_(values), num_values_(num_values), parameters_(parameters) {}
 
   // False where an optional argument was not given.
-  [[nodiscard]] bool has(std::size_t i) const noexcept { return values_[i] != nullptr; }
+  [[nodiscard, gnu::always_inline]] bool has(std::size_t i) const noexcept {
+    return i < num_values_ && values_[i] != nullptr;
+  }
 
-  [[nodiscard]] py::handle object(std::size_t i) const noexcept { return values_[i]; }
+  [[nodiscard, gnu::always_inline]] py::handle object(std::size_t i) const noexcept {
+    return values_[i];
+  }
 
   // A whole number within `Integer`; throws py::type_error, InvalidInput.
   template <class Integer>
-  [[nodiscard]] Integer integer(std::size_t i) const {
+  [[nodiscard, gnu::always_inline]] Integer integer(std::size_t i) const {
     using Wide = std::conditional_t<std::is_signed_v<Integer>, std::int64_t, std::uint64_t>;
-    constexpr Integer kLeast = std::numeric_limits<Integer>::min();
-    constexpr Integer kMost = std::numeric_limits<Integer>::max();
     if (std::int64_t small = 0; fast::small_integer(values_[i], small)) {
       if (std::in_range<Integer>(small)) return static_cast<Integer>(small);
     } else if (Wide wide = 0; fast::wide_integer(values_[i], name(i), wide)) {
       if (std::in_range<Integer>(wide)) return static_cast<Integer>(wide);
     }
-    fast::refuse_range(name(i), std::to_string(kLeast), std::to_string(kMost), values_[i]);
+    fast::refuse_range(name(i), std::numeric_limits<Integer>::min(),
+                       static_cast<std::uint64_t>(std::numeric_limits<Integer>::max()), values_[i]);
   }
 
   template <class Integer>
-  [[nodiscard]] Integer integer_or(std::size_t i, Integer otherwise) const {
+  [[nodiscard, gnu::always_inline]] Integer integer_or(std::size_t i, Integer otherwise) const {
     return has(i) ? integer<Integer>(i) : otherwise;
   }
 
   // Any number, infinities and NaN included; throws py::type_error.
-  [[nodiscard]] double number(std::size_t i) const {
+  [[nodiscard, gnu::always_inline]] double number(std::size_t i) const {
     PyObject* value = values_[i];
     return PyFloat_CheckExact(value) ? PyFloat_AS_DOUBLE(value) : fast::slow_number(value, name(i));
   }
 
   // As `number`; None gives `none`.
-  [[nodiscard]] double number_or_none(std::size_t i, double none) const {
-    return values_[i] == Py_None ? none : number(i);
+  [[nodiscard, gnu::always_inline]] double number_or_none(std::size_t i, double none) const {
+    PyObject* value = values_[i];
+    if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+    return value == Py_None ? none : fast::slow_number(value, name(i));
   }
 
   // Python's truth of the argument; throws py::error_already_set where it has none.
-  [[nodiscard]] bool truth_or(std::size_t i, bool otherwise) const {
+  [[nodiscard, gnu::always_inline]] bool truth_or(std::size_t i, bool otherwise) const {
     if (!has(i)) return otherwise;
     if (values_[i] == Py_True || values_[i] == Py_False) return values_[i] == Py_True;
     const int truth = PyObject_IsTrue(values_[i]);
@@ -140,7 +154,7 @@ class FastArguments {
   }
 
   // The UTF-8 bytes of a str, which keeps them; throws py::type_error.
-  [[nodiscard]] std::string_view text(std::size_t i) const {
+  [[nodiscard, gnu::always_inline]] std::string_view text(std::size_t i) const {
     PyObject* value = values_[i];
     if (PyUnicode_CheckExact(value) && PyUnicode_IS_COMPACT_ASCII(value)) {
       return {static_cast<const char*>(PyUnicode_DATA(value)),
@@ -151,7 +165,7 @@ class FastArguments {
   }
 
   // As `text`, and the bytes of a bytes object.
-  [[nodiscard]] std::string_view text_or_bytes(std::size_t i) const {
+  [[nodiscard, gnu::always_inline]] std::string_view text_or_bytes(std::size_t i) const {
     PyObject* value = values_[i];
     if (PyBytes_Check(value)) {
       return {PyBytes_AS_STRING(value), static_cast<std::size_t>(PyBytes_GET_SIZE(value))};
@@ -171,6 +185,7 @@ class FastArguments {
   }
 
   PyObject* const* values_;
+  std::size_t num_values_;
   const FastParameter* parameters_;
 };
 

@@ -33,11 +33,11 @@ namespace esper::bindings {
 
 namespace fast {
 
-[[noreturn]] void refuse_hollow(PyObject* self);
+[[noreturn, gnu::cold]] void refuse_hollow(PyObject* self);
 
 // Without the search that pybind11 makes for instances of several C++ classes, unless it is one.
 template <class T>
-[[nodiscard]] T& self_of(PyObject* self) {
+[[nodiscard, gnu::always_inline]] inline T& self_of(PyObject* self) {
   auto* instance = reinterpret_cast<py::detail::instance*>(self);
   void* pointer =
       instance->simple_layout
@@ -56,8 +56,8 @@ struct MethodTraits<R (*)(T&, const FastArguments&)> {
 };
 
 template <auto Method>
-PyObject* result_of(typename MethodTraits<decltype(Method)>::Self& self,
-                    const FastArguments& args) {
+[[gnu::always_inline]] inline PyObject* result_of(
+    typename MethodTraits<decltype(Method)>::Self& self, const FastArguments& args) {
   using Result = typename MethodTraits<decltype(Method)>::Result;
   if constexpr (std::is_void_v<Result>) {
     Method(self, args);
@@ -77,13 +77,17 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t num_args,
   try {
     auto& object = self_of<typename MethodTraits<decltype(Method)>::Self>(self);
     const FastParameter* parameters = signature.parameters.data();
-    if (num_args == Py_ssize_t{kNumParameters} && keyword_names == nullptr) {
-      return result_of<Method>(object, {args, parameters});
+    auto num_given = static_cast<std::size_t>(num_args);
+    std::array<PyObject*, kNumParameters> slots;
+    if (keyword_names != nullptr || num_given < signature.num_required() ||
+        num_given > kNumParameters) [[unlikely]] {
+      slots.fill(nullptr);
+      sort_arguments(signature.name, parameters, kNumParameters, args, num_given, keyword_names,
+                     slots.data());
+      args = slots.data();
+      num_given = kNumParameters;
     }
-    std::array<PyObject*, kNumParameters> slots{};
-    sort_arguments(signature.name, parameters, kNumParameters, args,
-                   static_cast<std::size_t>(num_args), keyword_names, slots.data());
-    return result_of<Method>(object, {slots.data(), parameters});
+    return result_of<Method>(object, {args, num_given, parameters});
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (abi::__forced_unwind&) {  // the thread is being ended

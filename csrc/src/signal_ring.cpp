@@ -34,7 +34,8 @@ void scatter(const SignalRecord& record, const SignalColumns& columns, std::size
 
 }  // namespace
 
-SignalRing::SignalRing(std::size_t capacity) : records_(checked_capacity(capacity)) {}
+SignalRing::SignalRing(std::size_t capacity)
+    : records_(checked_capacity(capacity)), mask_(records_.size() - 1) {}
 
 std::size_t SignalRing::drain(const SignalColumns& columns) {
   const std::lock_guard lock(consumers_);
@@ -42,7 +43,7 @@ std::size_t SignalRing::drain(const SignalColumns& columns) {
   const std::uint64_t head = head_.load(std::memory_order_acquire);
   const std::size_t count = std::min<std::size_t>(head - tail, columns.step.size());
   for (std::size_t row = 0; row < count; ++row) {
-    scatter(records_[(tail + row) & (records_.size() - 1)], columns, row);
+    scatter(records_[(tail + row) & mask_], columns, row);
   }
   tail_.store(tail + count, std::memory_order_release);
   return count;

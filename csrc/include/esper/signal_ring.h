@@ -18,7 +18,7 @@ namespace esper {
 // One observation. NaN in a figure means that it was not measured.
 struct SignalRecord {
   std::uint64_t step;
-  std::uint64_t time_ns;  // Unix time
+  std::uint64_t time_ns;  // Unix time, as fine as the producer's clock
   std::uint32_t layer_id;
   std::int32_t seed;  // index of the seed, or -1 for the layer as a whole
   float mean;
@@ -60,14 +60,14 @@ class SignalRing {
   // Producer only. False where the ring was full and the record was dropped.
   bool push(const SignalRecord& record) noexcept {
     const std::uint64_t head = head_.load(std::memory_order_relaxed);
-    if (head - cached_tail_ == records_.size()) {
+    if (head - cached_tail_ > mask_) {
       cached_tail_ = tail_.load(std::memory_order_acquire);
-      if (head - cached_tail_ == records_.size()) {
+      if (head - cached_tail_ > mask_) {
         dropped_.store(dropped_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
         return false;
       }
     }
-    records_[head & (records_.size() - 1)] = record;
+    records_[head & mask_] = record;
     head_.store(head + 1, std::memory_order_release);
     return true;
   }
@@ -87,6 +87,7 @@ class SignalRing {
 
  private:
   std::vector<SignalRecord> records_;
+  std::uint64_t mask_;  // number of records - 1
   std::mutex consumers_;
   alignas(64) std::atomic<std::uint64_t> head_{0};  // written by the producer
   std::uint64_t cached_tail_ = 0;                   // the producer's last look at tail_
