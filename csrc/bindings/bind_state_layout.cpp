@@ -1,5 +1,6 @@
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -41,15 +42,30 @@ py::array_t<T> view(const py::object& owner, std::span<T> column, bool writable)
 
 using LayoutClass = py::class_<StateLayout>;
 
-template <class T>
-void bind_column(LayoutClass& cls, const char* name, std::span<T> StateColumns::* column,
-                 const char* doc, bool writable = false) {
+template <class Column>
+void bind_column(LayoutClass& cls, const char* name, Column column, const char* doc,
+                 bool writable = false) {
   cls.def_property_readonly(
       name,
       [column, writable](const py::object& self) {
-        return view(self, self.cast<const StateLayout&>().columns().*column, writable);
+        return view(self, std::invoke(column, self.cast<const StateLayout&>().columns()), writable);
       },
       doc);
+}
+
+void bind_health_columns(LayoutClass& cls, const std::string& prefix,
+                         HealthColumns StateColumns::* group, const std::string& what) {
+  const auto bind = [&](const char* name, std::span<float> HealthColumns::* column,
+                        const char* unit) {
+    bind_column(
+        cls, (prefix + name).c_str(), [=](const StateColumns& c) { return c.*group.*column; },
+        ("Read-only view" + std::string(unit) + ", " + what).c_str());
+  };
+  bind("means", &HealthColumns::means, "");
+  bind("m2s", &HealthColumns::m2s, ", second central moments");
+  bind("entropies", &HealthColumns::entropies, ", nats");
+  bind("gradient_variances", &HealthColumns::gradient_variances, "");
+  bind("latencies_ms", &HealthColumns::latencies_ms, "");
 }
 
 void bind_columns(LayoutClass& cls) {
@@ -70,21 +86,16 @@ void bind_columns(LayoutClass& cls) {
               "Read-only view: passes that kept the host's result alone.");
   bind_column(cls, "health_counts", &StateColumns::health_counts,
               "Read-only view: health samples.");
-  bind_column(cls, "means", &StateColumns::means, "Read-only view; NaN where not measured.");
-  bind_column(cls, "m2s", &StateColumns::m2s,
-              "Read-only view: second central moments; NaN where not measured.");
-  bind_column(cls, "entropies", &StateColumns::entropies,
-              "Read-only view, nats; NaN where not measured.");
-  bind_column(cls, "gradient_variances", &StateColumns::gradient_variances,
-              "Read-only view; NaN where not measured.");
-  bind_column(cls, "latencies_ms", &StateColumns::latencies_ms,
-              "Read-only view; NaN where not measured.");
+  bind_health_columns(cls, "", &StateColumns::health,
+                      "exponentially weighted; NaN where not measured.");
+  bind_health_columns(cls, "window_", &StateColumns::window,
+                      "over the last complete window of 64 observations; NaN before the first.");
 }
 
 void bind_record(py::module_& module) {
-  py::class_<SeedRecord>(module, "SeedRecord",
-                         "One seed at one moment; a figure nobody measured is None.")
-      .def_property_readonly("state", [](const SeedRecord& r) { return static_cast<int>(r.state); })
+  py::class_<SeedRecord> cls(module, "SeedRecord",
+                             "One seed at one moment; a figure nobody measured is None.");
+  cls.def_property_readonly("state", [](const SeedRecord& r) { return static_cast<int>(r.state); })
       .def_readonly("kernel_id", &SeedRecord::kernel_id)
       .def_readonly("blueprint_id", &SeedRecord::blueprint_id)
       .def_readonly("alpha", &SeedRecord::alpha)
@@ -92,14 +103,20 @@ void bind_record(py::module_& module) {
       .def_readonly("forwards", &SeedRecord::forwards)
       .def_readonly("errors", &SeedRecord::errors)
       .def_readonly("fallbacks", &SeedRecord::fallbacks)
-      .def_readonly("health_count", &SeedRecord::health_count)
-      .def_property_readonly("mean", [](const SeedRecord& r) { return measured(r.mean); })
-      .def_property_readonly("m2", [](const SeedRecord& r) { return measured(r.m2); })
-      .def_property_readonly("entropy", [](const SeedRecord& r) { return measured(r.entropy); })
-      .def_property_readonly("gradient_variance",
-                             [](const SeedRecord& r) { return measured(r.gradient_variance); })
-      .def_property_readonly("latency_ms",
-                             [](const SeedRecord& r) { return measured(r.latency_ms); });
+      .def_readonly("health_count", &SeedRecord::health_count);
+  const auto bind_figure = [&](const char* name, float SeedRecord::* figure) {
+    cls.def_property_readonly(name, [figure](const SeedRecord& r) { return measured(r.*figure); });
+  };
+  bind_figure("mean", &SeedRecord::mean);
+  bind_figure("m2", &SeedRecord::m2);
+  bind_figure("entropy", &SeedRecord::entropy);
+  bind_figure("gradient_variance", &SeedRecord::gradient_variance);
+  bind_figure("latency_ms", &SeedRecord::latency_ms);
+  bind_figure("window_mean", &SeedRecord::window_mean);
+  bind_figure("window_m2", &SeedRecord::window_m2);
+  bind_figure("window_entropy", &SeedRecord::window_entropy);
+  bind_figure("window_gradient_variance", &SeedRecord::window_gradient_variance);
+  bind_figure("window_latency_ms", &SeedRecord::window_latency_ms);
 }
 
 constexpr FastSignature kTransition{"transition", "seed", "to", "step"};
@@ -120,9 +137,22 @@ void record_health(StateLayout& layout, const FastArguments& args) {
                        {figure(1), figure(2), figure(3), figure(4), figure(5)});
 }
 
+// Written straight into the bytes object.
 py::bytes snapshot_bytes(const StateLayout& layout) {
-  const std::vector<std::byte> bytes = layout.snapshot();
-  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+  const std::size_t size = layout.snapshot_size();
+  auto bytes = py::reinterpret_steal<py::bytes>(
+      PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size)));
+  if (!bytes) throw py::error_already_set();
+  layout.snapshot_into(std::as_writable_bytes(std::span(PyBytes_AS_STRING(bytes.ptr()), size)));
+  return bytes;
+}
+
+py::array_t<SeedRecord> read_all(const StateLayout& layout) {
+  py::array_t<SeedRecord> records(static_cast<py::ssize_t>(layout.num_seeds()));
+  const std::span rows(records.mutable_data(), static_cast<std::size_t>(records.size()));
+  const py::gil_scoped_release release;
+  layout.read_all(rows);
+  return records;
 }
 
 void bind_methods(LayoutClass& cls) {
@@ -155,6 +185,10 @@ void bind_methods(LayoutClass& cls) {
           py::arg("seed"), "The number of the seed's state.")
       .def("read", &StateLayout::read, py::arg("seed"),
            "One seed's record, consistent in itself; from any thread.")
+      .def("read_all", read_all,
+           "All seeds' records as a structured array, each consistent in itself, NaN where not "
+           "measured; from any thread,\n"
+           "without the GIL.")
       .def("snapshot", snapshot_bytes,
            "All seeds as versioned bytes with a checksum; writer thread only.")
       .def(
@@ -187,6 +221,10 @@ void bind_state_layout(py::module_& module) {
   module.def(
       "state_name", [](int state) { return std::string(state_name(to_state(state))); },
       py::arg("state"), "The name of a state number, such as 'DORMANT'.");
+  PYBIND11_NUMPY_DTYPE(SeedRecord, state, kernel_id, blueprint_id, alpha, last_transition_step,
+                       forwards, errors, fallbacks, health_count, mean, m2, entropy,
+                       gradient_variance, latency_ms, window_mean, window_m2, window_entropy,
+                       window_gradient_variance, window_latency_ms);
   bind_record(module);
   LayoutClass cls(module, "StateLayout",
                   "The state of all seeds of a model: one writer (the training thread), any number "
@@ -202,8 +240,10 @@ void bind_state_layout(py::module_& module) {
       .def_property_readonly("num_seeds", &StateLayout::num_seeds)
       .def("__len__", &StateLayout::num_seeds)
       .def_property_readonly("capacity", &StateLayout::capacity)
-      .def_property_readonly_static(
-          "bytes_per_seed", [](const py::object&) { return StateLayout::bytes_per_seed(); });
+      .def_property_readonly_static("bytes_per_seed",
+                                    [](const py::object&) { return StateLayout::bytes_per_seed(); })
+      .def_property_readonly_static("health_window",
+                                    [](const py::object&) { return StateLayout::kHealthWindow; });
   bind_columns(cls);
   bind_methods(cls);
 }

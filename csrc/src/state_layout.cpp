@@ -1,8 +1,9 @@
 #include "esper/state_layout.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
+#include <new>
 #include <string>
 
 #include "esper/errors.h"
@@ -11,6 +12,7 @@ namespace esper {
 namespace {
 
 constexpr std::size_t kMaxCapacity = std::size_t{1} << 32U;
+constexpr std::size_t kLineBytes = 64;
 constexpr float kNotMeasured = std::numeric_limits<float>::quiet_NaN();
 
 // Data words are stored with release and loaded with acquire, so that the sequence counter brackets
@@ -39,8 +41,16 @@ std::size_t checked_capacity(std::size_t num_seeds, std::size_t capacity) {
 
 template <class T>
 std::size_t lines_of(std::size_t count) noexcept {
-  return (count * sizeof(T) + 63) / 64;
+  return (count * sizeof(T) + kLineBytes - 1) / kLineBytes;
 }
+
+// Weights of one sample in the four averages of a health record.
+struct Weights {
+  float mean;
+  float entropy;
+  float gradient_variance;
+  float latency_ms;
+};
 
 // Moves `average` towards `sample`; the first sample is taken as it is, a non-finite one is not
 // taken.
@@ -48,6 +58,63 @@ void average_in(float& average, float sample, float weight) noexcept {
   if (!std::isfinite(sample)) return;
   const float old = take(average);
   put(average, std::isfinite(old) ? old + weight * (sample - old) : sample);
+}
+
+// The second moment becomes that of the mixture of the old distribution and the sample's, in these
+// weights: variance within plus variance between.
+void mix_in(const HealthColumns& into, std::size_t seed, const HealthSample& sample,
+            const Weights& weights) noexcept {
+  if (std::isfinite(sample.mean) && std::isfinite(sample.variance)) {
+    const float old_mean = take(into.means[seed]);
+    const float old_m2 = take(into.m2s[seed]);
+    const float weight = weights.mean;
+    const float shift = std::isfinite(old_mean) ? sample.mean - old_mean : 0.0F;
+    const float within =
+        std::isfinite(old_m2) ? old_m2 + weight * (sample.variance - old_m2) : sample.variance;
+    put(into.m2s[seed], within + weight * (1.0F - weight) * shift * shift);
+  }
+  average_in(into.means[seed], sample.mean, weights.mean);
+  average_in(into.entropies[seed], sample.entropy, weights.entropy);
+  average_in(into.gradient_variances[seed], sample.gradient_variance, weights.gradient_variance);
+  average_in(into.latencies_ms[seed], sample.latency_ms, weights.latency_ms);
+}
+
+// Counts the sample in the 8 bits at `shift` of `counts` if it is finite; its weight in a plain
+// average.
+float counted(std::uint32_t& counts, unsigned shift, float sample) noexcept {
+  if (std::isfinite(sample)) counts += 1U << shift;
+  return 1.0F / static_cast<float>(std::max(1U, (counts >> shift) & 0xFFU));
+}
+
+// Averages the sample into the window in progress. `number` counts observations from 1.
+void add_to_window(const StateColumns& columns, std::size_t seed, const HealthSample& sample,
+                   std::uint32_t number) noexcept {
+  constexpr std::uint32_t kWindow = StateLayout::kHealthWindow;
+  const bool is_first = number % kWindow == 1;
+  if (is_first) {
+    for_each_health_column(columns.block, [=](std::span<float> c) { put(c[seed], kNotMeasured); });
+  }
+  std::uint32_t counts = is_first ? 0 : take(columns.block_counts[seed]);
+  const Weights weights{.mean = counted(counts, 0, sample.mean),
+                        .entropy = counted(counts, 8, sample.entropy),
+                        .gradient_variance = counted(counts, 16, sample.gradient_variance),
+                        .latency_ms = counted(counts, 24, sample.latency_ms)};
+  mix_in(columns.block, seed, sample, weights);
+  put(columns.block_counts[seed], counts);
+  if (number % kWindow != 0) return;
+  const HealthColumns &from = columns.block, &to = columns.window;
+  put(to.means[seed], take(from.means[seed]));
+  put(to.m2s[seed], take(from.m2s[seed]));
+  put(to.entropies[seed], take(from.entropies[seed]));
+  put(to.gradient_variances[seed], take(from.gradient_variances[seed]));
+  put(to.latencies_ms[seed], take(from.latencies_ms[seed]));
+}
+
+// After the last number come again those of the window that it ends.
+std::uint32_t number_after(std::uint32_t number) noexcept {
+  constexpr std::uint32_t kLast = std::numeric_limits<std::uint32_t>::max();
+  static_assert((std::uint64_t{kLast} + 1) % StateLayout::kHealthWindow == 0);
+  return number == kLast ? kLast - StateLayout::kHealthWindow + 1 : number + 1;
 }
 
 }  // namespace
@@ -71,14 +138,15 @@ StateLayout::StateLayout(std::size_t num_seeds, std::size_t capacity)
     : capacity_(checked_capacity(num_seeds, capacity)), num_seeds_(0) {
   std::size_t num_lines = lines_of<std::uint32_t>(capacity_);
   for_each_column(columns_, [&]<class T>(std::span<T>) { num_lines += lines_of<T>(capacity_); });
-  memory_ = std::vector<CacheLine>(num_lines);
+  // calloc: the system hands out zeroed pages when they are first written. One line to align with.
+  memory_.reset(static_cast<std::byte*>(std::calloc(num_lines + 1, kLineBytes)));
+  if (memory_ == nullptr) throw std::bad_alloc();
 
-  CacheLine* next = memory_.data();
+  const auto start = reinterpret_cast<std::uintptr_t>(memory_.get());
+  std::byte* next = memory_.get() + (kLineBytes - start % kLineBytes) % kLineBytes;
   const auto place = [&]<class T>(std::span<T>& column) {
-    T* first = reinterpret_cast<T*>(next);
-    std::uninitialized_value_construct_n(first, capacity_);
-    column = std::span<T>(first, capacity_);
-    next += lines_of<T>(capacity_);
+    column = std::span<T>(reinterpret_cast<T*>(next), capacity_);
+    next += lines_of<T>(capacity_) * kLineBytes;
   };
   place(sequences_);
   for_each_column(columns_, place);
@@ -137,25 +205,12 @@ void StateLayout::set_alpha(std::size_t seed, float alpha) {
 
 void StateLayout::record_health(std::size_t seed, const HealthSample& sample) {
   require_seed(seed);
-  const std::uint64_t count = take(columns_.health_counts[seed]) + 1;
-  const float weight = std::max(kHealthWeight, 1.0F / static_cast<float>(count));
-  const float old_mean = take(columns_.means[seed]);
-  const float old_m2 = take(columns_.m2s[seed]);
-
+  const std::uint32_t number = number_after(take(columns_.health_counts[seed]));
+  const float weight = std::max(kHealthWeight, 1.0F / static_cast<float>(number));
   const Writing writing(*this, seed);
-  put(columns_.health_counts[seed], count);
-  if (std::isfinite(sample.mean) && std::isfinite(sample.variance)) {
-    // The mixture of the old distribution and the sample's, in these weights: variance within plus
-    // variance between.
-    const float shift = std::isfinite(old_mean) ? sample.mean - old_mean : 0.0F;
-    const float within =
-        std::isfinite(old_m2) ? old_m2 + weight * (sample.variance - old_m2) : sample.variance;
-    put(columns_.m2s[seed], within + weight * (1.0F - weight) * shift * shift);
-  }
-  average_in(columns_.means[seed], sample.mean, weight);
-  average_in(columns_.entropies[seed], sample.entropy, weight);
-  average_in(columns_.gradient_variances[seed], sample.gradient_variance, weight);
-  average_in(columns_.latencies_ms[seed], sample.latency_ms, weight);
+  put(columns_.health_counts[seed], number);
+  mix_in(columns_.health, seed, sample, {weight, weight, weight, weight});
+  add_to_window(columns_, seed, sample, number);
 }
 
 void StateLayout::count_forward(std::size_t seed) {
@@ -170,6 +225,15 @@ void StateLayout::count_fallback(std::size_t seed) {
 
 SeedRecord StateLayout::read(std::size_t seed) const {
   require_seed(seed);
+  return read_unchecked(seed);
+}
+
+void StateLayout::read_all(std::span<SeedRecord> records) const {
+  if (!records.empty()) require_seed(records.size() - 1);
+  for (std::size_t seed = 0; seed < records.size(); ++seed) records[seed] = read_unchecked(seed);
+}
+
+SeedRecord StateLayout::read_unchecked(std::size_t seed) const noexcept {
   const std::atomic_ref<std::uint32_t> sequence(sequences_[seed]);
   const StateColumns& c = columns_;
   while (true) {
@@ -184,11 +248,16 @@ SeedRecord StateLayout::read(std::size_t seed) const {
         .errors = take(c.errors[seed]),
         .fallbacks = take(c.fallbacks[seed]),
         .health_count = take(c.health_counts[seed]),
-        .mean = take(c.means[seed]),
-        .m2 = take(c.m2s[seed]),
-        .entropy = take(c.entropies[seed]),
-        .gradient_variance = take(c.gradient_variances[seed]),
-        .latency_ms = take(c.latencies_ms[seed]),
+        .mean = take(c.health.means[seed]),
+        .m2 = take(c.health.m2s[seed]),
+        .entropy = take(c.health.entropies[seed]),
+        .gradient_variance = take(c.health.gradient_variances[seed]),
+        .latency_ms = take(c.health.latencies_ms[seed]),
+        .window_mean = take(c.window.means[seed]),
+        .window_m2 = take(c.window.m2s[seed]),
+        .window_entropy = take(c.window.entropies[seed]),
+        .window_gradient_variance = take(c.window.gradient_variances[seed]),
+        .window_latency_ms = take(c.window.latencies_ms[seed]),
     };
     const std::uint32_t after = sequence.load(std::memory_order_relaxed);
     if (before == after && before % 2 == 0) return record;
@@ -211,11 +280,10 @@ void StateLayout::require_seed(std::size_t seed) const {
 void StateLayout::fill_defaults(std::size_t first, std::size_t last) noexcept {
   for (std::size_t seed = first; seed < last; ++seed) {
     put(columns_.lifecycle_states[seed], static_cast<std::uint8_t>(SeedState::DORMANT));
-    put(columns_.means[seed], kNotMeasured);
-    put(columns_.m2s[seed], kNotMeasured);
-    put(columns_.entropies[seed], kNotMeasured);
-    put(columns_.gradient_variances[seed], kNotMeasured);
-    put(columns_.latencies_ms[seed], kNotMeasured);
+    const auto not_measured = [=](std::span<float> column) { put(column[seed], kNotMeasured); };
+    for_each_health_column(columns_.health, not_measured);
+    for_each_health_column(columns_.window, not_measured);
+    for_each_health_column(columns_.block, not_measured);
   }
 }
 

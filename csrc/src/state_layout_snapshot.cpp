@@ -14,7 +14,7 @@ namespace esper {
 namespace {
 
 constexpr char kMagic[8] = {'E', 'S', 'P', 'R', 'S', 'E', 'E', 'D'};
-constexpr std::uint32_t kVersion = 1;
+constexpr std::uint32_t kVersion = 2;  // 1 had no windows, and health counts of 8 bytes
 
 struct Header {
   char magic[8];
@@ -66,8 +66,17 @@ Header checked_header(std::span<const std::byte> bytes) {
 }  // namespace
 
 std::vector<std::byte> StateLayout::snapshot() const {
+  std::vector<std::byte> bytes(snapshot_size());
+  snapshot_into(bytes);
+  return bytes;
+}
+
+std::size_t StateLayout::snapshot_size() const noexcept {
+  return sizeof(Header) + num_seeds() * payload_bytes_per_seed();
+}
+
+void StateLayout::snapshot_into(std::span<std::byte> bytes) const noexcept {
   const std::size_t size = num_seeds();
-  std::vector<std::byte> bytes(sizeof(Header) + size * payload_bytes_per_seed());
   std::byte* at = bytes.data() + sizeof(Header);
   for_each_column(columns_, [&]<class T>(std::span<T> column) {
     std::memcpy(at, column.data(), size * sizeof(T));
@@ -78,9 +87,8 @@ std::vector<std::byte> StateLayout::snapshot() const {
   header.version = kVersion;
   header.bytes_per_seed = static_cast<std::uint32_t>(payload_bytes_per_seed());
   header.num_seeds = size;
-  header.checksum = checksum_of(header, std::span(bytes).subspan(sizeof header));
+  header.checksum = checksum_of(header, bytes.subspan(sizeof header));
   std::memcpy(bytes.data(), &header, sizeof header);
-  return bytes;
 }
 
 void StateLayout::restore(std::span<const std::byte> bytes) {

@@ -2,9 +2,13 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
+#include <limits>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "esper/checksum.h"
 #include "esper/errors.h"
@@ -184,6 +188,105 @@ TEST(StateLayout, ReadersMayWatchGrowthAndRestore) {
   done = true;
   reader.join();
   EXPECT_EQ(torn.load(), 0U);
+}
+
+TEST(StateLayout, KeepsAllColumnsInOneAllocation) {
+  const StateLayout layout(5, 13);
+  std::uintptr_t lowest = ~std::uintptr_t{0};
+  std::uintptr_t highest = 0;
+  std::size_t bytes = 0;
+  for_each_column(layout.columns(), [&]<class T>(std::span<T> column) {
+    const auto first = reinterpret_cast<std::uintptr_t>(column.data());
+    lowest = std::min(lowest, first);
+    highest = std::max(highest, first + column.size_bytes());
+    bytes += (column.size_bytes() + 63) / 64 * 64;
+  });
+  EXPECT_LE(highest - lowest, bytes);
+  EXPECT_LE(StateLayout::bytes_per_seed(), 128U);
+}
+
+TEST(StateLayout, WindowsAverageWholeWindowsOnly) {
+  StateLayout layout(1);
+  const float not_measured = std::nanf("");
+  for (std::uint32_t i = 1; i < StateLayout::kHealthWindow; ++i) {
+    layout.record_health(0, {1.0F, 2.0F, i % 2 == 0 ? 4.0F : not_measured, not_measured, 8.0F});
+  }
+  EXPECT_TRUE(std::isnan(layout.read(0).window_mean));
+  layout.record_health(0, {65.0F, 2.0F, 4.0F, not_measured, 8.0F});
+  const SeedRecord full = layout.read(0);
+  EXPECT_FLOAT_EQ(full.window_mean, 2.0F);
+  EXPECT_NEAR(full.window_m2, 2.0F + 64.0F * 64.0F * 63.0F / (64.0F * 64.0F), 1e-3F);
+  EXPECT_FLOAT_EQ(full.window_entropy, 4.0F);
+  EXPECT_TRUE(std::isnan(full.window_gradient_variance));
+  EXPECT_FLOAT_EQ(full.window_latency_ms, 8.0F);
+  for (std::uint32_t i = 1; i < StateLayout::kHealthWindow; ++i) {
+    layout.record_health(0, {9.0F, 1.0F, 9.0F, 9.0F, 9.0F});
+  }
+  EXPECT_FLOAT_EQ(layout.read(0).window_mean, 2.0F);
+  layout.record_health(0, {9.0F, 1.0F, 9.0F, 9.0F, 9.0F});
+  EXPECT_FLOAT_EQ(layout.read(0).window_mean, 9.0F);
+  EXPECT_FLOAT_EQ(layout.read(0).window_m2, 1.0F);
+}
+
+TEST(StateLayout, HealthCountsNeverWrapToNothing) {
+  StateLayout layout(1);
+  layout.columns().health_counts[0] = std::numeric_limits<std::uint32_t>::max();
+  layout.record_health(0, {1.0F, 1.0F, 1.0F, 1.0F, 1.0F});
+  EXPECT_EQ(layout.read(0).health_count, std::numeric_limits<std::uint32_t>::max() - 63);
+}
+
+TEST(StateLayout, ReadsAllRecords) {
+  StateLayout layout(3);
+  layout.set_kernel(2, 7, 7);
+  std::vector<SeedRecord> records(3);
+  layout.read_all(records);
+  EXPECT_EQ(records[2].kernel_id, 7U);
+  EXPECT_EQ(records[1].state, SeedState::DORMANT);
+  std::vector<SeedRecord> many(4);
+  EXPECT_THROW(layout.read_all(many), InvalidInput);
+}
+
+// Whatever the writer does keeps these figures equal to one another.
+bool is_whole(const SeedRecord& record) {
+  const auto same = [](float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); };
+  return record.kernel_id == record.blueprint_id && same(record.mean, record.entropy) &&
+         same(record.mean, record.latency_ms) && same(record.mean, record.gradient_variance) &&
+         same(record.window_mean, record.window_entropy) &&
+         same(record.window_mean, record.window_latency_ms) &&
+         record.errors == record.fallbacks / 2;
+}
+
+TEST(StateLayout, OneWriterAndManyReadersOfEverything) {
+  constexpr std::size_t kSeeds = 4;
+  StateLayout layout(kSeeds);
+  std::atomic<bool> done{false};
+  std::atomic<std::uint64_t> torn{0};
+  std::vector<std::thread> readers;
+  for (std::size_t i = 0; i < 4; ++i) {
+    readers.emplace_back([&, i] {
+      std::vector<SeedRecord> records(kSeeds);
+      while (!done.load()) {
+        if (!is_whole(layout.read(i % kSeeds))) ++torn;
+        layout.read_all(records);
+        for (const SeedRecord& record : records) torn += is_whole(record) ? 0 : 1;
+      }
+    });
+  }
+  constexpr std::array kLife{SeedState::LOADING,    SeedState::ACTIVE, SeedState::EVALUATING,
+                             SeedState::FOSSILIZED, SeedState::CULLED, SeedState::EMBARGOED,
+                             SeedState::DORMANT};
+  for (std::uint64_t i = 1; i <= 4000; ++i) {
+    const std::size_t seed = i % kSeeds;
+    const auto value = static_cast<float>(i);
+    layout.record_health(seed, {value, 1.0F, value, value, value});
+    layout.set_kernel(seed, i, i);
+    for (const SeedState state : kLife) layout.transition(seed, state, i);
+    if (i % 500 == 0) layout.restore(layout.snapshot());
+  }
+  done = true;
+  for (std::thread& reader : readers) reader.join();
+  EXPECT_EQ(torn.load(), 0U);
+  EXPECT_EQ(layout.read(0).last_transition_step, 4000U);
 }
 
 }  // namespace

@@ -5,23 +5,36 @@
 // one even number on both sides, so a record is never torn. All shared words are atomics, so
 // readers race with nothing in the sense of the C++ memory model.
 //
-// Memory: columns are aligned to 64 bytes and reserved for `capacity` seeds at birth. `add_seeds`
-// never moves them, so a view of a column stays valid as long as the layout lives. Growing past the
-// capacity is refused.
+// Memory: one allocation; columns are aligned to 64 bytes and reserved for `capacity` seeds at
+// birth. `add_seeds` never moves them, so a view of a column stays valid as long as the layout
+// lives. Growing past the capacity is refused. Large layouts: room that no seed has used yet is
+// address space, not memory.
 //
-// Health figures are exponentially weighted averages; a figure that nobody has measured is NaN,
+// Health figures are kept twice: as exponentially weighted averages, and as plain averages over the
+// last complete window of kHealthWindow observations. A figure that nobody has measured is NaN,
 // never 0.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 #include <span>
 #include <vector>
 
 #include "esper/lifecycle.h"
 
 namespace esper {
+
+// Figures of health; m2s are second central moments of the activations, not sums of squares.
+struct HealthColumns {
+  std::span<float> means;
+  std::span<float> m2s;
+  std::span<float> entropies;
+  std::span<float> gradient_variances;
+  std::span<float> latencies_ms;
+};
 
 // The columns, each `capacity` long.
 struct StateColumns {
@@ -33,12 +46,12 @@ struct StateColumns {
   std::span<std::uint64_t> forwards;
   std::span<std::uint64_t> errors;
   std::span<std::uint64_t> fallbacks;
-  std::span<std::uint64_t> health_counts;
-  std::span<float> means;
-  std::span<float> m2s;  // second central moment of the activations, not their sum of squares
-  std::span<float> entropies;
-  std::span<float> gradient_variances;
-  std::span<float> latencies_ms;
+  std::span<std::uint32_t> health_counts;  // stays at 2^32 - 64 or more once there
+  HealthColumns health;                    // exponentially weighted
+  HealthColumns window;                    // of the last complete window; NaN before the first
+  HealthColumns block;                     // of the window in progress
+  std::span<std::uint32_t>
+      block_counts;  // its samples: mean, entropy, gradient, latency, 8 bits each
 };
 
 // One seed at one moment.
@@ -51,12 +64,17 @@ struct SeedRecord {
   std::uint64_t forwards;
   std::uint64_t errors;
   std::uint64_t fallbacks;
-  std::uint64_t health_count;
+  std::uint32_t health_count;
   float mean;  // this and the following: NaN where not measured yet
   float m2;
   float entropy;
   float gradient_variance;
   float latency_ms;
+  float window_mean;
+  float window_m2;
+  float window_entropy;
+  float window_gradient_variance;
+  float window_latency_ms;
 };
 
 // One observation of a seed's activations; a non-finite member means "not measured" and leaves its
@@ -74,6 +92,9 @@ class StateLayout {
   // Averages weigh the newest sample by 1/n for the n-th sample until that falls to this weight,
   // then by this weight.
   static constexpr float kHealthWeight = 0.02F;
+
+  // Observations that make a window.
+  static constexpr std::uint32_t kHealthWindow = 64;
 
   // All seeds start DORMANT. `capacity` 0 stands for `num_seeds` with room to double.
   // Throws InvalidInput unless 1 <= capacity <= 2^32 and num_seeds <= capacity.
@@ -116,6 +137,10 @@ class StateLayout {
   // All seeds, as versioned bytes with a checksum (format: state_layout_snapshot.cpp).
   [[nodiscard]] std::vector<std::byte> snapshot() const;
 
+  // The same into memory of the caller. REQUIRES: bytes.size() == snapshot_size().
+  void snapshot_into(std::span<std::byte> bytes) const noexcept;
+  [[nodiscard]] std::size_t snapshot_size() const noexcept;
+
   // Replaces the state of all seeds; grows inside the capacity if the snapshot has more. Throws
   // CorruptData (magic, version, size, checksum, impossible value), InvalidState if it has fewer
   // seeds, CapacityExceeded; nothing changes then.
@@ -126,26 +151,40 @@ class StateLayout {
   // A record that is consistent in itself. Waits only while the writer is inside this very seed.
   [[nodiscard]] SeedRecord read(std::size_t seed) const;
 
+  // The first records.size() seeds, each consistent in itself. Throws InvalidInput for more than
+  // there are.
+  void read_all(std::span<SeedRecord> records) const;
+
   [[nodiscard]] SeedState state(std::size_t seed) const;
 
  private:
-  struct alignas(64) CacheLine {
-    std::byte bytes[64];
+  struct Free {
+    void operator()(std::byte* memory) const noexcept { std::free(memory); }
   };
 
   // Makes the seed's counter odd for its lifetime.
   class Writing;
 
   void require_seed(std::size_t seed) const;
+  [[nodiscard]] SeedRecord read_unchecked(std::size_t seed) const noexcept;
   void fill_defaults(std::size_t first, std::size_t last) noexcept;
   void count(std::span<std::uint64_t> column, std::size_t seed);
 
   std::size_t capacity_;
   std::atomic<std::size_t> num_seeds_;
-  std::vector<CacheLine> memory_;
+  std::unique_ptr<std::byte, Free> memory_;
   std::span<std::uint32_t> sequences_;
   StateColumns columns_;
 };
+
+template <class Columns, class Visit>
+void for_each_health_column(Columns& columns, Visit&& visit) {
+  visit(columns.means);
+  visit(columns.m2s);
+  visit(columns.entropies);
+  visit(columns.gradient_variances);
+  visit(columns.latencies_ms);
+}
 
 // Calls `visit` with each column, in the order of the snapshot format.
 template <class Columns, class Visit>
@@ -159,11 +198,10 @@ void for_each_column(Columns& columns, Visit&& visit) {
   visit(columns.errors);
   visit(columns.fallbacks);
   visit(columns.health_counts);
-  visit(columns.means);
-  visit(columns.m2s);
-  visit(columns.entropies);
-  visit(columns.gradient_variances);
-  visit(columns.latencies_ms);
+  for_each_health_column(columns.health, visit);
+  for_each_health_column(columns.window, visit);
+  for_each_health_column(columns.block, visit);
+  visit(columns.block_counts);
 }
 
 }  // namespace esper

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,11 @@ READ_ONLY = [
     "entropies",
     "gradient_variances",
     "latencies_ms",
+    "window_means",
+    "window_m2s",
+    "window_entropies",
+    "window_gradient_variances",
+    "window_latencies_ms",
 ]
 
 
@@ -157,8 +163,8 @@ def test_a_snapshot_restores_every_column() -> None:
     [
         (lambda b: b[:10], "at least 32 bytes long, got 10"),
         (lambda b: b"X" + b[1:], "magic ESPRSEED"),
-        (lambda b: b[:8] + b"\x02" + b[9:], "version 1, got 2"),
-        (lambda b: b[:-1], "81 bytes for each of its 3 seeds"),
+        (lambda b: b[:8] + b"\x01" + b[9:], "version 2, got 1"),
+        (lambda b: b[:-1], "121 bytes for each of its 3 seeds"),
         (lambda b: b[:-1] + bytes([b[-1] ^ 1]), "checksum"),
     ],
 )
@@ -213,4 +219,113 @@ def test_readers_in_threads_see_whole_records() -> None:
 
 
 def test_a_seed_costs_what_it_says() -> None:
-    assert StateLayout.bytes_per_seed == 85
+    assert StateLayout.bytes_per_seed == 125
+
+
+samples = st.one_of(st.none(), st.floats(-1e3, 1e3, width=32))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(samples, samples), min_size=1, max_size=150))
+def test_windows_are_plain_averages_of_whole_windows(figures: list[tuple[float | None, float | None]]) -> None:
+    layout, size = StateLayout(1), StateLayout.health_window
+    for entropy, latency_ms in figures:
+        layout.record_health(0, None, None, entropy, None, latency_ms)
+    end = len(figures) // size * size
+    record = layout.read(0)
+    for column, got in enumerate((record.window_entropy, record.window_latency_ms)):
+        expected = [row[column] for row in figures[end - size : end] if row[column] is not None] if end else []
+        if expected:
+            assert got == pytest.approx(np.mean(np.array(expected, dtype=np.float64)), abs=2e-3)
+        else:
+            assert got is None
+    assert (record.window_mean, record.window_gradient_variance) == (None, None)
+
+
+def test_a_window_mixes_means_and_variances_exactly() -> None:
+    layout, random = StateLayout(1), np.random.default_rng(0)
+    blocks = random.normal(3.0, 2.0, size=(2 * StateLayout.health_window, 50))
+    for block in blocks:
+        layout.record_health(0, float(block.mean()), float(block.var()), None, None, None)
+    last = blocks[StateLayout.health_window :]
+    record = layout.read(0)
+    assert record.window_mean == pytest.approx(last.mean(), rel=1e-4)
+    assert record.window_m2 == pytest.approx(last.var(), rel=1e-4)
+    assert layout.window_m2s[0] == np.float32(record.window_m2)
+
+
+def test_all_records_at_once_equal_one_after_the_other() -> None:
+    layout = _filled(5)
+    records = layout.read_all()
+    assert len(records) == 5
+    for seed in range(5):
+        one = layout.read(seed)
+        for name in records.dtype.names or ():
+            value, single = records[seed][name], getattr(one, name)
+            assert np.isnan(value) if single is None else value == single
+
+
+def test_all_records_can_be_read_while_they_are_written() -> None:
+    layout, done = StateLayout(64), threading.Event()
+    torn: list[int] = []
+
+    def watch() -> None:
+        while not done.is_set():
+            records = layout.read_all()
+            torn.extend(np.flatnonzero(records["kernel_id"] != records["blueprint_id"]).tolist())
+
+    threads = [threading.Thread(target=watch) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for number in range(20_000):
+        layout.set_kernel(number % 64, number, number)
+    done.set()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert torn == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 255))
+def test_every_one_byte_corruption_is_refused(place: int, flips: int) -> None:
+    layout = _filled(3)
+    snapshot = bytearray(layout.snapshot())
+    snapshot[place % len(snapshot)] ^= flips
+    with pytest.raises(CorruptDataError, match="snapshot must"):
+        layout.restore(bytes(snapshot))
+    assert layout.snapshot() == _filled(3).snapshot()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6))
+def test_every_truncated_snapshot_is_refused(place: int) -> None:
+    layout, snapshot = _filled(3), _filled(3).snapshot()
+    with pytest.raises(CorruptDataError, match="snapshot must"):
+        layout.restore(snapshot[: place % len(snapshot)])
+
+
+def test_a_window_in_progress_survives_a_snapshot() -> None:
+    whole, first = StateLayout(1), StateLayout(1)
+    for number in range(StateLayout.health_window + 40):
+        for layout in (whole, first) if number < 100 else (whole,):
+            layout.record_health(0, float(number), 1.0, None, None, float(number))
+    second = StateLayout(1)
+    second.restore(first.snapshot())
+    for number in range(100, StateLayout.health_window + 40):
+        second.record_health(0, float(number), 1.0, None, None, float(number))
+    assert second.snapshot() == whole.snapshot()
+
+
+@pytest.mark.parametrize("column", [*READ_ONLY, "alpha"])
+def test_every_view_keeps_the_layout_alive(column: str) -> None:
+    layout = _filled(5)
+    view, tensor = getattr(layout, column), torch.from_numpy(layout.alpha)
+    expected, held = view.copy(), weakref.ref(layout)
+    assert view.__array_interface__["data"][0] % 64 == 0
+    del layout
+    gc.collect()
+    assert held() is not None
+    np.testing.assert_array_equal(view, expected)
+    del view, tensor
+    gc.collect()
+    assert held() is None
