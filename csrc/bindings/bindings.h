@@ -14,6 +14,7 @@ namespace esper::bindings {
 
 namespace py = pybind11;
 
+void bind_blend(py::module_& module);
 void bind_kernel_cache(py::module_& module);
 void bind_probe(py::module_& module);
 void bind_signal_ring(py::module_& module);

@@ -50,11 +50,12 @@ void translate(std::exception_ptr pending) {
 PYBIND11_MODULE(_native, module) {
   namespace bindings = esper::bindings;
   module.doc() =
-      "The native core: seed state, signal ring, probe, kernel cache and stream dispatcher.";
+      "The native core: seed state, signal ring, probe, blend, kernel cache and stream dispatcher.";
   pybind11::register_local_exception_translator(bindings::translate);
   bindings::bind_state_layout(module);
   bindings::bind_signal_ring(module);
   bindings::bind_probe(module);
+  bindings::bind_blend(module);
   bindings::bind_kernel_cache(module);
   bindings::bind_stream_dispatcher(module);
 }

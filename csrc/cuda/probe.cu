@@ -2,36 +2,13 @@
 // second pass over blocks. Every sum is taken in a fixed order, so the same tensor gives the same
 // figures.
 
+#include "bare_floats.h"
 #include "probe_kernel.h"
 
 namespace esper {
 namespace {
 
 constexpr unsigned kThreads = 256;
-
-// Bare bits: CUDA's own headers for these two types would double the time that this file takes to
-// compile.
-struct Half {
-  unsigned short bits;
-};
-struct Brain {
-  unsigned short bits;
-};
-
-__device__ float widen(float value) {
-  return value;
-}
-__device__ double widen(double value) {
-  return value;
-}
-__device__ float widen(Half value) {
-  float wide;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
-  return wide;
-}
-__device__ float widen(Brain value) {
-  return __uint_as_float(static_cast<unsigned>(value.bits) << 16U);
-}
 
 struct Add {
   template <class T>

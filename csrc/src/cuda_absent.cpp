@@ -1,5 +1,6 @@
 // The CUDA parts of a build without a CUDA compiler: each says that it is not there.
 
+#include "esper/blend.h"
 #include "esper/cuda_backend.h"
 
 namespace esper {
@@ -52,6 +53,11 @@ std::optional<ProbeResult> CudaProbe::collect(Ticket) {
 }
 std::size_t CudaProbe::refused() const {
   return 0;
+}
+
+void cuda_blend(const BlendOperands& operands, int, CudaBackend::Stream) {
+  require_blend(operands);
+  refuse();
 }
 
 }  // namespace esper

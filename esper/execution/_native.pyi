@@ -14,6 +14,18 @@ def probe(
     data_ptr: int, numel: int, dtype: str, max_samples: int = 4096
 ) -> tuple[int, float, float, float, float, float]: ...
 
+def blend(h_ptr: int, delta_ptrs: Sequence[int], alpha_ptr: int, out_ptr: int, numel: int, dtype: str) -> None: ...
+def cuda_blend(
+    h_ptr: int,
+    delta_ptrs: Sequence[int],
+    alpha_ptr: int,
+    out_ptr: int,
+    numel: int,
+    dtype: str,
+    stream: int,
+    device: int = 0,
+) -> None: ...
+
 class SeedRecord:
     @property
     def state(self) -> int: ...

@@ -1,0 +1,50 @@
+// The sum that a layer with live seeds gives, in one pass over memory:
+//
+//   out[i] = h[i] + sum_k alpha[k] * delta[k][i]        0 <= i < numel, k in order
+//
+// Arithmetic: values are widened to float32, each product and each sum is rounded there, and the
+// result is rounded once to the type of `out`, to nearest even. The CPU and the GPU therefore give
+// the same bits (but for the payload of a NaN). A delta whose alpha is exactly 0 is not read and
+// adds nothing, whatever it holds: with all alphas 0, out is h bit for bit.
+//
+// `out` may be `h` itself or one of the deltas; otherwise it overlaps none of them. Values lie
+// without gaps, all in the same order of axes, aligned to their own size.
+//
+// No backward pass: where gradients are asked for, torch's own operators give the same sum.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "esper/blend_sum.h"
+#include "esper/cuda_backend.h"
+#include "esper/probe.h"
+
+namespace esper {
+
+// What the two blends have in common; addresses as torch hands them over.
+struct BlendOperands {
+  std::uintptr_t h;
+  std::span<const std::uintptr_t> deltas;
+  std::uintptr_t alpha;  // float32, one value for each delta
+  std::uintptr_t out;
+  std::size_t numel;
+  DType dtype;  // of h, deltas and out
+};
+
+// In CPU memory, on the calling thread. Throws InvalidInput for float64, for more than
+// kBlendMaxDeltas deltas, and for a null address with numel > 0 (alpha's only if there are deltas).
+// Thread-safe: the caller keeps the memory alive, and unwritten by others.
+void blend(const BlendOperands& operands);
+
+// In the memory of `device`, alpha included: enqueued on the stream, waits for nothing, may be
+// captured (a replay reads alpha anew). The memory must stay allocated in stream order. Throws as
+// `blend` does, InvalidInput for an unknown device, DeviceError without CUDA or where the device
+// refuses. Thread-safe.
+void cuda_blend(const BlendOperands& operands, int device, CudaBackend::Stream stream);
+
+// Throws as `blend` says.
+void require_blend(const BlendOperands& operands);
+
+}  // namespace esper
