@@ -6,7 +6,6 @@
 #include <string>
 #include <vector>
 
-#include "esper/cpu_backend.h"
 #include "esper/kernel_cache.h"
 
 namespace esper {
@@ -27,14 +26,6 @@ void cache_insert_evict(benchmark::State& state) {
   for (auto _ : state) benchmark::DoNotOptimize(cache.put(keys[i++ % keys.size()], 1, 10));
 }
 BENCHMARK(cache_insert_evict);
-
-void fork_join(benchmark::State& state) {
-  StreamDispatcher<CpuBackend> dispatcher(std::make_unique<CpuBackend>(2));
-  const std::vector<CpuBackend::Task> tasks(static_cast<std::size_t>(state.range(0)), [] {});
-  for (auto _ : state) benchmark::DoNotOptimize(run_all(dispatcher, tasks));
-  state.SetItemsProcessed(state.iterations() * state.range(0));
-}
-BENCHMARK(fork_join)->Arg(1)->Arg(8);
 
 }  // namespace
 }  // namespace esper

@@ -1,6 +1,10 @@
 #include <cstdint>
+#include <exception>
 #include <memory>
+#include <optional>
 #include <string>
+#include <string_view>
+#include <tuple>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -9,6 +13,7 @@
 #include "esper/cpu_backend.h"
 #include "esper/cuda_backend.h"
 #include "esper/errors.h"
+#include "esper/probe.h"
 #include "esper/simulated_backend.h"
 #include "esper/stream_dispatcher.h"
 
@@ -19,6 +24,7 @@ using CpuDispatcher = StreamDispatcher<CpuBackend>;
 using CudaDispatcher = StreamDispatcher<CudaBackend>;
 using SimulatedDispatcher = StreamDispatcher<SimulatedBackend>;
 using RawStreams = std::vector<std::uintptr_t>;
+using Probed = std::tuple<std::uintptr_t, std::size_t, std::string>;  // address, numel, dtype
 
 // One Python face for the three; which one it is never changes.
 class PyDispatcher {
@@ -62,6 +68,23 @@ class PyDispatcher {
     return outcomes;
   }
 
+  // The GIL is held only while Python objects are read and made.
+  py::list probe_all(const std::vector<Probed>& tensors, std::size_t max_samples) {
+    std::vector<ProbeResult> results(tensors.size());
+    {
+      const py::gil_scoped_release release;
+      for (const std::exception_ptr& error : probe_each(tensors, max_samples, results)) {
+        if (error) std::rethrow_exception(error);
+      }
+    }
+    py::list figures;
+    for (const ProbeResult& r : results) {
+      figures.append(
+          py::make_tuple(r.count, r.mean, r.variance, r.entropy, r.dead_share, r.nonfinite_share));
+    }
+    return figures;
+  }
+
   RawStreams fork(std::uintptr_t ambient, std::size_t count) {
     if (auto* cuda = std::get_if<std::unique_ptr<CudaDispatcher>>(&dispatcher_)) {
       return (*cuda)->fork(ambient, count);
@@ -87,6 +110,26 @@ class PyDispatcher {
       if (!error.matches(PyExc_Exception)) throw;
       return py::make_tuple(false, error.value());
     }
+  }
+
+  std::vector<std::exception_ptr> probe_each(const std::vector<Probed>& tensors,
+                                             std::size_t max_samples,
+                                             std::vector<ProbeResult>& results) {
+    auto* cpu = std::get_if<std::unique_ptr<CpuDispatcher>>(&dispatcher_);
+    if (cpu == nullptr) {
+      throw InvalidState("backend must be 'cpu' for probe_all, got '" + name_ + "'");
+    }
+    if (closed()) throw InvalidState("dispatcher must be open, got a closed one");
+    std::vector<CpuBackend::Task> tasks;
+    tasks.reserve(tensors.size());
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      tasks.emplace_back([&tensor = tensors[i], &result = results[i], max_samples] {
+        const auto& [address, numel, dtype] = tensor;
+        result =
+            probe(reinterpret_cast<const std::byte*>(address), numel, dtype_of(dtype), max_samples);
+      });
+    }
+    return run_all(**cpu, tasks);
   }
 
   SimulatedDispatcher& simulated() {
@@ -116,14 +159,28 @@ std::vector<std::string> operations_of(const SimulatedBackend& machine) {
   return sentences;
 }
 
-void bind_simulation(py::module_& module) {
-  py::class_<SimulatedBackend, py::smart_holder>(
-      module, "Simulation",
-      "A machine that runs nothing, records every operation and reports what nothing orders. "
-      "Stream 0 is the ambient one.")
-      .def("alloc", &SimulatedBackend::alloc, py::arg("stream"),
-           "Allocate a buffer as PyTorch's caching allocator would: the stream's last freed memory "
-           "first.")
+// (kind, stream, buffer, block, source, dropped, captured); None where there is none.
+using LoggedOp = std::tuple<std::string_view, std::size_t, std::size_t, std::optional<std::size_t>,
+                            std::optional<std::size_t>, bool, bool>;
+
+std::vector<LoggedOp> log_of(const SimulatedBackend& machine) {
+  const auto known = [](std::size_t index) {
+    return index == SimulatedBackend::kNone ? std::nullopt : std::optional<std::size_t>(index);
+  };
+  std::vector<LoggedOp> log;
+  for (const auto& op : machine.operations()) {
+    log.emplace_back(SimulatedBackend::name_of(op.kind), op.stream, op.buffer, known(op.block),
+                     known(op.source), op.dropped, op.captured);
+  }
+  return log;
+}
+
+using SimulationClass = py::class_<SimulatedBackend, py::smart_holder>;
+
+void bind_simulated_calls(SimulationClass& cls) {
+  cls.def("alloc", &SimulatedBackend::alloc, py::arg("stream"),
+          "Allocate a buffer as PyTorch's caching allocator would: the stream's last freed memory "
+          "first.")
       .def("free", &SimulatedBackend::free, py::arg("buffer"),
            "Free it on the host, whatever the device is doing.")
       .def("read", &SimulatedBackend::read, py::arg("stream"), py::arg("buffer"), "Enqueue a read.")
@@ -131,12 +188,44 @@ void bind_simulation(py::module_& module) {
            "Enqueue a write.")
       .def("record_stream", &SimulatedBackend::record_stream, py::arg("buffer"), py::arg("stream"),
            "Tell the allocator that the stream uses the buffer too.")
-      .def("drop_wait", &SimulatedBackend::drop_wait, py::arg("number"),
-           "Plant a defect: the wait with this number, from 0 on, will not happen.")
-      .def_property_readonly("num_waits", &SimulatedBackend::num_waits)
+      .def("record", &SimulatedBackend::record, py::arg("stream"),
+           "Record an event of the pool; it holds until 2 * num_streams further ones were.")
+      .def("wait", &SimulatedBackend::wait, py::arg("stream"), py::arg("event"),
+           "Make the stream wait for what the event holds.")
+      .def("begin_capture", &SimulatedBackend::begin_capture, py::arg("stream"),
+           "From here on, what the stream and those that join it are given goes into a graph.")
+      .def("end_capture", &SimulatedBackend::end_capture, py::arg("stream"), "The graph's number.")
+      .def("replay", &SimulatedBackend::replay, py::arg("graph"), py::arg("stream"),
+           "Run a graph in the order of a stream.");
+}
+
+void bind_simulation(py::module_& module) {
+  SimulationClass cls(
+      module, "Simulation",
+      "A machine that runs nothing, records every operation and reports what nothing orders. "
+      "Stream 0 is the ambient one.");
+  bind_simulated_calls(cls);
+  cls.def(
+         "drop",
+         [](SimulatedBackend& self, const std::string& kind, std::size_t number) {
+           self.drop(SimulatedBackend::kind_of(kind), number);
+         },
+         py::arg("kind"), py::arg("number"),
+         "Plant a defect: the 'record', 'wait' or 'record_stream' with this number, from 0 on, "
+         "will "
+         "not happen.")
+      .def(
+          "count",
+          [](const SimulatedBackend& self, const std::string& kind) {
+            return self.count(SimulatedBackend::kind_of(kind));
+          },
+          py::arg("kind"), "How many operations of a kind there were, replays left out.")
       .def("operations", operations_of, "Every operation so far, in words.")
+      .def("log", log_of,
+           "Every operation so far: (kind, stream, buffer, block of memory, recording operation of "
+           "a wait, dropped,\ncaptured).")
       .def("violations", violations_of,
-           "Every race, use after reuse and use after free so far, in words.");
+           "Every race, use after reuse, use after free and broken capture so far, in words.");
 }
 
 using DispatcherClass = py::class_<PyDispatcher, py::smart_holder>;
@@ -150,6 +239,13 @@ void bind_dispatcher_calls(DispatcherClass& cls) {
           "an exception ends no other call. KeyboardInterrupt and SystemExit end all.\n\n"
           "Raises:\n    InvalidStateError: the backend is 'cuda' (use fork and join), or the "
           "dispatcher is closed.")
+      .def(
+          "probe_all", &PyDispatcher::probe_all, py::arg("tensors"),
+          py::arg("max_samples") = kProbeDefaultSamples,
+          "probe() of each (data_ptr, numel, dtype), side by side on the streams' own threads, "
+          "without the GIL.\n\n"
+          "Raises:\n    InvalidStateError: the backend is not 'cpu', or the dispatcher is closed.\n"
+          "    InvalidInputError: as probe() does, after all were run.")
       .def("fork", &PyDispatcher::fork, py::arg("ambient_stream"), py::arg("count"),
            py::call_guard<py::gil_scoped_release>(),
            "A raw stream for each of `count` pieces of work, ordered after the ambient stream's "

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cuda_try.h"
+#include "stream_pool.h"
 
 namespace esper {
 namespace {
@@ -35,7 +36,7 @@ class CudaBackend::Pool {
     const DeviceGuard guard(device);
     require_priority(priority);
     streams_.reserve(num_streams);
-    for (std::size_t i = 0; i < num_streams; ++i) streams_.emplace_back(priority);
+    for (std::size_t i = 0; i < num_streams; ++i) streams_.emplace_back(device, priority);
     events_ = std::vector<OwnedEvent>(2 * num_streams + 1);
   }
 
@@ -60,7 +61,7 @@ class CudaBackend::Pool {
 
  private:
   int device_;
-  std::vector<OwnedStream> streams_;
+  std::vector<LentStream> streams_;
   std::vector<OwnedEvent> events_;
   std::size_t next_event_ = 0;
 };

@@ -80,24 +80,4 @@ class OwnedEvent {
   cudaEvent_t event_ = nullptr;
 };
 
-// A stream that does not wait for the legacy default stream.
-class OwnedStream {
- public:
-  explicit OwnedStream(int priority) {
-    CUDA_TRY(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, priority));
-  }
-  OwnedStream(OwnedStream&& other) noexcept : stream_(std::exchange(other.stream_, nullptr)) {}
-  OwnedStream(const OwnedStream&) = delete;
-  OwnedStream& operator=(const OwnedStream&) = delete;
-  OwnedStream& operator=(OwnedStream&&) = delete;
-  ~OwnedStream() {
-    if (stream_ != nullptr) (void)cudaStreamDestroy(stream_);  // as for OwnedEvent
-  }
-
-  [[nodiscard]] cudaStream_t get() const noexcept { return stream_; }
-
- private:
-  cudaStream_t stream_ = nullptr;
-};
-
 }  // namespace esper

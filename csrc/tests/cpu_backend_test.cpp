@@ -20,11 +20,35 @@ std::unique_ptr<Dispatcher> make_dispatcher(std::size_t num_streams) {
   return std::make_unique<Dispatcher>(std::make_unique<CpuBackend>(num_streams));
 }
 
+// Work of the ambient stream is the calling thread's own. Cells are plain memory: TSan sees a
+// missing order.
 struct CpuFixture {
+  using Cell = std::shared_ptr<unsigned char>;
+
+  static std::string skip() { return {}; }
   static std::unique_ptr<Dispatcher> make(std::size_t num_streams) {
     return make_dispatcher(num_streams);
   }
   static CpuBackend::Stream ambient() { return CpuBackend::kAmbient; }
+  static Cell cell(Dispatcher&) { return std::make_shared<unsigned char>(0); }
+  static void fill(Dispatcher& target, CpuBackend::Stream stream, const Cell& to,
+                   unsigned char value) {
+    give(target, stream, [to, value] { *to = value; });
+  }
+  static void copy(Dispatcher& target, CpuBackend::Stream stream, const Cell& from,
+                   const Cell& to) {
+    give(target, stream, [from, to] { *to = *from; });
+  }
+  static void delay(Dispatcher& target, CpuBackend::Stream stream) {
+    give(target, stream, keep_busy);
+  }
+  static unsigned char value(Dispatcher&, const Cell& cell) { return *cell; }
+
+ private:
+  static void give(Dispatcher& target, CpuBackend::Stream stream, Task task) {
+    if (stream == CpuBackend::kAmbient) return task();
+    target.backend().submit(stream, std::move(task));
+  }
 };
 INSTANTIATE_TYPED_TEST_SUITE_P(Cpu, DispatcherContract, CpuFixture);
 

@@ -5,8 +5,8 @@
 namespace esper {
 namespace {
 
-// Holds in every build, on every machine. What needs a device is tested from Python
-// (tests/unit/native/test_cuda.py), where torch gives it memory and streams.
+// Holds in every build, on every machine. What needs a device is in cuda_device_test.cpp, and,
+// where torch gives memory and streams, in tests/unit/native/test_cuda.py.
 TEST(CudaBackend, SaysWhyItIsNotThere) {
   if (cuda_available()) {
     EXPECT_EQ(CudaBackend(3, 0, 0).num_streams(), 3U);

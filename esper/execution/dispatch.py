@@ -3,7 +3,11 @@
 The order that makes this correct: the ambient stream is forked (every work stream waits for x and h), each seed runs
 on its stream, and the ambient stream is joined to all of them before anything reads a delta. The caching allocator is
 told that x and h are read on work streams, and that deltas live on the ambient one. Autograd replays each node on the
-stream of its forward and orders the streams itself.
+stream of its forward and orders the streams itself; what it saved of x and h may be freed while a work stream still
+reads it, which is what the telling is for.
+
+Nothing here asks the device or waits for it, so a run may be captured into a CUDA graph. A device has one set of work
+streams: while one thread captures, no other may run seeds on that device.
 """
 
 from __future__ import annotations
@@ -72,6 +76,7 @@ class CudaPlatform:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._streams: dict[int, torch.cuda.ExternalStream] = {}
 
     def ambient(self) -> int:
         """Give the device's current stream."""
@@ -87,7 +92,12 @@ class CudaPlatform:
         value.record_stream(self._stream(stream))
 
     def _stream(self, handle: int) -> torch.cuda.ExternalStream:
-        return torch.cuda.ExternalStream(handle, device=self._device)  # type: ignore[no-untyped-call]
+        """Give torch's view of a raw stream; the native core never destroys one, so the views may be kept."""
+        found = self._streams.get(handle)
+        if found is None:
+            found = torch.cuda.ExternalStream(handle, device=self._device)  # type: ignore[no-untyped-call]
+            self._streams[handle] = found
+        return found
 
 
 _dispatchers: dict[int, SeedDispatcher[Tensor]] = {}

@@ -4,8 +4,18 @@
 // can be called on a machine without a driver, or in a build without CUDA; `cuda_available` is
 // false there and the constructors throw DeviceError.
 //
-// Streams and events are made at birth and reused, so forks and joins allocate nothing and may be
-// captured into a CUDA graph.
+// Streams and events are made at birth and reused, so forks and joins allocate nothing. They ask
+// the device nothing and wait for nothing, so they may be captured into a CUDA graph. Streams come
+// from a pool of the process (by device and priority) that never destroys one: an allocator told of
+// a stream, or autograd, may need it after the backend is closed. So two backends may have the same
+// stream, one after the other.
+//
+// Backward: autograd replays a node on the stream of its forward and orders streams where a
+// gradient passes from one to the other. What a node saved for it may be freed while that stream
+// still reads it, which is why inputs must be recorded on the work streams.
+//
+// Captures and threads: while one thread captures, no other may fork on the same backend (CUDA
+// refuses to mix captured and other work on one stream).
 #pragma once
 
 #include <cstddef>
@@ -44,7 +54,7 @@ class CudaBackend {
   [[nodiscard]] Event record(Stream stream);
   void wait(Stream stream, const Event& event);
 
-  // Waits for nothing: the device frees each stream when its work is done.
+  // Waits for nothing; the streams go back to the pool.
   void close() noexcept;
 
  private:

@@ -2,16 +2,30 @@
 //
 // Each stream has a vector clock: how much of every stream's work is certain to be over when its
 // next operation starts. Two accesses to the same memory, at least one of them a write, must be
-// ordered by it. Memory comes from an allocator that behaves as PyTorch's caching allocator does: a
-// freed block goes back to its stream's list at once and is handed out again, last freed first,
-// unless other streams were recorded on it; then it comes back only when those are seen to be done.
+// ordered by it. If a run has accesses that nothing orders, at least one of them is reported, and
+// nothing else is (dispatcher_proof_test.cpp holds both against a search of the whole graph).
 //
-// Not thread-safe. Clocks grow with the number of streams; programs of tests have a handful.
+// Memory comes from an allocator like PyTorch's caching one, at its worst: a freed block goes back
+// to its stream's list at once and is handed out again, last freed first. Streams recorded on it
+// were then seen to be done by the host, which protects this block and orders nothing else.
+//
+// Events come from a pool as small as CudaBackend's: one that is used too late has been recorded
+// anew. A record that never happened leaves what the event held before.
+//
+// Captures: what is given to a capturing stream runs only when the graph is replayed, on streams of
+// the graph's own. A stream joins a capture by waiting for an event of it, must be joined again
+// before the end, and may wait for no event from outside. Memory allocated in a capture is the
+// graph's for good; a block with recorded streams doesn't come back during it.
+//
+// Not thread-safe. Clocks grow with the number of streams and of replays; programs of tests have a
+// handful.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <set>
 #include <string>
 #include <string_view>
@@ -26,29 +40,29 @@ class SimulatedBackend {
  public:
   using Stream = std::size_t;
   using Buffer = std::size_t;
-  using Clock = std::vector<std::uint64_t>;
-  using Event = Clock;
+  using Event = std::size_t;  // valid until 2 * num_streams further ones are recorded
+  using Graph = std::size_t;
+  using Clock = std::vector<std::uint64_t>;  // a stream beyond the end has the time 0
 
-  enum class OpKind : std::uint8_t {
-    RECORD,
-    WAIT,
-    DROPPED_WAIT,
-    ALLOC,
-    FREE,
-    READ,
-    WRITE,
-    RECORD_STREAM
-  };
+  enum class OpKind : std::uint8_t { RECORD, WAIT, ALLOC, FREE, READ, WRITE, RECORD_STREAM };
+  static constexpr std::size_t kNumOpKinds = 7;
+  static constexpr std::size_t kNone = static_cast<std::size_t>(-1);
   struct Op {
     OpKind kind;
     Stream stream;
-    Buffer buffer;  // of ALLOC, FREE, READ, WRITE, RECORD_STREAM; 0 otherwise
+    Buffer buffer;       // of ALLOC, FREE, READ, WRITE, RECORD_STREAM; 0 otherwise
+    std::size_t block;   // memory of the buffer; kNone otherwise
+    std::size_t source;  // of a WAIT: the operation that recorded its event; kNone otherwise
+    bool dropped;        // a planted defect: it did not happen
+    bool captured;       // it did not run, but its graph has it
   };
 
   enum class ViolationKind : std::uint8_t {
     RACE,             // nothing orders two accesses to one buffer
     USE_AFTER_REUSE,  // nothing orders an access and one to another buffer in the same memory
     USE_AFTER_FREE,   // the program itself touches a buffer it freed
+    ISOLATION,        // a wait across the border of a capture
+    UNJOINED,         // a capture ends while a stream that joined it has work nobody waits for
   };
   struct Violation {
     ViolationKind kind;
@@ -59,14 +73,14 @@ class SimulatedBackend {
 
   static constexpr Stream kAmbient = 0;
 
-  // Work streams have the numbers 1 to num_streams; 0 is the ambient one. Throws InvalidInput
-  // unless 1 <= num_streams <= 256.
+  // Work streams have the numbers 1 to num_streams; 0 is the ambient one, replays use higher ones.
+  // Throws InvalidInput unless 1 <= num_streams <= 256.
   explicit SimulatedBackend(std::size_t num_streams);
 
-  [[nodiscard]] std::size_t num_streams() const noexcept { return clocks_.size() - 1; }
+  [[nodiscard]] std::size_t num_streams() const noexcept { return num_streams_; }
   [[nodiscard]] Stream stream(std::size_t index) const noexcept { return index + 1; }
   [[nodiscard]] Event record(Stream stream);
-  void wait(Stream stream, const Event& event);
+  void wait(Stream stream, Event event);
   void close() noexcept {}
 
   // Buffers are counted from 1. All throw InvalidInput for an unknown stream or buffer.
@@ -77,15 +91,29 @@ class SimulatedBackend {
   // The buffer is used on this stream too: its memory must not come back before that is over.
   void record_stream(Buffer buffer, Stream stream);
 
-  // Plants a defect: the wait with this number (counted from 0 over the whole run) will not happen.
-  void drop_wait(std::size_t number) { dropped_waits_.insert(number); }
+  // Throws InvalidState while a capture is under way.
+  void begin_capture(Stream stream);
+  // Throws InvalidState unless `stream` is the one the capture began on.
+  Graph end_capture(Stream stream);
+  // Throws InvalidInput for an unknown graph, InvalidState on a capturing stream.
+  void replay(Graph graph, Stream stream);
 
-  [[nodiscard]] std::size_t num_waits() const noexcept { return num_waits_; }
+  // Plants a defect: the operation of this kind with this number, counted from 0 over the whole run
+  // without those of replays, will not happen. Throws InvalidInput for a kind other than RECORD,
+  // WAIT and RECORD_STREAM.
+  void drop(OpKind kind, std::size_t number);
+  // How many operations of a kind there were, replays left out.
+  [[nodiscard]] std::size_t count(OpKind kind) const noexcept;
+
   [[nodiscard]] const std::vector<Op>& operations() const noexcept { return operations_; }
   [[nodiscard]] const std::vector<Violation>& violations() const noexcept { return violations_; }
   // One sentence that names both operations.
   [[nodiscard]] std::string describe(const Violation& violation) const;
   [[nodiscard]] std::string describe(const Op& op) const;
+
+  [[nodiscard]] static std::string_view name_of(OpKind kind) noexcept;
+  // Throws InvalidInput for any other word.
+  [[nodiscard]] static OpKind kind_of(std::string_view name);
 
  private:
   struct Access {
@@ -97,6 +125,7 @@ class SimulatedBackend {
   };
   struct Block {
     Stream owner;
+    std::size_t capture;           // whose pool it belongs to; 0 outside
     std::vector<Access> accesses;  // all that a later one may race with
   };
   struct Allocation {
@@ -105,22 +134,44 @@ class SimulatedBackend {
     std::size_t freed_by;  // operation; of a freed buffer
     std::set<Stream> users;
   };
+  struct Slot {  // of the event pool; never recorded where `op` is kNone
+    Clock clock;
+    std::size_t op = kNone;
+    std::size_t capture = 0;
+  };
+  struct Capture {
+    std::size_t id;
+    Stream origin;
+    std::map<Stream, Clock> streams;  // those that joined, with clocks of this capture alone
+    std::vector<std::size_t> ops;
+  };
+  using Pool = std::pair<std::size_t, Stream>;  // capture, owner
 
   void require_stream(Stream stream) const;
   Allocation& allocation_of(Buffer buffer);
-  std::uint64_t log(OpKind kind, Stream stream, Buffer buffer);
+  [[nodiscard]] bool captures(Stream stream) const;
+  std::size_t log(OpKind kind, Stream stream, Buffer buffer);
+  [[nodiscard]] bool is_dropped(OpKind kind);
+  void take_event(Stream stream, const Slot& slot, std::size_t op);
   void access(Stream stream, Buffer buffer, OpKind kind);
-  void check(Block& block, const Access& now);
+  void check(const Access& now);
+  void replay_op(const Op& captured, Stream stream, std::map<std::size_t, std::size_t>& records,
+                 std::map<std::size_t, Clock>& events);
 
+  std::size_t num_streams_;
   std::vector<Clock> clocks_;
+  std::vector<Slot> events_;
+  std::size_t next_event_ = 0;
   std::vector<Block> blocks_;
   std::vector<Allocation> allocations_;
-  // Free blocks of each stream, with what must be over before each is handed out again.
-  std::map<Stream, std::vector<std::pair<std::size_t, Clock>>> free_blocks_;
+  // Free blocks of each pool, with what was over before each came back.
+  std::map<Pool, std::vector<std::pair<std::size_t, Clock>>> free_blocks_;
+  std::optional<Capture> capture_;
+  std::vector<Capture> graphs_;
   std::vector<Op> operations_;
   std::vector<Violation> violations_;
-  std::set<std::size_t> dropped_waits_;
-  std::size_t num_waits_ = 0;
+  std::set<std::pair<OpKind, std::size_t>> drops_;
+  std::array<std::size_t, kNumOpKinds> counts_{};
 };
 static_assert(Backend<SimulatedBackend>);
 

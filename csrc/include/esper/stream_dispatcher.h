@@ -11,12 +11,17 @@
 // allocator has to be told (`record_stream`): inputs for the work streams, outputs for the ambient
 // stream. SimulatedBackend finds out where that was forgotten.
 //
+// Failure: what a piece of work throws is the caller's; it must still join. A backend that refuses
+// a call in the middle leaves no stream forked that could be joined: `fork` undoes what it began,
+// and `join` goes on with the other streams before it throws.
+//
 // Thread-safe: forks and joins of several threads are serialised while they are enqueued.
 #pragma once
 
 #include <algorithm>
 #include <concepts>
 #include <cstddef>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -61,22 +66,26 @@ class StreamDispatcher {
     const auto begun = backend_->record(ambient);
     std::vector<Stream> streams;
     streams.reserve(count);
-    for (std::size_t i = 0; i < count; ++i) {
-      streams.push_back(backend_->stream(i % backend_->num_streams()));
-      if (i < backend_->num_streams()) backend_->wait(streams.back(), begun);
+    try {
+      for (std::size_t i = 0; i < count; ++i) {
+        const Stream stream = backend_->stream(i % backend_->num_streams());
+        if (i < backend_->num_streams()) backend_->wait(stream, begun);
+        streams.push_back(stream);
+      }
+    } catch (...) {
+      (void)join_all(ambient, streams);  // the first failure tells more than those that follow it
+      throw;
     }
     return streams;
   }
 
   // Orders the ambient stream after the work of `streams` (as `fork` gave them) so far. Throws
-  // InvalidState when closed.
+  // InvalidState when closed; what a backend throws, after all streams were tried.
   void join(Stream ambient, std::span<const Stream> streams) {
     const std::lock_guard lock(mutex_);
     require_open();
-    for (std::size_t i = 0; i < streams.size(); ++i) {
-      const auto earlier = streams.first(i);
-      if (std::find(earlier.begin(), earlier.end(), streams[i]) != earlier.end()) continue;
-      backend_->wait(ambient, backend_->record(streams[i]));
+    if (const std::exception_ptr failure = join_all(ambient, streams)) {
+      std::rethrow_exception(failure);
     }
   }
 
@@ -97,6 +106,21 @@ class StreamDispatcher {
  private:
   void require_open() const {
     if (closed_) throw InvalidState("dispatcher must be open, got a closed one");
+  }
+
+  // Joins every stream once; gives the first failure. REQUIRES: the lock is held.
+  std::exception_ptr join_all(Stream ambient, std::span<const Stream> streams) noexcept {
+    std::exception_ptr failure;
+    for (std::size_t i = 0; i < streams.size(); ++i) {
+      const auto earlier = streams.first(i);
+      if (std::find(earlier.begin(), earlier.end(), streams[i]) != earlier.end()) continue;
+      try {
+        backend_->wait(ambient, backend_->record(streams[i]));
+      } catch (...) {
+        if (!failure) failure = std::current_exception();
+      }
+    }
+    return failure;
   }
 
   mutable std::mutex mutex_;

@@ -43,7 +43,7 @@ def layer(num_streams: int, num_seeds: int, *, records: bool = True, dropped: in
     native = StreamDispatcher("simulated", num_streams)
     machine = native.simulation
     if dropped is not None:
-        machine.drop_wait(dropped)
+        machine.drop("wait", dropped)
     platform = SimulatedPlatform(machine, records=records)
     dispatcher = SeedDispatcher(native, platform)
     for _ in range(2):
@@ -119,7 +119,7 @@ def test_a_piece_that_raises_leaves_the_streams_joined() -> None:
     with pytest.raises(KeyboardInterrupt):
         SeedDispatcher(native, platform).run([fails, fails], ())
     assert platform.current == 0
-    assert native.simulation.num_waits == 4
+    assert native.simulation.count("wait") == 4
 
 
 def test_a_dropped_contribution_is_no_buffer() -> None:

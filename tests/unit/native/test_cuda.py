@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from esper.contracts.errors import InvalidInputError
-from esper.execution._native import CudaProbe, StreamDispatcher, cuda_available, probe
+from esper.execution._native import CudaProbe, StreamDispatcher, blend, cuda_available, cuda_blend, probe
+from esper.execution.dispatch import run_side_by_side
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda_available(), reason="needs a CUDA device")]
 
@@ -61,6 +63,65 @@ def test_fork_and_join_can_be_captured_into_a_graph() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert out[:, 0].tolist() == [10.0, 15.0]
+
+
+def test_gradients_are_those_of_seeds_in_order() -> None:
+    torch.manual_seed(0)
+    weights = [torch.randn(256, 256, device="cuda", requires_grad=True) for _ in range(6)]
+    found: list[list[torch.Tensor]] = []
+    for side_by_side in (True, False):
+        x = torch.ones(64, 256, device="cuda", requires_grad=True)
+        for _ in range(20):  # memory of a step is met again by the next
+            h = x * 2
+            pieces = [partial(torch.matmul, h, weight) for weight in weights]
+            deltas = run_side_by_side(pieces, h, h) if side_by_side else [piece() for piece in pieces]
+            total = h + sum(delta.tanh() for delta in deltas if delta is not None)
+            del h, deltas, pieces
+            grads = torch.autograd.grad(total.square().mean(), [x, *weights])
+        found.append([total.detach(), *grads])
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference)  # cuBLAS promises equal bits on one stream alone
+
+
+def test_memory_told_of_a_stream_may_be_freed_after_the_dispatcher() -> None:
+    dispatcher = StreamDispatcher("cuda", 1)
+    ambient = torch.cuda.current_stream()
+    (handle,) = dispatcher.fork(ambient.cuda_stream, 1)
+    x = torch.ones(1 << 20, device="cuda")
+    x.record_stream(_stream(handle))
+    dispatcher.join(ambient.cuda_stream, [handle])
+    dispatcher.close()
+    del x  # the allocator marks the end of the stream's work now
+    torch.cuda.synchronize()
+    assert torch.ones(1 << 20, device="cuda").sum().item() == 1 << 20
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_the_blend_gives_the_bits_of_the_cpu(name: str, offset: int) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(4099 + offset).to(getattr(torch, name)) for _ in range(4)]
+    alpha, size = torch.tensor([0.3, 0.0, 0.9]), 4099
+    here = [tensor[offset:] for tensor in tensors]  # an odd offset leaves no address aligned to 16 bytes
+    there = [tensor.cuda()[offset:] for tensor in tensors]
+    there_alpha, stream = alpha.cuda(), torch.cuda.current_stream().cuda_stream
+    for values, weights, call in ((here, alpha, blend), (there, there_alpha, partial(cuda_blend, stream=stream))):
+        addresses = [tensor.data_ptr() for tensor in values]
+        call(addresses[0], addresses[1:], weights.data_ptr(), addresses[0], size, name)
+    assert torch.equal(there[0].cpu(), here[0])
+
+
+def test_a_captured_blend_reads_alpha_anew() -> None:
+    h, delta = torch.zeros(1000, device="cuda"), torch.ones(1000, device="cuda")
+    alpha, out = torch.ones(1, device="cuda"), torch.empty(1000, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stream = torch.cuda.current_stream().cuda_stream
+        cuda_blend(h.data_ptr(), [delta.data_ptr()], alpha.data_ptr(), out.data_ptr(), 1000, "float32", stream)
+    for value in (0.25, 0.75):
+        alpha.fill_(value)
+        graph.replay()
+        assert out.tolist() == [value] * 1000
 
 
 def test_unknown_devices_and_priorities_are_refused() -> None:

@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper.contracts.errors import InvalidInputError, InvalidStateError, UnavailableError
-from esper.execution._native import Simulation, StreamDispatcher, cuda_available, cuda_built
+from esper.execution._native import Simulation, StreamDispatcher, cuda_available, cuda_built, probe
 
 AMBIENT = 0
 
@@ -64,11 +65,30 @@ def test_close_is_final_and_may_be_repeated() -> None:
         (lambda: StreamDispatcher("cpu").simulation, InvalidStateError, "got 'cpu'"),
         (lambda: StreamDispatcher("simulated").fork(0, 0), InvalidInputError, "count must be at least 1"),
         (lambda: StreamDispatcher("simulated").simulation.free(3), InvalidInputError, "one that alloc gave, got 3"),
+        (lambda: StreamDispatcher("simulated").simulation.drop("join", 0), InvalidInputError, "kind must name an op"),
+        (lambda: StreamDispatcher("simulated").simulation.drop("read", 0), InvalidInputError, "'record', 'wait' or"),
+        (lambda: StreamDispatcher("simulated").simulation.wait(0, 99), InvalidInputError, "event must be one that"),
+        (lambda: StreamDispatcher("simulated").simulation.replay(0, 0), InvalidInputError, "graph must be one that"),
+        (lambda: StreamDispatcher("simulated").simulation.end_capture(0), InvalidStateError, "a capture began on"),
+        (lambda: StreamDispatcher("simulated").probe_all([]), InvalidStateError, "backend must be 'cpu' for probe_all"),
+        (lambda: StreamDispatcher("cpu").probe_all([(0, 1, "float32")]), InvalidInputError, "data_ptr must"),
+        (lambda: StreamDispatcher("cpu").probe_all([(0, 0, "int8")]), InvalidInputError, "dtype must"),
     ],
 )
 def test_bad_input_is_named(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_native_probes_run_side_by_side_and_keep_their_order() -> None:
+    tensors = [torch.arange(count, dtype=torch.float32) for count in (1, 10, 5000, 3, 70_000)]
+    operands = [(tensor.data_ptr(), tensor.numel(), "float32") for tensor in tensors]
+    with StreamDispatcher("cpu", 3) as dispatcher:
+        for _ in range(20):
+            assert dispatcher.probe_all(operands) == [probe(*operand) for operand in operands]
+        assert dispatcher.probe_all([]) == []
+    with pytest.raises(InvalidStateError, match="must be open, got a closed one"):
+        dispatcher.probe_all(operands)
 
 
 @pytest.mark.skipif(cuda_available(), reason="a CUDA device is there")
@@ -112,10 +132,10 @@ def test_any_sequence_of_layers_is_clean(num_streams: int, layers: list[int]) ->
 @pytest.mark.parametrize("dropped", range(8))
 def test_every_planted_missing_wait_is_caught(dropped: int) -> None:
     dispatcher = StreamDispatcher("simulated", 2)
-    dispatcher.simulation.drop_wait(dropped)
+    dispatcher.simulation.drop("wait", dropped)
     for _ in range(2):
         _layer(dispatcher, 2)
-    assert dispatcher.simulation.num_waits == 8
+    assert dispatcher.simulation.count("wait") == 8
     assert dispatcher.simulation.violations()
 
 
