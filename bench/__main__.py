@@ -16,6 +16,7 @@ MEASURES: Final = {
     "k1_dormant": "what a wrapped, dormant model costs over the same model before",
     "k3_cache": "the native kernel cache against cachebox, theine, cachetools and lru_cache",
     "k4_state_ring": "seed state and signal ring against NumPy arrays and collections.deque",
+    "k5_dispatcher": "forking and joining against a thread pool, and whether every planted race is found",
     "c1_compile": "compiling and validating a kernel against scripting and saving alone",
     "c2_adaptation": "from a decision to an active seed, cold and with the kernel in memory",
     "incubation": "ways in which a seed learns alone: quality and cost of each",
