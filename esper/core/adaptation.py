@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from types import NoneType
+from typing import Any, Final
 
 from opentelemetry.trace import Span
 
 from esper.contracts.blueprint import BlueprintCost
 from esper.contracts.decision import AdaptationDecision
+from esper.contracts.errors import CorruptDataError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import AdaptationOutcome, Contribution, FieldReport
 from esper.contracts.wire import parse, serialize
@@ -141,7 +143,6 @@ class Adaptation:
         return {
             "decision": serialize(self.decision).hex(),
             "cost": None if self.cost is None else serialize(self.cost).hex(),
-            "price": self.price,
             "state": None if self.state is None else int(self.state),
             "outcome": None if self.outcome is None else int(self.outcome),
             "contribution": None if self.contribution is None else serialize(self.contribution).hex(),
@@ -150,12 +151,19 @@ class Adaptation:
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any], monotonic_s: float) -> Adaptation:
-        """Give the record a checkpoint holds; its LOADING clock starts again at ``monotonic_s``."""
+        """Give the record a checkpoint holds; its LOADING clock starts again at ``monotonic_s``.
+
+        Raises:
+            CorruptDataError: A field is of another type, or a message does not parse.
+        """
         cost, contribution = data["cost"], data["contribution"]
+        for name, kinds in _PLAIN.items():
+            if type(data[name]) not in kinds:
+                rule = " or ".join(kind.__name__ for kind in kinds)
+                raise CorruptDataError(f"adaptation.{name} must be {rule}, got {type(data[name]).__name__}")
         return cls(
             decision=parse(bytes.fromhex(data["decision"]), AdaptationDecision),
             cost=None if cost is None else parse(bytes.fromhex(cost), BlueprintCost),
-            price=data["price"],
             state=None if data["state"] is None else SeedLifecycleState(data["state"]),
             outcome=None if data["outcome"] is None else AdaptationOutcome(data["outcome"]),
             contribution=None if contribution is None else parse(bytes.fromhex(contribution), Contribution),
@@ -164,17 +172,19 @@ class Adaptation:
         )
 
 
-_PLAIN = (
-    "artifact_id",
-    "begun_step",
-    "begun_epoch",
-    "run_progress",
-    "state_since_epoch",
-    "isolated_steps",
-    "graft_steps",
-    "ended_step",
-    "looks",
-    "reason",
-    "trace_id",
-    "trace_headers",
-)
+_PLAIN: Final = {
+    "artifact_id": (str,),
+    "begun_step": (int,),
+    "begun_epoch": (int,),
+    "price": (float, NoneType),
+    "run_progress": (float, NoneType),
+    "state_since_epoch": (int,),
+    "isolated_steps": (int,),
+    "graft_steps": (int,),
+    "ended_step": (int, NoneType),
+    "looks": (int,),
+    "reason": (str,),
+    "trace_id": (str,),
+    "trace_headers": (dict,),
+}
+"""Fields that a checkpoint holds as they are, with their types."""

@@ -100,6 +100,10 @@ def _check_part(part: Optimizer, saved: Mapping[str, Any], parameters: Mapping[s
     sizes = [len(group["params"]) for group in saved["state"]["param_groups"]]
     if sizes != [len(names) for names in saved["names"]]:
         raise _misfit(f"name {sizes} parameters in its groups", [len(names) for names in saved["names"]])
+    for number, (own, other) in enumerate(zip(part.param_groups, saved["state"]["param_groups"], strict=True)):
+        for key in own.keys() & other.keys() - {"params"}:
+            if own[key] is not None and other[key] is not None and _kind(own[key]) != _kind(other[key]):
+                raise _misfit(f"have {_kind(own[key])} for {key!r} in group {number}", _kind(other[key]))
 
 
 def _restore_part(part: Optimizer, saved: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
@@ -114,6 +118,10 @@ def _restore_part(part: Optimizer, saved: Mapping[str, Any], parameters: Mapping
         group.clear()
         group.update({**loaded, "params": params})
     part.param_groups[:] = groups
+
+
+def _kind(value: object) -> str:
+    return "a number" if isinstance(value, int | float | torch.Tensor) else type(value).__name__
 
 
 def _misfit(rule: str, received: object) -> CorruptDataError:
@@ -149,8 +157,10 @@ def restore_model(model: MorphableModel, captured: Mapping[str, Any]) -> None:
         EsperError: The state does not fit the model, or is corrupt.
     """
     with fitting("model"):
+        if type(captured["seed_step"]) is not int:
+            raise CorruptDataError(f"seed_step must be int, got {type(captured['seed_step']).__name__}")
         model.load_state_dict(captured["model"])
-    model.seed_states.restore(bytes(captured["seed_states"].numpy().tobytes()))
+        model.seed_states.restore(bytes(captured["seed_states"].numpy().tobytes()))
     model.seed_states.step = captured["seed_step"]
     for layer in model.kasmina_layers.values():
         layer.refresh_terms()

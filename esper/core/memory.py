@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from types import NoneType
+from typing import Any, Final, Protocol
 
 from torch.optim.swa_utils import AveragedModel
 
-from esper.contracts.errors import EsperError, InvalidInputError, InvalidStateError
+from esper.contracts.errors import CorruptDataError, EsperError, InvalidInputError, InvalidStateError
 from esper.core.averaging import GrowingAverage
 from esper.core.capture import (
     Stateful,
@@ -26,6 +27,19 @@ from esper.core.orchestrator import SeedOrchestrator
 from esper.core.randomness import capture_random_state, restore_random_state
 
 log = logging.getLogger(__name__)
+
+
+_FORM: Final = {
+    "run_id": (str,),
+    "life": (str,),
+    "packets": (int,),
+    "epoch": (int,),
+    "step": (int,),
+    "epoch_began_step": (int,),
+    "last_epoch_steps": (int, NoneType),
+    "control_loss": (float,),
+}
+"""Types of the plain values of component ``tolaria``."""
 
 
 class CheckpointStore(Protocol):
@@ -104,6 +118,7 @@ class RunMemory:
 
     def _restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         context, tolaria = self._context, state["tolaria"]
+        _check_form(tolaria)
         if set(tolaria["tracked"]) != set(self._tracked):
             raise InvalidStateError(
                 f"tracked objects must be {sorted(tolaria['tracked'])} as saved, got {sorted(self._tracked)}",
@@ -178,11 +193,23 @@ class RunMemory:
         before = cloned(self.capture())
         try:
             self.restore(state)
-        except EsperError:
+            with fitting("training state"):
+                self._go_on_from(state["tolaria"])
+        except BaseException:
+            self._orchestrator.forget()
             self.restore(before)
             raise
         self._orchestrator.abandon_since(state["orchestrator"]["adaptations"], f"the run returned to {checkpoint_id}")
         self.take_snapshot()
-        context, tolaria = self._context, state["tolaria"]
-        if tolaria["run_id"] == context.run_id:
-            context.clock.go_on_from(tolaria["life"], tolaria["packets"])
+
+    def _go_on_from(self, tolaria: Mapping[str, Any]) -> None:
+        if tolaria["run_id"] == self._context.run_id:
+            self._context.clock.go_on_from(tolaria["life"], tolaria["packets"])
+
+
+def _check_form(tolaria: Mapping[str, Any]) -> None:
+    """Check the plain values that are taken over as they are."""
+    for name, kinds in _FORM.items():
+        if type(tolaria[name]) not in kinds:
+            rule = " or ".join(kind.__name__ for kind in kinds)
+            raise CorruptDataError(f"{name} must be {rule}, got {type(tolaria[name]).__name__}", parameter=name)

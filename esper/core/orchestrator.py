@@ -241,6 +241,11 @@ class SeedOrchestrator:
         self._places.clear()
         self._embargo_until.clear()
 
+    def forget(self) -> None:
+        """Forget every record, so that a state that is loaded next stands alone."""
+        self.adaptations = {}
+        self._context.ledger.restore({}, 0)
+
     def close(self) -> None:
         """Stop listening to the model; idempotent."""
         for incubator in self._incubators.values():
