@@ -174,9 +174,10 @@ class Run:
         return [(layout.state(0).name, float(layout.alpha_blend[0])) for layout in layouts]
 
     def go_on(self, saved: dict[str, str] | None = None) -> dict[str, Any]:
-        """Train to the end; give losses and digests by step, and write the checkpoints that are asked for."""
+        """Train on; give losses and digests by step. With ``saved``, to the end, and write the checkpoints into it."""
         losses, digests, seeds = {}, {}, {}
-        while self.session.step_count < LAST_STEP:
+        last = LAST_STEP if saved is not None else min(LAST_STEP, self.session.step_count + 47)
+        while self.session.step_count < last:
             losses[self.session.step_count] = self.step()
             for name, at in SAVED_AT.items():
                 if self.session.step_count == at and saved is not None:
