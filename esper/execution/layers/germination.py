@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from esper.blueprints import content_id
 from esper.contracts.blueprint import BlueprintIR, Site
 from esper.contracts.errors import InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState
@@ -95,7 +96,7 @@ class Germination(SeedHolder):
 
         def prepare(site: Site, placement: Placement) -> Seed:
             module = build_kernel(ir, site, placement, random_seed=random_seed)
-            check_shapes(module, site, placement)
+            check_shapes(module, site, placement, structure=content_id(ir))
             return self._new_seed(seed_idx, module, ir, blueprint_id=blueprint_id, adaptation_id=adaptation_id)
 
         return self._germinate(seed_idx, prepare)
