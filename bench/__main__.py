@@ -14,9 +14,11 @@ from esper.contracts.errors import EsperError
 
 MEASURES: Final = {
     "k1_dormant": "what a wrapped, dormant model costs over the same model before",
+    "k2_active": "seeds that take part, over the same maths written by hand in plain PyTorch",
     "k3_cache": "the native kernel cache against cachebox, theine, cachetools and lru_cache",
     "k4_state_ring": "seed state and signal ring against NumPy arrays and collections.deque",
     "k5_dispatcher": "forking and joining against a thread pool, and whether every planted race is found",
+    "k6_surgery": "how long a step is held up by growing, and whether a grown model is saved to the bit",
     "c1_compile": "compiling and validating a kernel against scripting and saving alone",
     "c2_adaptation": "from a decision to an active seed, cold and with the kernel in memory",
     "incubation": "ways in which a seed learns alone: quality and cost of each",

@@ -28,6 +28,40 @@ class TransformerBlock(nn.Module):
         return out
 
 
+class ResidualPair(nn.Module):
+    """Two 3x3 convolutions with their norms, added to what came in (He et al., arXiv:1512.03385)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv_1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm_1 = nn.BatchNorm2d(outputs)
+        self.conv_2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm_2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the pair's output for batch x channels x height x width."""
+        inner = torch.relu(self.norm_1(self.conv_1(x)))
+        return torch.relu(self.norm_2(self.conv_2(inner)) + self.shortcut(x))
+
+
+def _resnet18() -> nn.Module:
+    """Give ResNet-18 as its authors have it: a 7x7 stem, four stages of two pairs, 11.7 million parameters."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
+    inputs = 64
+    for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        layers += [ResidualPair(inputs, outputs, stride), ResidualPair(outputs, outputs, 1)]
+        inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
+
+
 def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
 
@@ -62,6 +96,8 @@ class Host:
     """Makes the network."""
     input_shape: tuple[int, ...]
     """Shape of a batch."""
+    site: str
+    """Dotted name of the layer at which measures let seeds stand."""
 
     def make(self, seed: int = 0) -> nn.Module:
         """Give the network with weights that depend on the seed alone."""
@@ -74,8 +110,10 @@ class Host:
 
 
 HOSTS = (
-    Host(name="mlp", build=_mlp, input_shape=(64, 784)),
-    Host(name="cnn", build=_cnn, input_shape=(32, 3, 32, 32)),
-    Host(name="transformer", build=_block, input_shape=(8, 128, 256)),
+    Host(name="mlp", build=_mlp, input_shape=(64, 784), site="0"),
+    Host(name="cnn", build=_cnn, input_shape=(32, 3, 32, 32), site="3"),
+    Host(name="resnet18", build=_resnet18, input_shape=(8, 3, 64, 64), site="6.conv_2"),
+    Host(name="transformer", build=_block, input_shape=(8, 128, 256), site="down"),
 )
-"""MLP 784-256-10, three 3x3 convolutions of 32, 64, 128 channels, one transformer block of 256 features and 4 heads."""
+"""MLP 784-256-10; three 3x3 convolutions of 32, 64, 128 channels; ResNet-18 on 64 x 64 pictures; one transformer block
+of 256 features and 4 heads."""

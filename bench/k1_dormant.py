@@ -3,8 +3,8 @@
 Two copies of each host take turns: the one is wrapped while the other is plain, then the other way round. What their
 places in memory do to them therefore cancels in the geometric mean of the two medians.
 
-A layer with telemetry measures its first forward pass and then every 128th. Both kinds of pass are timed by
-themselves, the measured one with an interval of 1, and the figure is their mean over 128 passes.
+A layer with telemetry measures its first forward pass and then one in 128 passes of the model. Both kinds of pass are
+timed by themselves, the measured one with an interval of 1, and the figure is their mean over 128 passes.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def measure_overhead(host: Host, mode: Pass, state: State, seconds: float, decid
     copies = (host.make(), host.make())
     batch = host.batch()
     found: list[list[PairedTimes]] = [[], []]
-    calls = calls_lasting(_call(copies[0], batch, mode), _SAMPLE_S, time.thread_time_ns)
+    calls = calls_lasting(training_call(copies[0], batch, mode), _SAMPLE_S, time.thread_time_ns)
     deadline = time.perf_counter() + seconds
     while True:
         for turn in (0, 1):
@@ -120,7 +120,7 @@ def added_time(state: State, seconds: float) -> Figure:
     plain, subject = _two_tiny_layers(), _two_tiny_layers()
     wrapped, batch = _wrap(subject, _TELEMETRY[state]), torch.zeros(1, 4)
     with _mode("forward"):
-        calls = [_call(model, batch, "forward") for model in (wrapped, plain)]
+        calls = [training_call(model, batch, "forward") for model in (wrapped, plain)]
         times = time_pair(*calls, seconds=seconds, calls=20, clock=time.thread_time_ns)
     added_us = [(ours - reference) / 1e3 for ours, reference in zip(times.ours_ns, times.reference_ns, strict=True)]
     name = f"two tiny layers, time added to a pass, telemetry {state}"
@@ -155,8 +155,8 @@ def _time_turn(
     """Time one way round: ``subject`` wrapped, ``reference`` plain."""
     measured = subject if state == "plain" else _wrap(subject, _TELEMETRY[state])
     times = time_pair(
-        _call(measured, batch, mode),
-        _call(reference, batch, mode),
+        training_call(measured, batch, mode),
+        training_call(reference, batch, mode),
         seconds=_TURN_S,
         calls=calls,
         min_rounds=_MIN_ROUNDS,
@@ -177,7 +177,8 @@ def _wrap(model: nn.Module, telemetry: bool | LayerTelemetry) -> esper.Morphable
         return esper.wrap(model, telemetry=telemetry)
 
 
-def _call(model: nn.Module, batch: Tensor, mode: Pass) -> Call:
+def training_call(model: nn.Module, batch: Tensor, mode: Pass) -> Call:
+    """Give one pass as a call: forward alone in evaluation mode, or forward, backward and optimizer step."""
     if mode == "forward":
         return partial(model.eval(), batch)
     model.train()
@@ -239,8 +240,8 @@ def _graphs(model: nn.Module, host: Host) -> int:
 
 
 _NOTES: Final = (
-    "The floor of a ratio is the time added to a pass (the wrapper's own module call and a check in every layer) over "
-    "the host's pass: 2 us are 1 % of a pass of 200 us and 0.02 % of one of 10 ms.",
+    "The floor of a ratio is the time added to a pass (one frame of the wrapper; layers run their parent's forward) "
+    "over the host's pass: 1 us is 0.5 % of a pass of 200 us and 0.01 % of one of 10 ms.",
     "Processor time of the training thread, which does all the work: a busy machine doubles wall times at random, and "
     "half a per cent is asked for.",
     "One thread, 4 seeds a layer; forward in evaluation mode without gradients, step with plain SGD.",

@@ -84,6 +84,6 @@ def is_finite(value: Tensor) -> bool:
     The sum is non-finite whenever an element is, so one reduction answers nearly always; where the sum itself
     overflowed, the elements are looked at one by one.
     """
-    detached = value.detach()
+    detached = value.detach() if value.requires_grad else value
     total = detached.sum(dtype=torch.float32 if detached.dtype.itemsize < 4 else None)
     return math.isfinite(total.item()) or bool(torch.isfinite(detached).all())

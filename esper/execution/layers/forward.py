@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from esper.execution.seed import Seed
 
 if TYPE_CHECKING:
     from esper.execution.layers.base import KasminaLayer
+
+_SMALL_NUMEL: Final = 1 << 16
+"""Values of a layer's output up to which contributions are kept and looked at together: 256 KiB of float32 each."""
 
 
 def kasmina_forward(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -66,27 +69,50 @@ def _blend(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def _sum_on_cpu(layer: KasminaLayer, x: Tensor, h: Tensor, sampled: bool) -> Tensor:
-    """Add the contributions up and look at the sum alone: it is finite only where h and every contribution are."""
-    total = h
+    """Add up the contributions that are finite.
+
+    Small ones are looked at together: their sum is finite only where all of them are. Large ones are looked at one by
+    one, so that none is kept for longer than it takes to add it.
+    """
+    total, is_small = h, h.numel() <= _SMALL_NUMEL
     found: list[tuple[Seed, Tensor]] = []
     for seed in layer._kasmina.terms:
-        if not seed.is_silent:
-            start_ns = time.perf_counter_ns() if sampled else 0
-            delta = _delta(layer, seed, x, h)
-            if delta is not None:
-                contribution = seed.scaled(delta, h)
-                if sampled:
-                    _measure_seed(layer, seed, delta, (time.perf_counter_ns() - start_ns) / 1e6)
-                found.append((seed, contribution))
-                total = total + contribution
-    if found and not is_finite(total):
-        found = _finite_ones(layer, found)
-        total = sum((contribution for _, contribution in found), start=h)
+        if seed.is_silent:
+            continue
+        start_ns = time.perf_counter_ns() if sampled else 0
+        delta = _delta(layer, seed, x, h)
+        if delta is None:
+            continue
+        contribution = seed.scaled(delta, h)
+        if sampled:
+            _measure_seed(layer, seed, delta, (time.perf_counter_ns() - start_ns) / 1e6)
+        if is_small:
+            found.append((seed, contribution))
+        elif not _passes(layer, seed, contribution):
+            continue
+        total = total + contribution
+    if not found:
+        return total
+    if is_finite(total):
+        for seed, _ in found:
+            _note_pass(layer, seed)
+        return total
+    return sum((value for seed, value in found if _passes(layer, seed, value)), start=h)
+
+
+def _passes(layer: KasminaLayer, seed: Seed, contribution: Tensor) -> bool:
+    """Note whether the contribution is finite: a good pass of the seed, or a failure."""
+    if is_finite(contribution):
+        _note_pass(layer, seed)
+        return True
+    layer.note_failure(seed, FailureKind.NON_FINITE, "delta holds NaN or infinity")
+    return False
+
+
+def _note_pass(layer: KasminaLayer, seed: Seed) -> None:
     layout = layer._kasmina.state_layout
-    for seed, _ in found:
-        layout.states.layout.count_forward(layout.first + seed.index)
-        seed.breaker.note_success()
-    return total
+    layout.states.layout.count_forward(layout.first + seed.index)
+    seed.breaker.note_success()
 
 
 def _delta(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor) -> Tensor | None:
@@ -101,17 +127,6 @@ def _delta(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor) -> Tensor | No
     except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the host's result is kept
         layer.note_failure(seed, FailureKind.RAISED, f"{type(error).__name__}: {error}")
     return None
-
-
-def _finite_ones(layer: KasminaLayer, found: list[tuple[Seed, Tensor]]) -> list[tuple[Seed, Tensor]]:
-    """Give the contributions that are finite; the seeds of the others have failed."""
-    kept = []
-    for seed, contribution in found:
-        if is_finite(contribution):
-            kept.append((seed, contribution))
-        else:
-            layer.note_failure(seed, FailureKind.NON_FINITE, "delta holds NaN or infinity")
-    return kept
 
 
 def _sum_on_device(layer: KasminaLayer, x: Tensor, h: Tensor) -> Tensor:

@@ -27,12 +27,18 @@ def test_a_host_yields_a_ratio_for_each_state(mode: str) -> None:
 
 
 def test_hosts_have_the_shapes_they_are_named_for() -> None:
-    for host, shape in zip(HOSTS, [(64, 10), (32, 10), (8, 128, 256)], strict=True):
+    for host, shape in zip(HOSTS, [(64, 10), (32, 10), (8, 1000), (8, 128, 256)], strict=True):
         model = host.make()
         assert model(host.batch()).shape == shape
+        assert model.get_submodule(host.site) is not None
         assert not any(isinstance(module, KasminaLayer) for module in model.modules())
         for ours, again in zip(model.parameters(), host.make().parameters(), strict=True):
             assert torch.equal(ours, again)
+
+
+def test_the_resnet_has_the_parameters_of_its_paper() -> None:
+    (resnet,) = [host for host in HOSTS if host.name == "resnet18"]
+    assert sum(parameter.numel() for parameter in resnet.make().parameters()) == 11_689_512
 
 
 def test_wrapping_adds_no_graph() -> None:

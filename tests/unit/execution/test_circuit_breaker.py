@@ -112,10 +112,11 @@ def test_a_failing_seed_leaves_its_neighbours_alone(warm: Any, scale: Any) -> No
     torch.testing.assert_close(layer(x), host * 2.0)
 
 
+@pytest.mark.parametrize("batch", [4, 4096])  # looked at together, and one by one
 @pytest.mark.parametrize("moods", [("nan", "good"), ("good", "nan"), ("inf", "minus inf"), ("nan", "raises")])
-def test_of_two_seeds_only_those_that_fail_are_dropped(warm: Any, moods: tuple[str, str]) -> None:
+def test_of_two_seeds_only_those_that_fail_are_dropped(warm: Any, moods: tuple[str, str], batch: int) -> None:
     layer, first = plant(warm)
-    second, x = Moody(), torch.randn(4, 128)
+    second, x = Moody(), torch.randn(batch, 128)
     layer.attach_module(1, second)
     layer.transition(1, State.EVALUATING)
     layer.set_alpha(1, 0.25)
