@@ -26,11 +26,13 @@ def export(model: MorphableModel) -> nn.Module:
 
     Raises:
         InvalidInputError: Not a wrapped model, or a kernel's class is Esper's own.
-        InvalidStateError: A live seed is not FOSSILIZED with alpha 1; names them all.
+        InvalidStateError: A live seed is not FOSSILIZED with alpha 1, all of which are named, or a layer's class has
+            changed since the model was wrapped (parametrisations, ``fully_shard``).
     """
     if not isinstance(model, MorphableModel):
         raise InvalidInputError.of("model", "be what wrap() gave", type(model).__name__)
     _require_settled(model)
+    model.require_own_classes()
     plain = copy.deepcopy(model.host_module)
     layers = [module for module in plain.modules() if isinstance(module, KasminaLayer)]
     grown = {id(layer) for layer in layers if layer.live_seeds()}

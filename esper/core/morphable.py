@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import nn
@@ -17,15 +17,26 @@ from torch.compiler import is_compiling
 from esper.contracts.errors import InvalidStateError, NotFoundError
 from esper.core.loading import load_whole
 from esper.execution.grown import GrownSeed
-from esper.execution.layers import KasminaLayer
+from esper.execution.layers import KasminaLayer, kasmina_class_of
+from esper.execution.layers.base import NO_REPLICAS, NO_SCRIPT
 from esper.execution.layers.pulse import Pulse, arm
 from esper.execution.seed import Seed, extra_states
 from esper.execution.state import SeedStates
 from esper.telemetry.client import OonaClient
 
 _tracing_state: Final = torch._C._get_tracing_state
-_SHARED: Final = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_OWN: Final = frozenset({"training", "_host", "_kasmina_layers", "_seed_states", "_oona_client"})
+_SHARED: Final = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    # State dicts are the host's own work, so hooks on them, whichever of the two they were put on, must be seen by it.
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_OWN: Final = frozenset({"__class__", "training", "_host", "_kasmina_layers", "_seed_states", "_oona_client"})
 
 
 class MorphableModel(nn.Module):
@@ -190,6 +201,18 @@ class MorphableModel(nn.Module):
     def _live(self) -> dict[str, tuple[Seed, ...]]:
         return {name: layer.live_seeds() for name, layer in self.kasmina_layers.items()}
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Load the host's own entries, in the host's own way, where the model is part of a larger one."""
+        self.host_module._load_from_state_dict(*args)
+
+    # --- what a wrapped model is refused to ---
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise InvalidStateError(NO_REPLICAS)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise InvalidStateError(NO_SCRIPT)
+
     # --- growth ---
 
     def grown_structure(self) -> list[GrownSeed]:
@@ -237,3 +260,20 @@ class MorphableModel(nn.Module):
         if live:
             where = ", ".join(live)
             raise InvalidStateError(f"every seed must be dormant, got kernels at {where}: export() keeps them")
+
+    def require_own_classes(self) -> None:
+        """Check that nothing has changed the model's or a layer's class since it was wrapped.
+
+        Parametrisations and ``fully_shard`` do: giving a layer its host's class back would undo half of their work.
+
+        Raises:
+            InvalidStateError: Names the first that is of another class.
+        """
+        if type(self) is not MorphableModel:
+            raise InvalidStateError(f"model must be of the class that wrap() gave it, got {type(self).__name__}")
+        for name, layer in self.kasmina_layers.items():
+            if type(layer) is not kasmina_class_of(layer.host_class):
+                raise InvalidStateError(
+                    f"layer {name!r} must be of the class that wrap() gave it, got {type(layer).__name__}: "
+                    "remove its parametrisations first"
+                )

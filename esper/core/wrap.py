@@ -34,7 +34,7 @@ Patterns = str | Sequence[str] | None
 
 _MAX_SEEDS_PER_LAYER: Final = 64
 _FIRST: Final = {
-    nn.DataParallel: "nn.DataParallel copies layers in every step, so seeds would be lost: wrap the model inside it",
+    nn.DataParallel: "it copies layers in every step, so seeds would be lost: use DistributedDataParallel",
     nn.parallel.DistributedDataParallel: "wrap the model first, then give it to DistributedDataParallel",
     torch.jit.ScriptModule: "a scripted module's layers are no Python objects: wrap the model before scripting",
 }
@@ -159,13 +159,15 @@ def unwrap(model: MorphableModel) -> nn.Module:
 
     Raises:
         InvalidInputError: Not a wrapped model.
-        InvalidStateError: A kernel stands somewhere, or the model was unwrapped before.
+        InvalidStateError: A kernel stands somewhere, a layer's class has changed since (parametrisations,
+            ``fully_shard``), or the model was unwrapped before.
     """
     if not isinstance(model, MorphableModel):
         raise InvalidInputError.of("model", "be what wrap() gave", type(model).__name__)
     if any("_kasmina" not in vars(layer) for layer in model.kasmina_layers.values()):
         raise InvalidStateError("model must be wrapped, got one that was unwrapped before")
     model.require_dormant()
+    model.require_own_classes()
     for layer in model.kasmina_layers.values():
         layer.set_terms(())
         layer.remove_forward()

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final, NoReturn
 
 from torch import Tensor
 
+from esper.contracts.errors import InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import Contribution, HealthSummary, LayerStatus, SeedStatus
 from esper.execution.layers.forward import kasmina_forward
 from esper.execution.layers.germination import Germination
 from esper.telemetry.client import OonaClient
+
+NO_REPLICAS: Final = (
+    "a wrapped model must not be replicated by nn.DataParallel, whose threads would write into one set of seeds: "
+    "use DistributedDataParallel"
+)
+NO_SCRIPT: Final = (
+    "a wrapped model must not be scripted, as its layers change while it grows: script what export() gives"
+)
 
 
 class KasminaLayer(Germination):
@@ -86,6 +95,14 @@ class KasminaLayer(Germination):
     def from_site(self, value: Tensor, *, like: Tensor) -> Tensor:
         """Undo ``to_site``."""
         return value.squeeze(0) if value.dim() != like.dim() else value
+
+    # --- what it is refused to ---
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise InvalidStateError(NO_REPLICAS)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise InvalidStateError(NO_SCRIPT)
 
     # --- what others see of it ---
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copyreg
+from typing import Any, cast
 
 from torch import nn
 
@@ -45,10 +46,25 @@ def register_layer(layer_class: type[nn.Module], *, kind: SiteKind) -> type[Kasm
     body: dict[str, Any] = {
         "host_class": layer_class,
         "site_kind": SiteKind(kind),
+        "__reduce_ex__": _reduce_by_host_class,
         "__doc__": f"{layer_class.__name__} that can hold seeds.",
         "__module__": __name__,
     }
     return add_class(type(f"Kasmina{layer_class.__name__}", (KasminaLayer, layer_class), body))
+
+
+def _reduce_by_host_class(layer: KasminaLayer, protocol: int) -> tuple[Any, ...]:
+    """Pickle a layer under its host's class: its own was made at run time, so no import finds it."""
+    made, args, *rest = cast("tuple[Any, ...]", super(KasminaLayer, layer).__reduce_ex__(max(protocol, 2)))
+    host_class = type(layer).host_class
+    if made is copyreg.__newobj__ and args == (_CLASSES[host_class],):  # type: ignore[attr-defined]
+        return (_bare_layer, (host_class,), *rest)
+    return (made, args, *rest)
+
+
+def _bare_layer(layer_class: type[nn.Module]) -> KasminaLayer:
+    kasmina_class = require_kasmina_class(layer_class)
+    return kasmina_class.__new__(kasmina_class)
 
 
 def kasmina_class_of(layer_class: type[nn.Module]) -> type[KasminaLayer] | None:

@@ -19,6 +19,7 @@ from esper.contracts.errors import (
     UnwrappableModelError,
 )
 from esper.contracts.lifecycle import SeedLifecycleState as State
+from esper.core.export import export
 from esper.core.morphable import MorphableModel
 from esper.core.wrap import LayerTelemetry, SkippedLayersWarning, unwrap, wrap
 from esper.execution.layers import KasminaConv2d, KasminaLayer, KasminaLinear, register_layer
@@ -153,6 +154,15 @@ class TestFallThrough:
         assert host.offset.dtype == torch.float64
         model.requires_grad_(False)
         assert not host.gain.requires_grad
+
+    def test_a_new_class_is_the_wrappers(self, host: Host) -> None:
+        class Sharded(MorphableModel):
+            """What ``fully_shard`` makes of a module."""
+
+        model = wrap(host)
+        model.__class__ = Sharded
+        assert type(model) is Sharded
+        assert type(host) is Host
 
     def test_containers_stay_containers(self) -> None:
         model = wrap(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
@@ -342,8 +352,33 @@ class TestRefused:
                 wrap(again)
 
     def test_data_parallel(self, host: Host) -> None:
-        with pytest.raises(UnwrappableModelError, match=r"must not hold a DataParallel: .* wrap the model inside it"):
+        with pytest.raises(
+            UnwrappableModelError, match=r"must not hold a DataParallel: .* use DistributedDataParallel"
+        ):
             wrap(nn.DataParallel(host))
+
+    def test_replicas_of_a_wrapped_model(self, host: Host) -> None:
+        twin = copy.deepcopy(host)
+        model = wrap(host)
+        assert torch.equal(nn.DataParallel(model)(X), nn.DataParallel(twin)(X))  # no accelerator: it only calls
+        for module in (model, model.net):
+            with pytest.raises(InvalidStateError, match=r"must not be replicated by nn.DataParallel.* use Distributed"):
+                module._replicate_for_data_parallel()
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_scripting_a_wrapped_model(self, host: Host) -> None:
+        model = wrap(host)
+        for module in (model, model.host_module, model.net):
+            with pytest.raises(InvalidStateError, match=r"must not be scripted.*: script what export\(\) gives"):
+                torch.jit.script(module)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_a_wrapped_model_inside_a_scripted_one(self) -> None:
+        net = nn.Sequential(nn.Linear(3, 3))
+        scripted = nn.Sequential(nn.Linear(3, 3), torch.jit.script(net))
+        with pytest.raises(UnwrappableModelError, match="must not hold a ScriptModule"):
+            wrap(scripted)
+        assert type(scripted[0]) is nn.Linear
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_scripted(self) -> None:
@@ -390,6 +425,33 @@ class TestRefused:
     def test_bad_telemetry(self, settings: dict[str, Any]) -> None:
         with pytest.raises(InvalidInputError, match=rf"telemetry.{next(iter(settings))} must be 1 \w+ to 2\*\*24"):
             LayerTelemetry(**settings)
+
+
+class TestParametrised:
+    """Parametrisations put on a wrapped layer work, and forbid the way back until they are removed."""
+
+    def test_a_weight_norm_from_after_is_the_hosts(self, host: Host) -> None:
+        twin = copy.deepcopy(host)
+        model = wrap(host)
+        for net in (model, twin):
+            nn.utils.parametrizations.weight_norm(net.net)
+        for net in (model, twin):
+            net(X).square().sum().backward()
+        assert torch.equal(model(X), twin(X))
+        ours, theirs = model.net.parametrizations.weight, twin.net.parametrizations.weight
+        assert torch.equal(ours.original0.grad, theirs.original0.grad)
+        assert list(model.state_dict()) == list(twin.state_dict())
+
+    def test_it_forbids_the_way_back_until_it_is_removed(self, host: Host) -> None:
+        model = wrap(host)
+        nn.utils.parametrizations.weight_norm(model.net)
+        for back in (unwrap, export):
+            with pytest.raises(
+                InvalidStateError, match=r"layer 'net' must be .* got ParametrizedKasminaLinear: remove"
+            ):
+                back(model)
+        nn.utils.parametrize.remove_parametrizations(model.net, "weight")
+        assert type(unwrap(model).net) is nn.Linear
 
 
 class TestOwnKinds:
