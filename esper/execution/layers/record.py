@@ -62,14 +62,19 @@ class NestedPathGuard:
 
     def __init__(self, encoder: nn.TransformerEncoder, inside: Iterable[nn.Module]) -> None:
         self._encoder = encoder
-        self._wanted = encoder.use_nested_tensor
         self._inside = tuple(inside)
+        self._is_holding = False
+        self._wanted = False
 
     def refresh(self) -> None:
-        """Set the encoder's switch by whether a seed inside takes part."""
+        """Switch packing off once a seed inside takes part, and back to what it was once none does."""
         records = (vars(layer).get("_kasmina") for layer in self._inside)
         is_live = any(record is not None and record.terms for record in records)
-        self._encoder.use_nested_tensor = self._wanted and not is_live
+        if is_live and not self._is_holding:
+            self._wanted, self._encoder.use_nested_tensor = self._encoder.use_nested_tensor, False
+        elif self._is_holding and not is_live:
+            self._encoder.use_nested_tensor = self._wanted
+        self._is_holding = is_live
 
 
 class LayerRecord:
