@@ -1,0 +1,92 @@
+"""Every kind of layer under ``torch.compile``: the host's graph while dormant, one more per growth, none per alpha."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from esper.contracts.lifecycle import SeedLifecycleState as State
+
+# Dynamo itself makes an instance of every autograd function that it traces.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def counters() -> tuple[CompileCounterWithBackend, CompileCounterWithBackend]:
+    return CompileCounterWithBackend("eager"), CompileCounterWithBackend("eager")
+
+
+def test_dormant_it_is_the_hosts_one_graph(kind: Any, telemetry: Any, weigh: Any) -> None:
+    model, twin = kind.wrapped(telemetry=telemetry)
+    mine, theirs = counters()
+    ours = torch.compile(model, backend=mine, fullgraph=True)
+    host = torch.compile(twin, backend=theirs, fullgraph=True)
+    for seed in range(3):
+        a, b = ours(kind.batch(seed)), host(kind.batch(seed))
+        assert torch.equal(a, b)
+        weigh(a).backward()
+        weigh(b).backward()
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad)
+    assert mine.frame_count == theirs.frame_count == 1
+    assert mine.op_count == theirs.op_count
+
+
+def test_eager_passes_in_between_recompile_nothing(kind: Any, telemetry: Any) -> None:
+    model, _ = kind.wrapped(telemetry=telemetry)
+    mine, _ = counters()
+    compiled = torch.compile(model, backend=mine, fullgraph=True)
+    for seed in range(3):
+        model(kind.batch(seed))  # counts a pass, learns the site, measures
+        compiled(kind.batch(seed))
+    # The site is learnt in the first eager pass, before the first compiled one.
+    assert mine.frame_count == 1
+
+
+def test_growth_recompiles_once_and_alpha_never(kind: Any, plant: Any, delta: Any) -> None:
+    model, _ = kind.wrapped()
+    model.eval()(kind.batch())
+    mine, _ = counters()
+    compiled = torch.compile(model, backend=mine, fullgraph=True)
+    before = compiled(kind.batch())
+    assert torch.equal(before, model(kind.batch()))
+    model.layer.attach_module(0, delta())
+    assert torch.equal(compiled(kind.batch()), before)
+    assert mine.frame_count == 1, "an ACTIVE seed is behind the host's back"
+    model.layer.transition(0, State.EVALUATING)
+    for alpha in (0.0, 0.1, 0.5, 1.0, 0.3):
+        model.layer.set_alpha(0, alpha)
+        torch.testing.assert_close(compiled(kind.batch()), model(kind.batch()))
+    assert not torch.allclose(compiled(kind.batch()), before)
+    assert mine.frame_count == 2
+    model.layer.clear_seed(0)
+    assert torch.equal(compiled(kind.batch()), before)
+    assert mine.frame_count == 2, "the dormant graph is still there"
+
+
+def test_gradients_of_a_grown_model_are_the_eager_ones(kind: Any, weigh: Any) -> None:
+    model, written = kind.grown()
+    for net in (torch.compile(model, backend="aot_eager", fullgraph=True), written):
+        weigh(net(kind.batch())).backward()
+    for parameter, other in zip(model.parameters(), written.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_inductor_trains_a_grown_model(kinds: Any, weigh: Any) -> None:
+    model, written = kinds["linear"].grown()
+    for net in (torch.compile(model, fullgraph=True), written):
+        weigh(net(kinds["linear"].batch())).backward()
+    for parameter, other in zip(model.parameters(), written.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad)
