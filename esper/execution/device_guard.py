@@ -35,13 +35,14 @@ def gated(value: Tensor) -> Tensor:
     return gate
 
 
-def guarded(seed: Seed, delta: Tensor, like: Tensor) -> Tensor:
+def guarded(seed: Seed, delta: Tensor, like: Tensor, *, counted: bool = True) -> Tensor:
     """Give the seed's scaled delta, or zeros where it is not finite; counts on the device, waits for nothing."""
     ok = torch.isfinite(delta).all()
-    with torch.no_grad():
-        failed = (~ok).to(torch.int32)
-        seed.pending_failures.add_(failed)
-        seed.failures_in_row.copy_((seed.failures_in_row + 1) * failed)
+    if counted:
+        with torch.no_grad():
+            failed = (~ok).to(torch.int32)
+            seed.pending_failures.add_(failed)
+            seed.failures_in_row.copy_((seed.failures_in_row + 1) * failed)
     contribution = seed.scaled(delta, like)
     return torch.where(ok, contribution, torch.zeros_like(contribution))
 

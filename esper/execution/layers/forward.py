@@ -18,6 +18,7 @@ from esper.execution.device_guard import guarded
 from esper.execution.device_probe import PendingFigures, Stopwatch
 from esper.execution.dispatch import run_side_by_side
 from esper.execution.health import can_probe, is_real_tensor, probe_tensor
+from esper.execution.layers.recompute import is_recomputing
 from esper.execution.layers.record import LayerRecord, PendingSignal
 from esper.execution.seed import Seed
 
@@ -31,9 +32,12 @@ _SMALL_NUMEL: Final = 1 << 16
 def kasmina_forward(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Give the layer's output: its parent's, plus what its live seeds add; measure the pass where it is due."""
     record = layer._kasmina
-    if is_compiling() or record.is_paused or not record.is_armed:
+    recomputing = bool(record.terms) and not is_compiling() and is_recomputing()
+    if record.waiting_since is not None and record.is_wait_over(recomputing=recomputing):
+        layer.cut_off_waiting()
+    if is_compiling() or recomputing or record.is_paused or not record.is_armed:
         out = _run_host(layer, args, kwargs)
-        return _blend(layer, args, kwargs, out, sampled=False) if record.terms else out
+        return _blend(layer, args, kwargs, out, recomputing=recomputing) if record.terms else out
     x = layer.seed_input(args, kwargs)
     watch = Stopwatch(x.device) if is_real_tensor(x) else None
     out = _run_host(layer, args, kwargs)
@@ -54,7 +58,15 @@ def _run_host(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[str, A
     return type(layer).host_class.forward(layer, *args, **kwargs)
 
 
-def _blend(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any, *, sampled: bool) -> Any:
+def _blend(
+    layer: KasminaLayer,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    out: Any,
+    *,
+    sampled: bool = False,
+    recomputing: bool = False,
+) -> Any:
     h = layer.seed_output(out)
     x_site, h_site = layer.to_site(layer.seed_input(args, kwargs)), layer.to_site(h)
     if is_compiling():
@@ -62,14 +74,14 @@ def _blend(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         for seed in layer._kasmina.terms:
             total = total + guarded(seed, seed.kernel(*private_inputs(seed, x_site, h_site)), h_site)
     elif h.device.type == "cpu":
-        total = _sum_on_cpu(layer, x_site, h_site, sampled)
+        total = _sum_on_cpu(layer, x_site, h_site, sampled=sampled, recomputing=recomputing)
     else:
-        total = _sum_on_device(layer, x_site, h_site)
+        total = _sum_on_device(layer, x_site, h_site, recomputing=recomputing)
     return out if total is h_site else layer.with_output(out, layer.from_site(total, like=h))
 
 
-def _sum_on_cpu(layer: KasminaLayer, x: Tensor, h: Tensor, sampled: bool) -> Tensor:
-    """Add up the contributions that are finite.
+def _sum_on_cpu(layer: KasminaLayer, x: Tensor, h: Tensor, *, sampled: bool, recomputing: bool) -> Tensor:
+    """Add up the contributions that are finite; a recomputation counts nothing.
 
     Small ones are looked at together: their sum is finite only where all of them are. Large ones are looked at one by
     one, so that none is kept for longer than it takes to add it.
@@ -80,7 +92,7 @@ def _sum_on_cpu(layer: KasminaLayer, x: Tensor, h: Tensor, sampled: bool) -> Ten
         if seed.is_silent:
             continue
         start_ns = time.perf_counter_ns() if sampled else 0
-        delta = _delta(layer, seed, x, h)
+        delta = _delta(layer, seed, x, h, recomputing=recomputing)
         if delta is None:
             continue
         contribution = seed.scaled(delta, h)
@@ -88,63 +100,72 @@ def _sum_on_cpu(layer: KasminaLayer, x: Tensor, h: Tensor, sampled: bool) -> Ten
             _measure_seed(layer, seed, delta, (time.perf_counter_ns() - start_ns) / 1e6)
         if is_small:
             found.append((seed, contribution))
-        elif not _passes(layer, seed, contribution):
+        elif not _passes(layer, seed, contribution, recomputing=recomputing):
             continue
         total = total + contribution
     if not found:
         return total
     if is_finite(total):
         for seed, _ in found:
-            _note_pass(layer, seed)
+            _note_pass(layer, seed, recomputing=recomputing)
         return total
-    return sum((value for seed, value in found if _passes(layer, seed, value)), start=h)
+    return sum((value for seed, value in found if _passes(layer, seed, value, recomputing=recomputing)), start=h)
 
 
-def _passes(layer: KasminaLayer, seed: Seed, contribution: Tensor) -> bool:
+def _passes(layer: KasminaLayer, seed: Seed, contribution: Tensor, *, recomputing: bool) -> bool:
     """Note whether the contribution is finite: a good pass of the seed, or a failure."""
     if is_finite(contribution):
-        _note_pass(layer, seed)
+        _note_pass(layer, seed, recomputing=recomputing)
         return True
-    layer.note_failure(seed, FailureKind.NON_FINITE, "delta holds NaN or infinity")
+    _note_failure(layer, seed, FailureKind.NON_FINITE, "delta holds NaN or infinity", recomputing=recomputing)
     return False
 
 
-def _note_pass(layer: KasminaLayer, seed: Seed) -> None:
+def _note_pass(layer: KasminaLayer, seed: Seed, *, recomputing: bool) -> None:
+    if recomputing:
+        return
     layout = layer._kasmina.state_layout
     layout.states.layout.count_forward(layout.first + seed.index)
     seed.breaker.note_success()
 
 
-def _delta(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor) -> Tensor | None:
+def _note_failure(layer: KasminaLayer, seed: Seed, kind: FailureKind, detail: str, *, recomputing: bool) -> None:
+    if not recomputing:  # the pass that is repeated has counted it
+        layer.note_failure(seed, kind, detail)
+
+
+def _delta(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor, *, recomputing: bool) -> Tensor | None:
     """Run one kernel under its circuit breaker; ``None`` where its contribution is dropped."""
-    if seed.breaker.is_open:  # it failed in a backward pass, where nothing may be moved
-        layer.cut_off(seed)
+    if seed.breaker.is_open and not recomputing and layer._kasmina.waiting_since is None:
+        layer.cut_off(seed)  # it failed in a backward pass, where nothing may be moved
         return None
     try:
         return run_kernel(layer, seed, x, h)
     except KernelFaultError as fault:
-        layer.note_failure(seed, fault.kind, fault.detail)
+        _note_failure(layer, seed, fault.kind, fault.detail, recomputing=recomputing)
     except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the host's result is kept
-        layer.note_failure(seed, FailureKind.RAISED, f"{type(error).__name__}: {error}")
+        _note_failure(layer, seed, FailureKind.RAISED, f"{type(error).__name__}: {error}", recomputing=recomputing)
     return None
 
 
-def _sum_on_device(layer: KasminaLayer, x: Tensor, h: Tensor) -> Tensor:
+def _sum_on_device(layer: KasminaLayer, x: Tensor, h: Tensor, *, recomputing: bool) -> Tensor:
     """Run the seeds side by side; whether a delta is finite is left to the device."""
     total, live = h, [seed for seed in layer._kasmina.terms if not seed.is_silent]
-    for contribution in run_side_by_side([partial(_guarded_contribution, layer, seed, x, h) for seed in live], x, h):
+    pieces = [partial(_guarded_contribution, layer, seed, x, h, recomputing=recomputing) for seed in live]
+    for contribution in run_side_by_side(pieces, x, h):
         if contribution is not None:
             total = total + contribution
     return total
 
 
-def _guarded_contribution(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor) -> Tensor | None:
-    delta = _delta(layer, seed, x, h)
+def _guarded_contribution(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor, *, recomputing: bool) -> Tensor | None:
+    delta = _delta(layer, seed, x, h, recomputing=recomputing)
     if delta is None:
         return None
-    layout = layer._kasmina.state_layout
-    layout.states.layout.count_forward(layout.first + seed.index)
-    return guarded(seed, delta, h)
+    if not recomputing:
+        layout = layer._kasmina.state_layout
+        layout.states.layout.count_forward(layout.first + seed.index)
+    return guarded(seed, delta, h, counted=not recomputing)
 
 
 def _measure_seed(layer: KasminaLayer, seed: Seed, delta: Tensor, latency_ms: float) -> None:

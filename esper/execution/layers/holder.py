@@ -17,6 +17,7 @@ from esper.execution.circuit_breaker import FailureKind
 from esper.execution.device_guard import read_failures
 from esper.execution.executor import Placement, build_kernel
 from esper.execution.grown import GrownSeed
+from esper.execution.layers.recompute import is_recomputing, may_be_recomputed
 from esper.execution.layers.record import LayerRecord
 from esper.execution.seed import BlendMode, Seed, extra_states, number_of
 from esper.execution.state import LayerStateLayout
@@ -221,8 +222,18 @@ class SeedHolder(nn.Module):
             extra={"layer": self.layer_name, "seed_index": seed.index, "kind": kind.value, "detail": detail},
         )
         # Inside a backward pass nothing may be moved that autograd has yet to replay; the next pass does it.
-        if is_open and torch._C._current_graph_task_id() == -1:
-            self.cut_off(seed)
+        if is_open and not is_recomputing():
+            if may_be_recomputed():
+                self._kasmina.wait_for_recomputation()
+            else:
+                self.cut_off(seed)
+
+    def cut_off_waiting(self) -> None:
+        """Cut off the seeds that had to wait until no recomputation of a checkpointed pass could ask for them."""
+        self._kasmina.waiting_since, self._kasmina.was_recomputed = None, False
+        for seed in self.live_seeds():
+            if seed.breaker.is_open:
+                self.cut_off(seed)
 
     def cut_off(self, seed: Seed) -> None:
         """Send a seed whose breaker is open to ERROR; one that is being ramped out is freed."""
@@ -237,6 +248,8 @@ class SeedHolder(nn.Module):
 
         Waits for the device, so it belongs at a step boundary, every few steps.
         """
+        if self._kasmina.waiting_since is not None:
+            self.cut_off_waiting()
         found = 0
         for seed in self.live_seeds():
             failures, in_row = read_failures(seed)

@@ -107,6 +107,8 @@ class LayerRecord:
         self.num_kept = 0
         self._passes_before = 0
         self._passes_at_start = 0
+        self.waiting_since: int | None = None
+        self.was_recomputed = False
 
     @property
     def is_plain(self) -> bool:
@@ -125,6 +127,18 @@ class LayerRecord:
         self.num_samples += self.telemetry_enabled
         every_pass = self.telemetry_enabled and self.pulse.interval_steps == 1
         self.is_armed = every_pass or not self.is_site_settled
+
+    def wait_for_recomputation(self) -> None:
+        """Put off cutting off a seed: the pass that it failed in may yet be recomputed."""
+        if self.waiting_since is None:
+            self.waiting_since, self.was_recomputed = self.state_layout.states.step, False
+
+    def is_wait_over(self, *, recomputing: bool) -> bool:
+        """Whether this pass is past the step whose recomputation a cut-off waits for; notes a recomputation."""
+        if self.waiting_since is None:
+            return False
+        self.was_recomputed = self.was_recomputed or recomputing
+        return not recomputing and (self.was_recomputed or self.state_layout.states.step != self.waiting_since)
 
     def note_figures(self, pending: PendingSignal, figures: Figures | None) -> None:
         """Average the figures of a sampled pass into the layer's health."""

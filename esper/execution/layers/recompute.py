@@ -1,0 +1,22 @@
+"""Activation checkpointing: whether a forward pass is a recomputation, and whether it may be recomputed later.
+
+A recomputation must do what the pass did that it repeats, and is no pass of its own: it counts nothing, and a seed that
+has to be cut off is cut off only when no recomputation can ask for it any more.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_recomputing() -> bool:
+    """Whether autograd's backward is running in this thread: a forward pass inside it repeats an earlier one."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def may_be_recomputed() -> bool:
+    """Whether something watches what this forward pass saves for backward, as non-reentrant checkpointing does.
+
+    The reentrant kind saves nothing in its first pass and takes whatever the second one saves.
+    """
+    return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
