@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 import esper.core.export as export_module
 from esper.blueprints import default_registry
+from esper.contracts.blueprint import SiteKind
 from esper.contracts.errors import InvalidInputError, InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState as State
 from esper.core.export import export
 from esper.core.wrap import wrap
+from esper.execution.layers import kasmina_class_of, register_layer
 
 
 class Host(nn.Module):
@@ -218,3 +220,106 @@ def test_a_saved_program_runs_where_esper_is_not(grown: Any, tmp_path: Any) -> N
     out = load_file(tmp_path / "out.safetensors")["out"]
     x = torch.arange(4 * 3 * 6 * 6, dtype=torch.float32).reshape(4, 3, 6, 6) / 100
     torch.testing.assert_close(out, plain(x))
+
+
+class Shift(nn.Module):
+    """A user's own kind of layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.ones(5))
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value + self.bias
+
+
+class Row(nn.Module):
+    """Every kind of layer in one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm2d = nn.BatchNorm2d(8)
+        self.line = nn.Conv1d(8, 8, 3, padding=1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.norm1d = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 5)
+        self.shift = Shift()
+
+    def forward(self, image: Tensor) -> Tensor:
+        tokens = self.line(F.relu(self.norm2d(self.conv(image))).flatten(2)).transpose(1, 2)
+        mixed = self.norm(self.attention(tokens, tokens, tokens)[0]).mean(1)
+        return self.shift(self.head(F.relu(self.norm1d(mixed))))
+
+
+@pytest.fixture(params=[False, True], ids=["dormant", "grown"])
+def row(request: Any) -> Any:
+    """A model with every kind of layer; grown, a fossil stands at each."""
+    if kasmina_class_of(Shift) is None:
+        register_layer(Shift, kind=SiteKind.LINEAR)
+    torch.manual_seed(0)
+    model = wrap(Row()).eval()
+    model(X)
+    for name in model.kasmina_layers if request.param else ():
+        grow(model, name, 0, 0, State.EVALUATING, State.FOSSILIZED)
+    return model
+
+
+def test_every_kind_is_plain_and_equal_to_the_bit(row: Any) -> None:
+    plain = export(row)
+    assert not [name for name, module in plain.named_modules() if type(module).__module__.startswith("esper")]
+    assert torch.equal(plain(X), row(X))
+
+
+def test_every_kind_goes_through_torch_export(row: Any) -> None:
+    plain = export(row)
+    program = torch.export.export(plain, (X,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    wider = torch.randn(7, 3, 6, 6)
+    torch.testing.assert_close(program.module()(wider), plain(wider))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_every_kind_goes_through_onnx(row: Any, tmp_path: Any) -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install 'esper[models]'")
+    import onnx
+    import onnxruntime
+
+    plain, path = export(row), tmp_path / "plain.onnx"
+    shapes = ({0: torch.export.Dim("batch", min=2)},)
+    torch.onnx.export(plain, (X,), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    onnx.checker.check_model(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (X, torch.randn(7, 3, 6, 6)):
+        (out,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+        torch.testing.assert_close(torch.from_numpy(out), plain(batch), rtol=1e-4, atol=1e-5)
+
+
+PICKLED = """
+import sys
+sys.modules["esper"] = None
+import torch
+from safetensors.torch import save_file
+model = torch.load(sys.argv[1], weights_only=False)
+x = torch.arange(4 * 3 * 6 * 6, dtype=torch.float32).reshape(4, 3, 6, 6) / 100
+with torch.no_grad():
+    save_file({"out": model(x)}, sys.argv[2])
+assert not [name for name in sys.modules if name.startswith("esper.")]
+"""
+
+
+def test_a_pickled_plain_model_runs_where_esper_is_not(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(2), nn.Conv1d(4, 4, 1), nn.LayerNorm(16)]
+    model = wrap(nn.Sequential(*layers, nn.Linear(16, 8), nn.Flatten(), nn.BatchNorm1d(32), nn.Linear(32, 2))).eval()
+    model(X)
+    for name in model.kasmina_layers:
+        grow(model, name, 0, 0, State.EVALUATING, State.FOSSILIZED)
+    plain = export(model)
+    torch.save(plain, tmp_path / "plain.pt")
+    paths = [str(tmp_path / "plain.pt"), str(tmp_path / "out.safetensors")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", PICKLED, *paths], check=True, timeout=120)
+    x = torch.arange(4 * 3 * 6 * 6, dtype=torch.float32).reshape(4, 3, 6, 6) / 100
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["out"], model(x))
