@@ -6,12 +6,16 @@ has to be cut off is cut off only when no recomputation can ask for it any more.
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
+
+_graph_task_id: Final = torch._C._current_graph_task_id  # looked up once: every pass with live seeds asks
 
 
 def is_recomputing() -> bool:
     """Whether autograd's backward is running in this thread: a forward pass inside it repeats an earlier one."""
-    return torch._C._current_graph_task_id() != -1
+    return _graph_task_id() != -1
 
 
 def may_be_recomputed() -> bool:
