@@ -91,10 +91,10 @@ def _fossil_hook(fossils: dict[str, nn.Module], *, gives_tuple: bool, batch_axis
     h = graph.call_function(operator.getitem, (output, 0)) if gives_tuple else output
     if batch_axis:
         x, h = (graph.call_method("transpose", (value, 0, batch_axis)) for value in (x, h))
-    # All kernels first, then the sums: the order of the layers, so that gradients are summed in the same order too.
-    deltas = [graph.call_module(f"{index}.kernel", (x, h)) for index in fossils]
+    # Each kernel is followed by its sum: the order of the layers on a CPU, so that gradients are summed in it too.
     total = h
-    for delta in deltas:
+    for index in fossils:
+        delta = graph.call_module(f"{index}.kernel", (x, h))
         total = graph.call_function(operator.add, (total, graph.call_method("type_as", (delta, h))))
     if batch_axis:
         total = graph.call_method("transpose", (total, 0, batch_axis))
