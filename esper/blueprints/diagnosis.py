@@ -5,6 +5,7 @@ Runs the module node by node, so it is for modules that have already failed: it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -24,7 +25,7 @@ class _Walk(fx.Interpreter):
     """Runs the module and keeps, per IR node, its last output; ``at`` is the node that runs."""
 
     def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)  # type: ignore[no-untyped-call]
+        super().__init__(module)
         self.at = ""
         self.outputs: dict[str, torch.Tensor] = {}
         self.flops: dict[str, int] = {}
@@ -69,7 +70,9 @@ def blocked_edge(module: fx.GraphModule, inputs: Inputs) -> str:
     if not delta.requires_grad:
         return "no parameter reaches the output"
     weights = torch.linspace(-1.0, 1.0, delta.numel(), dtype=delta.dtype).reshape(delta.shape)
-    found = torch.autograd.grad((delta * weights).sum(), list(values.values()), allow_unused=True)
+    found: Sequence[torch.Tensor | None] = torch.autograd.grad(
+        (delta * weights).sum(), list(values.values()), allow_unused=True
+    )
     sizes = {
         name: 0.0 if gradient is None else float(gradient.abs().max())
         for name, gradient in zip(values, found, strict=True)

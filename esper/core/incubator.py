@@ -23,7 +23,8 @@ from esper.core.morphable import MorphableModel
 from esper.execution.bulkhead import has_finite_gradients
 from esper.execution.circuit_breaker import FailureKind
 from esper.execution.incubation import Norms, SiteCapture, local_regression_loss, measure_reach, trial_backward
-from esper.execution.overrides import SeedRef, frozen_streams
+from esper.execution.overrides import SeedRef
+from esper.execution.random_streams import frozen_streams
 
 WayKind = Literal["trial", "local"]
 

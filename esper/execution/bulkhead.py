@@ -83,7 +83,7 @@ def _run_gated(layer: SeedHolder, seed: Seed, x: Tensor, h: Tensor) -> Tensor:
     delta = _call(seed, gate.on(x), gate.on(h))
     _require_sound(delta, h)
     if gate.is_used and delta.requires_grad:
-        delta.register_hook(gate.see_incoming)
+        delta.register_hook(gate.see_incoming)  # type: ignore[no-untyped-call]
     return delta
 
 
@@ -133,7 +133,7 @@ def _run_apart(layer: SeedHolder, seed: Seed, x: Tensor, h: Tensor) -> Tensor:
     _require_no_leak(seed)
     if not torch.is_grad_enabled():
         given = (x.clone(), h.clone())
-        delta = seed.kernel(*given)
+        delta: Tensor = seed.kernel(*given)
         _require_sound(delta, h)
         seed.breaker.over.extend(_storages((*given, delta)))
         return delta.clone()
@@ -167,7 +167,9 @@ class _OwnGraph:
         assert self.delta is not None
         reached = [value for value in self.wanted if value.requires_grad]
         try:
-            found = torch.autograd.grad(self.delta, reached, incoming, allow_unused=True, retain_graph=keep)
+            found: Sequence[Tensor | None] = torch.autograd.grad(
+                self.delta, reached, incoming, allow_unused=True, retain_graph=keep
+            )
             self._require_finite(found, incoming)
         except KernelFaultError as fault:
             return self._refuse(fault.kind, fault.detail)
@@ -236,14 +238,14 @@ def _require_sound(delta: object, h: Tensor) -> None:
 
 
 def _require_no_leak(seed: Seed) -> None:
-    over = seed.breaker.over = [storage for storage in seed.breaker.over if not storage.expired()]
+    over = seed.breaker.over = [storage for storage in seed.breaker.over if not storage.expired()]  # type: ignore[no-untyped-call]
     if len(over) > LEAK_LIMIT:
         detail = f"kernel must keep at most {LEAK_LIMIT} activations of earlier passes, got {len(over)}"
         raise KernelFaultError(FailureKind.LEAKED, detail)
 
 
 def _storages(values: Sequence[Tensor]) -> list[StorageWeakRef]:
-    return [StorageWeakRef(value.untyped_storage()) for value in values]
+    return [StorageWeakRef(value.untyped_storage()) for value in values]  # type: ignore[no-untyped-call]
 
 
 def _zeroed(value: Tensor) -> Tensor:

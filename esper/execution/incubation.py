@@ -41,7 +41,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from esper.contracts.errors import InvalidInputError, InvalidStateError
 from esper.execution.layers.base import KasminaLayer
-from esper.execution.overrides import GrowingModel, SeedRef, find_seed, frozen_buffers, frozen_streams, seeds_at
+from esper.execution.overrides import GrowingModel, SeedRef, find_seed, frozen_buffers, seeds_at
+from esper.execution.random_streams import frozen_streams
 
 Norms = Literal["running", "batch"]
 """What norms with running statistics normalise by in a trial."""

@@ -1,0 +1,92 @@
+"""Faulty kernels inside a compiled model: their share is dropped on the device, and counted at the step boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from esper.contracts.lifecycle import SeedLifecycleState as State
+from esper.execution.circuit_breaker import FAILURE_LIMIT
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of dynamo's own
+
+
+class Fault(nn.Module):
+    """Does ``fault`` to its delta, for as long as ``strength`` is 1; the value changes without a recompile."""
+
+    strength: Tensor
+
+    def __init__(self, fault: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.register_buffer("strength", torch.zeros(()))
+        self.fault = fault
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return self.fault(h * self.weight, h, self.strength)
+
+
+def non_finite(value: float) -> Callable[..., Tensor]:
+    return lambda delta, _h, strength: torch.where(strength > 0.5, delta * value, delta)
+
+
+def writing(delta: Tensor, h: Tensor, strength: Tensor) -> Tensor:
+    h.mul_(0.0)
+    return delta * (1.0 - strength)
+
+
+def plant(pair: Any, fault: Callable[..., Tensor]) -> tuple[Any, Fault]:
+    layer, kernel = pair.model.layer1, Fault(fault)
+    layer.attach_module(0, kernel)
+    layer.transition(0, State.EVALUATING)
+    layer.set_alpha(0, 0.5)
+    return layer, kernel
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_delta_that_is_not_finite_is_dropped_in_the_graph(warm: Any, value: float) -> None:
+    layer, kernel = plant(warm, non_finite(value))
+    compiled = torch.compile(warm.model, backend="aot_eager", fullgraph=True)
+    compiled(warm.x).sum().backward()
+    kernel.strength.fill_(1.0)
+    for _ in range(FAILURE_LIMIT):
+        warm.model.zero_grad()
+        warm.twin.zero_grad()
+        out, wanted = compiled(warm.x), warm.twin(warm.x)
+        assert torch.equal(out, wanted)
+        out.sum().backward()
+        wanted.sum().backward()
+        assert warm.same_gradients()
+    assert warm.model.settle_failures() == FAILURE_LIMIT
+    assert layer.state_layout.state(0) is State.ERROR
+    assert torch.equal(compiled(warm.x), warm.twin(warm.x))
+
+
+def test_a_kernel_that_writes_to_h_writes_to_a_copy_in_the_graph_too(warm: Any) -> None:
+    _, kernel = plant(warm, writing)
+    kernel.strength.fill_(1.0)
+    compiled = torch.compile(warm.model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():  # with gradients, autograd refuses a kernel that overwrites what it has yet to differentiate
+        assert torch.equal(compiled(warm.x), warm.twin(warm.x))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_kernel_that_raises_falls_back_to_the_eager_breaker(warm: Any) -> None:
+    def raising(delta: Tensor, h: Tensor, strength: Tensor) -> Tensor:
+        raise RuntimeError("while it was traced")
+
+    layer, kernel = plant(warm, writing)
+    kernel.fault = raising
+    compiled = torch.compile(warm.model, backend="aot_eager")
+    for _ in range(FAILURE_LIMIT):
+        assert torch.equal(compiled(warm.x), warm.twin(warm.x))
+    assert layer.state_layout.state(0) is State.ERROR
