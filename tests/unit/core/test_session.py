@@ -334,3 +334,58 @@ def test_bad_settings_are_refused(setting: dict[str, Any], message: str) -> None
 def test_bad_growth_settings_are_refused(name: str) -> None:
     with pytest.raises(InvalidInputError, match=f"growth.{name} must be at least 1"):
         esper.GrowthConfig(**{name: 0})
+
+
+def test_a_seed_that_no_group_takes_fails_alone_and_training_goes_on(
+    task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any
+) -> None:
+    model = esper.wrap(task.host())
+    optimizer = torch.optim.Muon([model[0].weight, model[2].weight], lr=1e-2)
+    session = open_session(model, optimizer, growth=GROWTH)
+    grow(session, line, decide, kernel_for)
+    train(session, task, 2)
+    (adaptation,) = session.report().adaptations
+    assert adaptation.outcome == "failed"
+    assert "must fit a group of the optimizer (Muon takes 2-D parameters only" in adaptation.reason
+    assert model.kasmina_layers["0"].find_seed(0) is None
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused_at_the_start(task: Any, open_session: Any) -> None:
+    model = esper.wrap(task.host())
+    with pytest.raises(InvalidInputError, match="optimizer must take its step without a closure"):
+        open_session(model, torch.optim.LBFGS(model.parameters()))
+
+
+def test_a_seed_comes_to_muon_and_adamw_in_one_wrapper_and_goes(
+    task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any
+) -> None:
+    class Both:
+        def __init__(self, model: nn.Module) -> None:
+            found = list(model.parameters())
+            self.optimizers = [
+                torch.optim.Muon([value for value in found if value.ndim == 2], lr=1e-3),
+                torch.optim.AdamW([value for value in found if value.ndim != 2], lr=1e-2),
+            ]
+
+        def step(self) -> None:
+            for inner in self.optimizers:
+                inner.step()
+
+        def zero_grad(self) -> None:
+            for inner in self.optimizers:
+                inner.zero_grad()
+
+    model = esper.wrap(task.host())
+    optimizer = Both(model)
+    session = open_session(
+        model, optimizer, growth=esper.GrowthConfig(incubation_epochs=1, graft_epochs=9, incubation_learning_rate=1e-2)
+    )
+    grow(session, line, decide, kernel_for)
+    train(session, task, 3)
+    assert state_of(session) is State.EVALUATING
+    sizes = [sum(len(group["params"]) for group in inner.param_groups) for inner in optimizer.optimizers]
+    assert sizes[0] > 2
+    assert sizes[1] > 2
+    assert all(value.ndim == 2 for group in optimizer.optimizers[0].param_groups for value in group["params"])
+    session.orchestrator.remove_seed("0", 0, "enough")
+    assert [len(inner.param_groups[0]["params"]) for inner in optimizer.optimizers] == [2, 2]
