@@ -1,8 +1,8 @@
 """A run that grows, in a process of its own: ``python grown_run.py whole|resume DIRECTORY OPTIMIZER MESH``.
 
 ``whole`` trains through and writes a checkpoint in mid-incubation, mid-graft, after a seed was kept and after one was
-culled, each in the middle of an epoch. ``resume`` takes every one of them up in a fresh model over a fresh mesh. Both
-print, as JSON, the loss of every step to the bit and digests of everything there is at the end of every epoch.
+culled, each in the middle of an epoch. ``resume`` takes every one of them up in a fresh model, over a mesh of its own.
+Both print, as JSON, the loss of every step to the bit and digests of everything there is at the end of every epoch.
 """
 
 from __future__ import annotations
@@ -216,8 +216,8 @@ def main(action: str, directory: Path, optimizer: str, kind: str) -> dict[str, A
         index.write_text(json.dumps(saved))
         return found
     resumed = {}
-    for name, checkpoint_id in json.loads(index.read_text()).items():
-        with mesh_of(kind, directory / name) as mesh:
+    with mesh_of(kind, directory) as mesh:
+        for name, checkpoint_id in json.loads(index.read_text()).items():
             run = Run(checkpoints, optimizer, mesh)
             with run.session:
                 torch.randn(17)  # a process that has drawn otherwise
