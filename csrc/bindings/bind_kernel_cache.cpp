@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -5,31 +6,45 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <unordered_set>
 #include <utility>
+#include <vector>
 
 #include "bindings.h"
 #include "esper/errors.h"
 #include "esper/kernel_cache.h"
 #include "esper/single_flight.h"
+#include "fast_method.h"
 
 namespace esper::bindings {
 namespace {
 
+constexpr FastSignature kGet{"get", "key"};
+constexpr FastSignature kPut{"put",
+                             "key",
+                             "value",
+                             "size_bytes",
+                             FastParameter{"pinned", "False"},
+                             FastParameter{"ttl_s", "None"}};
+constexpr FastSignature kGetOrLoad{"get_or_load", "key", "loader"};
+constexpr FastSignature kContains{"__contains__", "key"};
+constexpr FastSignature kPin{"pin", "key"};
+constexpr FastSignature kUnpin{"unpin", "key"};
+constexpr FastSignature kIsNegative{"is_negative", "key"};
+
+// With a global interpreter lock, every core call is made under it, and no hook lets go of it while
+// the core is in its own critical section.
+#ifdef Py_GIL_DISABLED
+constexpr bool kLockedByPython = false;
+#else
+constexpr bool kLockedByPython = true;
+#endif
+
 // A str key equals its UTF-8 bytes. The view lives as long as the object.
 std::string_view key_view(const py::handle& key) {
-  Py_ssize_t size = 0;
-  if (PyUnicode_Check(key.ptr())) {
-    const char* text = PyUnicode_AsUTF8AndSize(key.ptr(), &size);
-    if (text == nullptr) throw py::error_already_set();
-    return {text, static_cast<std::size_t>(size)};
-  }
-  char* text = nullptr;
-  if (!PyBytes_Check(key.ptr())) {
-    throw py::type_error("key must be str or bytes, got " +
-                         std::string(py::str(py::type::handle_of(key).attr("__name__"))));
-  }
-  if (PyBytes_AsStringAndSize(key.ptr(), &text, &size) != 0) throw py::error_already_set();
-  return {text, static_cast<std::size_t>(size)};
+  constexpr FastParameter kKey{"key"};
+  PyObject* const value = key.ptr();
+  return FastArguments(&value, &kKey).text_or_bytes(0);
 }
 
 std::uint64_t ttl_ns_of(std::optional<double> ttl_s) {
@@ -56,21 +71,21 @@ struct Outcome {
 };
 
 // A KernelCache of Python objects: a handle is a counted reference. Every core call is made with
-// the GIL held and runs no Python code under a shard's lock, so the lock is never waited for.
+// the GIL held and runs no Python code inside a shard.
 class PyKernelCache {
  public:
   PyKernelCache(const CacheConfig& config, py::object on_evict)
       : on_evict_(std::move(on_evict)), cache_(config, hooks()) {}
 
-  py::object get(const py::handle& key) {
-    const std::optional<CacheHandle> handle = cache_.get(key_view(key));
-    if (!handle) return py::none();
-    return py::reinterpret_steal<py::object>(object_of(*handle));
+  // A new reference, to None where there is nothing.
+  PyObject* get(std::string_view key) {
+    CacheHandle handle = 0;
+    return cache_.get(key, handle) ? object_of(handle) : Py_NewRef(Py_None);
   }
 
-  bool put(const py::handle& key, const py::object& value, std::size_t size_bytes, bool pinned,
-           std::optional<double> ttl_s) {
-    switch (store(key, value, size_bytes, pinned, ttl_ns_of(ttl_s))) {
+  bool put(std::string_view key, const py::object& value, std::size_t size_bytes, bool pinned,
+           std::uint64_t ttl_ns) {
+    switch (store(key, value, size_bytes, pinned, ttl_ns)) {
       case KernelCache::PutResult::STORED:
         return true;
       case KernelCache::PutResult::PINNED_FULL:
@@ -83,21 +98,35 @@ class PyKernelCache {
         ", got " + std::to_string(size_bytes));
   }
 
-  py::object get_or_load(const py::handle& key, const py::function& loader) {
-    py::object value = get(key);
+  // `load()` gives what a loader gives. REQUIRES: the key's text outlives the call.
+  template <class Load>
+  py::object get_or_load(std::string_view key, const Load& load) {
+    auto value = py::reinterpret_steal<py::object>(get(key));
     if (!value.is_none()) return value;
-    const std::string_view name = key_view(key);
-    if (cache_.is_negative(name)) {
-      throw NotFound("key must not be noted as absent, got '" + std::string(name) + "'");
+    if (cache_.is_negative(key)) {
+      throw NotFound("key must not be noted as absent, got '" + std::string(key) + "'");
     }
-    auto ticket = flights_.join(name);
+    auto ticket = flights_.join(key);
     if (!ticket.leads()) return await(ticket);
-    if (cache_.contains(name)) {  // stored between the miss and the join
-      value = get(key);
+    if (cache_.contains(key)) {  // stored between the miss and the join
+      value = py::reinterpret_steal<py::object>(get(key));
       ticket.complete({value, {}});
       return value;
     }
-    return lead(ticket, key, loader);
+    return lead(ticket, key, load);
+  }
+
+  std::size_t warm(const py::iterable& keys, const py::function& loader) {
+    std::vector<py::object> kept;
+    for (const py::handle key : keys) kept.push_back(py::reinterpret_borrow<py::object>(key));
+    std::vector<std::string_view> names;
+    for (const py::object& key : kept) names.push_back(key_view(key));
+    for (const std::size_t i : cache_.absent(names)) {
+      get_or_load(names[i], [&] { return loader(kept[i]); });
+    }
+    const std::unordered_set<std::string_view> distinct(names.begin(), names.end());
+    return static_cast<std::size_t>(std::ranges::count_if(
+        distinct, [&](std::string_view name) { return cache_.contains(name); }));
   }
 
   py::dict stats() const {
@@ -135,7 +164,7 @@ class PyKernelCache {
   CacheHooks hooks() {
     CacheHooks hooks;
     hooks.acquire = [](CacheHandle handle) { Py_INCREF(object_of(handle)); };
-    hooks.release = [this](const std::string& key, CacheHandle handle, CacheRemoval removal) {
+    hooks.release = [this](std::string_view key, CacheHandle handle, CacheRemoval removal) {
       const auto value = py::reinterpret_steal<py::object>(object_of(handle));
       if (!on_evict_.is_none()) tell(key, value, removal);
     };
@@ -144,31 +173,32 @@ class PyKernelCache {
 
   // An exception of the callback can't reach whoever caused the eviction; it goes to
   // sys.unraisablehook.
-  void tell(const std::string& key, const py::object& value, CacheRemoval removal) {
+  void tell(std::string_view key, const py::object& value, CacheRemoval removal) {
     const py::object callback = on_evict_;
     const py::error_scope kept;  // what is being raised just now
     try {
-      callback(py::bytes(key), value, py::str(std::string(removal_name(removal))));
+      callback(py::bytes(key.data(), key.size()), value,
+               py::str(std::string(removal_name(removal))));
     } catch (py::error_already_set& error) {
       error.discard_as_unraisable(callback);
     }
   }
 
-  KernelCache::PutResult store(const py::handle& key, const py::object& value,
+  KernelCache::PutResult store(std::string_view key, const py::object& value,
                                std::size_t size_bytes, bool pinned, std::uint64_t ttl_ns) {
     if (value.is_none()) throw InvalidInput("value", "be an object", "None");
     py::object ours = value;  // the reference that the cache takes over
     const KernelCache::PutResult result =
-        cache_.put(key_view(key), handle_of(value), size_bytes, pinned, ttl_ns);
+        cache_.put(key, handle_of(value), size_bytes, pinned, ttl_ns);
     if (result == KernelCache::PutResult::STORED) ours.release();
     return result;
   }
 
-  py::object lead(SingleFlight<Outcome>::Ticket& ticket, const py::handle& key,
-                  const py::function& loader) {
+  template <class Load>
+  py::object lead(SingleFlight<Outcome>::Ticket& ticket, std::string_view key, const Load& load) {
     ++num_loads_;
     try {
-      const auto [value, size_bytes] = loaded(loader());
+      const auto [value, size_bytes] = loaded(load());
       store(key, value, size_bytes, false, 0);
       ticket.complete({value, {}});
       return value;
@@ -235,52 +265,80 @@ void enable_gc(PyHeapTypeObject* heap_type) {
 
 using CacheClass = py::class_<PyKernelCache>;
 
+PyObject* get(PyKernelCache& cache, const FastArguments& args) {
+  return cache.get(args.text_or_bytes(0));
+}
+
+bool put(PyKernelCache& cache, const FastArguments& args) {
+  const auto value = py::reinterpret_borrow<py::object>(args.object(1));
+  const bool has_ttl = args.has(4) && !args.object(4).is_none();
+  return cache.put(args.text_or_bytes(0), value, args.integer<std::size_t>(2),
+                   args.truth_or(3, false),
+                   ttl_ns_of(has_ttl ? std::optional(args.number(4)) : std::nullopt));
+}
+
+PyObject* get_or_load(PyKernelCache& cache, const FastArguments& args) {
+  const py::handle loader = args.object(1);
+  return cache.get_or_load(args.text_or_bytes(0), [loader] { return loader(); }).release().ptr();
+}
+
+bool contains(PyKernelCache& cache, const FastArguments& args) {
+  return cache.core().contains(args.text_or_bytes(0));
+}
+
+bool pin(PyKernelCache& cache, const FastArguments& args) {
+  return cache.core().pin(args.text_or_bytes(0));
+}
+
+bool unpin(PyKernelCache& cache, const FastArguments& args) {
+  return cache.core().unpin(args.text_or_bytes(0));
+}
+
+bool is_negative(PyKernelCache& cache, const FastArguments& args) {
+  return cache.core().is_negative(args.text_or_bytes(0));
+}
+
 void bind_access(CacheClass& cls) {
-  cls.def("get", &PyKernelCache::get, py::arg("key"),
-          "The value, or None for an unknown, expired or negative key.")
-      .def("put", &PyKernelCache::put, py::arg("key"), py::arg("value"), py::arg("size_bytes"),
-           py::arg("pinned") = false, py::arg("ttl_s") = py::none(),
-           "Store a value, evicting as needed; False where all that would have to go is pinned.\n\n"
-           "Replaces the key's value and keeps its pins; ends a negative entry.\n\n"
-           "Raises:\n    CapacityExceededError: size_bytes is above max_item_bytes, so it can "
-           "never fit.")
-      .def("get_or_load", &PyKernelCache::get_or_load, py::arg("key"), py::arg("loader"),
-           "The value; on a miss loader() -> (value, size_bytes) is called once however many "
-           "threads ask.\n\n"
-           "Threads that ask meanwhile wait without the GIL and get the same value or the same "
-           "exception. A value that does\n"
-           "not fit is handed out and not kept. Loaders must not wait for one another in a "
-           "circle.\n\n"
-           "Raises:\n    NotFoundError: the key is noted as absent.\n"
-           "    InvalidStateError: a loader asks for its own key.")
-      .def(
-          "__contains__",
-          [](PyKernelCache& self, const py::handle& key) {
-            return self.core().contains(key_view(key));
-          },
-          py::arg("key"))
-      .def("__len__", [](PyKernelCache& self) { return self.core().stats().entries; });
+  def_fast<get, kGet>(cls, "The value, or None for an unknown, expired or negative key.");
+  def_fast<put, kPut>(
+      cls,
+      "Store a value, evicting as needed; False where all that would have to go is pinned.\n\n"
+      "Replaces the key's value and keeps its pins; ends a negative entry.\n\n"
+      "Raises:\n    CapacityExceededError: size_bytes is above max_item_bytes, so it can "
+      "never fit.");
+  def_fast<get_or_load, kGetOrLoad>(
+      cls,
+      "The value; on a miss loader() -> (value, size_bytes) is called once however many "
+      "threads ask.\n\n"
+      "Threads that ask meanwhile wait without the GIL and get the same value or the same "
+      "exception. A value that does\n"
+      "not fit is handed out and not kept. Loaders must not wait for one another in a "
+      "circle.\n\n"
+      "Raises:\n    NotFoundError: the key is noted as absent.\n"
+      "    InvalidStateError: a loader asks for its own key.");
+  def_fast<contains, kContains>(cls, "Whether the key has a live entry; counts as no access.");
+  cls.def(
+      "warm", &PyKernelCache::warm, py::arg("keys"), py::arg("loader"),
+      "Load the keys that are neither held nor noted as absent; gives how many of them are held "
+      "then.\n\n"
+      "loader(key) -> (value, size_bytes) is called key by key, and shares loads with "
+      "get_or_load. What it raises ends\n"
+      "the call; what was loaded before stays.");
+  cls.def("__len__", [](PyKernelCache& self) { return self.core().stats().entries; });
 }
 
 void bind_upkeep(CacheClass& cls) {
+  def_fast<pin, kPin>(cls, "Keep the entry until each pin is undone; False where there is none.");
+  def_fast<unpin, kUnpin>(cls, "Undo one pin; False where there is no entry or no pin.");
+  def_fast<is_negative, kIsNegative>(cls, "Whether the key is noted as absent.");
   cls.def(
-         "pin",
-         [](PyKernelCache& self, const py::handle& key) { return self.core().pin(key_view(key)); },
-         py::arg("key"), "Keep the entry until each pin is undone; False where there is none.")
-      .def(
-          "unpin",
-          [](PyKernelCache& self, const py::handle& key) {
-            return self.core().unpin(key_view(key));
-          },
-          py::arg("key"), "Undo one pin; False where there is no entry or no pin.")
-      .def(
-          "erase",
-          [](PyKernelCache& self, const py::handle& key) {
-            return self.core().erase(key_view(key));
-          },
-          py::arg("key"),
-          "Drop the entry; False where there is none.\n\nRaises:\n    InvalidStateError: it is "
-          "pinned.")
+         "erase",
+         [](PyKernelCache& self, const py::handle& key) {
+           return self.core().erase(key_view(key));
+         },
+         py::arg("key"),
+         "Drop the entry; False where there is none.\n\nRaises:\n    InvalidStateError: it is "
+         "pinned.")
       .def(
           "put_negative",
           [](PyKernelCache& self, const py::handle& key, double ttl_s) {
@@ -289,12 +347,6 @@ void bind_upkeep(CacheClass& cls) {
           py::arg("key"), py::arg("ttl_s"),
           "Note that the key has no value for a while.\n\nRaises:\n    InvalidStateError: it has "
           "one.")
-      .def(
-          "is_negative",
-          [](PyKernelCache& self, const py::handle& key) {
-            return self.core().is_negative(key_view(key));
-          },
-          py::arg("key"), "Whether the key is noted as absent.")
       .def(
           "clear", [](PyKernelCache& self) { return self.core().clear(); },
           "Drop every entry that is not pinned and all negative ones; gives the number of entries "
@@ -307,7 +359,8 @@ void bind_upkeep(CacheClass& cls) {
 
 void bind_kernel_cache(py::module_& module) {
   CacheClass cls(module, "KernelCache", py::custom_type_setup(enable_gc),
-                 "Objects by key, bounded by bytes and count (S3-FIFO: resists scans), with pins, "
+                 "Objects by key, bounded by bytes and count (admission by frequency: resists "
+                 "scans), with pins, "
                  "TTL, negative entries\n"
                  "and single-flight loading. Thread-safe; no call but get_or_load waits.\n\n"
                  "on_evict(key: bytes, value, reason: str) is told of everything that leaves, "
@@ -317,7 +370,8 @@ void bind_kernel_cache(py::module_& module) {
   cls.def(py::init([](std::size_t capacity_bytes, std::size_t max_entries, std::size_t num_shards,
                       std::optional<double> ttl_s, py::object on_evict) {
             return std::make_unique<PyKernelCache>(
-                CacheConfig{capacity_bytes, max_entries, num_shards, ttl_ns_of(ttl_s)},
+                CacheConfig{capacity_bytes, max_entries, num_shards, ttl_ns_of(ttl_s),
+                            kLockedByPython},
                 std::move(on_evict));
           }),
           py::arg("capacity_bytes"), py::arg("max_entries") = 4096, py::arg("num_shards") = 0,

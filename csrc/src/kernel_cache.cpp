@@ -4,6 +4,7 @@
 #include <chrono>
 #include <limits>
 #include <mutex>
+#include <unordered_set>
 #include <utility>
 
 #include "esper/errors.h"
@@ -44,10 +45,10 @@ class Removals {
   Removals(const Removals&) = delete;
   Removals& operator=(const Removals&) = delete;
   ~Removals() {
-    for (const Removed& item : list) hooks_.release(item.key, item.handle, item.removal);
+    for (const auto& item : list) hooks_.release(item.key.view(), item.handle, item.removal);
   }
 
-  std::vector<Removed> list;
+  CacheEntries list;
 
  private:
   const CacheHooks& hooks_;
@@ -78,7 +79,8 @@ KernelCache::KernelCache(const CacheConfig& config, CacheHooks hooks)
   shards_.reserve(num_shards);
   for (std::size_t i = 0; i < num_shards; ++i) {
     shards_.push_back(std::make_unique<Shard>(config.capacity_bytes / num_shards,
-                                              config.max_entries / num_shards));
+                                              config.max_entries / num_shards,
+                                              !config.externally_locked));
   }
 }
 
@@ -86,22 +88,34 @@ KernelCache::~KernelCache() {
   clear(true);
 }
 
-std::optional<CacheHandle> KernelCache::get(std::string_view key) {
+bool KernelCache::get(std::string_view key, CacheHandle& handle) {
   Removals removals(hooks_);
-  std::size_t hash = 0;
-  Shard& shard = shard_of(key, hash);
+  const CacheKey hashed(key);
+  Shard& shard = shard_of(hashed.hash);
   const std::lock_guard lock(shard.mutex);
-  const std::optional<CacheHandle> handle = shard.get(key, hooks_.now_ns, removals.list);
-  if (handle) hooks_.acquire(*handle);
-  return handle;
+  const CacheEntry* entry = shard.get(hashed, hooks_.now_ns, removals.list);
+  if (entry == nullptr) return false;
+  handle = entry->handle;
+  hooks_.acquire(handle);
+  return true;
 }
 
 bool KernelCache::contains(std::string_view key) {
   Removals removals(hooks_);
-  std::size_t hash = 0;
-  Shard& shard = shard_of(key, hash);
+  const CacheKey hashed(key);
+  Shard& shard = shard_of(hashed.hash);
   const std::lock_guard lock(shard.mutex);
-  return shard.contains(key, hooks_.now_ns, removals.list);
+  return shard.contains(hashed, hooks_.now_ns, removals.list);
+}
+
+std::vector<std::size_t> KernelCache::absent(std::span<const std::string_view> keys) {
+  std::vector<std::size_t> places;
+  std::unordered_set<std::string_view> seen;
+  for (std::size_t i = 0; i < keys.size(); ++i) {
+    if (!seen.insert(keys[i]).second) continue;
+    if (!contains(keys[i]) && !is_negative(keys[i])) places.push_back(i);
+  }
+  return places;
 }
 
 KernelCache::PutResult KernelCache::put(std::string_view key, CacheHandle handle,
@@ -109,50 +123,50 @@ KernelCache::PutResult KernelCache::put(std::string_view key, CacheHandle handle
   if (size_bytes == 0) throw InvalidInput("size_bytes", "be at least 1", "0");
   const std::uint64_t ttl = ttl_ns != 0 ? ttl_ns : config_.default_ttl_ns;
   Removals removals(hooks_);
-  std::size_t hash = 0;
-  Shard& shard = shard_of(key, hash);
+  const CacheKey hashed(key);
+  Shard& shard = shard_of(hashed.hash);
   const std::uint64_t expires = ttl == 0 ? 0 : deadline(hooks_.now_ns(), ttl);
   const std::lock_guard lock(shard.mutex);
-  return shard.put({key, hash, handle, size_bytes, pinned, expires}, removals.list);
+  return shard.put({hashed, handle, size_bytes, pinned, expires}, removals.list);
 }
 
 bool KernelCache::pin(std::string_view key) {
   Removals removals(hooks_);
-  std::size_t hash = 0;
-  Shard& shard = shard_of(key, hash);
+  const CacheKey hashed(key);
+  Shard& shard = shard_of(hashed.hash);
   const std::lock_guard lock(shard.mutex);
-  return shard.pin(key, hooks_.now_ns, removals.list);
+  return shard.pin(hashed, hooks_.now_ns, removals.list);
 }
 
 bool KernelCache::unpin(std::string_view key) {
-  std::size_t hash = 0;
-  Shard& shard = shard_of(key, hash);
+  const CacheKey hashed(key);
+  Shard& shard = shard_of(hashed.hash);
   const std::lock_guard lock(shard.mutex);
-  return shard.unpin(key);
+  return shard.unpin(hashed);
 }
 
 bool KernelCache::erase(std::string_view key) {
   Removals removals(hooks_);
-  std::size_t hash = 0;
-  Shard& shard = shard_of(key, hash);
+  const CacheKey hashed(key);
+  Shard& shard = shard_of(hashed.hash);
   const std::lock_guard lock(shard.mutex);
-  return shard.erase(key, hooks_.now_ns, removals.list);
+  return shard.erase(hashed, hooks_.now_ns, removals.list);
 }
 
 void KernelCache::put_negative(std::string_view key, std::uint64_t ttl_ns) {
   if (ttl_ns == 0) throw InvalidInput("ttl_ns", "be at least 1 ns", "0");
   Removals removals(hooks_);
-  std::size_t hash = 0;
-  Shard& shard = shard_of(key, hash);
+  const CacheKey hashed(key);
+  Shard& shard = shard_of(hashed.hash);
   const std::lock_guard lock(shard.mutex);
-  shard.put_negative(key, hooks_.now_ns, deadline(hooks_.now_ns(), ttl_ns), removals.list);
+  shard.put_negative(hashed, hooks_.now_ns, deadline(hooks_.now_ns(), ttl_ns), removals.list);
 }
 
 bool KernelCache::is_negative(std::string_view key) {
-  std::size_t hash = 0;
-  Shard& shard = shard_of(key, hash);
+  const CacheKey hashed(key);
+  Shard& shard = shard_of(hashed.hash);
   const std::lock_guard lock(shard.mutex);
-  return shard.is_negative(key, hooks_.now_ns);
+  return shard.is_negative(hashed, hooks_.now_ns);
 }
 
 std::size_t KernelCache::clear(bool pinned_too) {
@@ -185,9 +199,9 @@ void KernelCache::for_each_handle(const std::function<void(CacheHandle)>& visit)
   }
 }
 
-KernelCache::Shard& KernelCache::shard_of(std::string_view key, std::size_t& hash) const noexcept {
-  hash = std::hash<std::string_view>{}(key);
-  // The high bits: the shard's own hash table uses the low ones.
+KernelCache::Shard& KernelCache::shard_of(std::size_t hash) const noexcept {
+  if (shards_.size() == 1) return *shards_.front();
+  // The high bits: the shard's own table uses the low ones.
   return *shards_[(hash >> 48U) % shards_.size()];
 }
 

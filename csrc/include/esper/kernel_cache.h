@@ -1,17 +1,26 @@
 // The first cache tier: opaque handles by key, bounded by bytes and by count.
 //
-// Eviction is S3-FIFO (Yang et al., SOSP 2023) weighted by bytes: a small FIFO takes newcomers, so
-// that a scan passes through it without touching the main FIFO; a ghost list of hashes lets a key
-// that comes back go straight to the main one. Pinned entries leave both queues and are never
-// evicted nor expired. Keys are spread over shards, each with its own lock, its own equal part of
-// both bounds and its own queues.
+// Admission and eviction go by how often keys were asked for (docs/decisions/0006-l1-admission.md):
+// - a newcomer enters a window of a hundredth of both bounds, first in, first out;
+// - what leaves the window goes on to the main part: while there is no room, only in the place of
+//   an entry that was asked for less, the least wanted of eight drawn at random (of all, where
+//   there are few). So a scan never gets past the window;
+// - keys that left keep their count for a while, so one that comes back is known;
+// - counts end at 15 and are halved after 25 accesses for every entry, so old fame fades.
+// A hit changes a count and moves nothing. Counts are not weighed by size: a load costs about in
+// proportion to its bytes, so the bytes that hits save are what counts.
+//
+// Pinned entries stand outside of that and are never evicted nor expired. Keys are spread over
+// shards, each with its own lock and its own equal part of both bounds. The same calls in the same
+// order give the same content, in every process.
 //
 // Ownership: a handle stands for one counted reference. `put` takes over the caller's reference
 // when it returns STORED and leaves it with the caller otherwise. `get` gives the caller a
 // reference of its own, made by `Hooks::acquire`. A reference the cache lets go of reaches
 // `Hooks::release`, always after the shard's lock is dropped.
 //
-// Thread-safe. Nothing here waits for anything but a shard's lock.
+// Thread-safe, unless it was made `externally_locked`. Nothing here waits for anything but a
+// shard's lock.
 #pragma once
 
 #include <cstddef>
@@ -19,6 +28,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -36,8 +46,8 @@ struct CacheHooks {
   // cache.
   std::function<void(CacheHandle)> acquire = [](CacheHandle) {};
   // Takes back the cache's reference. Runs without any lock; must not throw.
-  std::function<void(const std::string& key, CacheHandle, CacheRemoval)> release =
-      [](const std::string&, CacheHandle, CacheRemoval) {};
+  std::function<void(std::string_view key, CacheHandle, CacheRemoval)> release =
+      [](std::string_view, CacheHandle, CacheRemoval) {};
   // Monotonic time.
   std::function<std::uint64_t()> now_ns;
 };
@@ -49,6 +59,9 @@ struct CacheConfig {
   std::size_t num_shards = 0;
   // Life of entries that `put` gives none of their own; 0: no end.
   std::uint64_t default_ttl_ns = 0;
+  // The owner lets one call in at a time and no other while a hook runs under the lock, as Python's
+  // global lock does; the cache then takes no locks of its own.
+  bool externally_locked = false;
 };
 
 // Exact counts since birth, and the present fill. hits + misses + negative_hits = calls of `get`.
@@ -84,10 +97,21 @@ class KernelCache {
   KernelCache& operator=(const KernelCache&) = delete;
 
   // The handle, with a reference for the caller; nothing for an unknown, expired or negative key.
-  [[nodiscard]] std::optional<CacheHandle> get(std::string_view key);
+  [[nodiscard]] std::optional<CacheHandle> get(std::string_view key) {
+    CacheHandle handle = 0;
+    return get(key, handle) ? std::optional(handle) : std::nullopt;
+  }
+  // The same for the path where every nanosecond counts: false for nothing. (An optional that a
+  // function with locks to give back returns is put together in memory byte by byte, and reading it
+  // waits for that.)
+  [[nodiscard]] bool get(std::string_view key, CacheHandle& handle);
 
   // Whether a live entry stands under the key; counts as no access.
   [[nodiscard]] bool contains(std::string_view key);
+
+  // Places of the keys that have neither a live nor a negative entry, each key once: what is to be
+  // loaded to warm the cache. Counts as no access.
+  [[nodiscard]] std::vector<std::size_t> absent(std::span<const std::string_view> keys);
 
   // Stores the handle and ends a negative entry of the key. The old entry of the key, its pins
   // included, is replaced only where the new one fits. `ttl_ns` 0 takes the default. Throws
@@ -127,7 +151,7 @@ class KernelCache {
  private:
   class Shard;
 
-  [[nodiscard]] Shard& shard_of(std::string_view key, std::size_t& hash) const noexcept;
+  [[nodiscard]] Shard& shard_of(std::size_t hash) const noexcept;
 
   CacheConfig config_;
   CacheHooks hooks_;

@@ -233,6 +233,90 @@ def test_a_loader_cannot_wait_for_itself() -> None:
     assert cache.get_or_load("a", lambda: (cache.get_or_load("b", lambda: (2, 1)), 1)) == 2
 
 
+def test_warm_loads_what_is_neither_held_nor_absent() -> None:
+    cache, asked = KernelCache(100), []
+    cache.put("held", "before", 10)
+    cache.put_negative("gone", 1000)
+
+    def load(key: str) -> tuple[str, int]:
+        asked.append(key)
+        return f"kernel {key}", 200 if key == "large" else 10
+
+    assert cache.warm(["held", "a", "gone", "b", "large", "a"], load) == 3
+    assert asked == ["a", "b", "large"]
+    assert cache.get("a") == "kernel a"
+    assert cache.get("held") == "before"
+    assert cache.stats()["loads"] == 3
+
+
+def test_warm_ends_at_the_first_error_and_keeps_what_it_has() -> None:
+    cache = KernelCache(100)
+
+    def load(key: str) -> tuple[str, int]:
+        if key == "b":
+            raise LookupError("no such kernel")
+        return key, 1
+
+    with pytest.raises(LookupError, match="no such kernel"):
+        cache.warm(iter(["a", "b", "c"]), load)
+    assert [key in cache for key in "abc"] == [True, False, False]
+    with pytest.raises(TypeError, match="key must be str or bytes, got int"):
+        cache.warm([5], load)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("key", ["", "a", "k" * 33, "k" * 41, "ключ", "schlüssel", "k\0ernel"])
+def test_a_key_is_its_utf8_bytes(key: str) -> None:
+    cache = KernelCache(100)
+    cache.put(key, "kernel", 1)
+    assert cache.get(key.encode()) == "kernel"
+    assert cache.get(key + "x") is None
+
+
+def test_arguments_come_by_name_too() -> None:
+    cache = KernelCache(100)
+    assert cache.put("a", value=1, size_bytes=10, ttl_s=None, pinned=True)
+    assert cache.stats()["pinned_entries"] == 1
+    assert cache.get_or_load(key="b", loader=lambda: (2, 1)) == 2
+    with pytest.raises(TypeError, match="put"):
+        cache.put("a")  # type: ignore[call-arg]
+
+
+def test_shards_split_the_bounds_and_hold_all_keys() -> None:
+    cache = KernelCache(8000, max_entries=800, num_shards=8)
+    assert cache.num_shards == 8
+    assert cache.max_item_bytes == 1000
+    for i in range(400):
+        cache.put(f"k{i}", i, 10)
+    assert [cache.get(f"k{i}") for i in range(400)] == list(range(400))
+    for i in range(400, 4000):
+        cache.put(f"k{i}", i, 10)
+    assert cache.stats()["entries"] == 800
+
+
+def test_threads_share_a_cache_and_the_books_balance() -> None:
+    cache, gone = KernelCache(3000, max_entries=50, num_shards=2, on_evict=lambda *what: gone.append(what[0])), []
+    num_threads, num_rounds = 4, 3000
+
+    def work(offset: int) -> None:
+        for i in range(num_rounds):
+            key = f"k{(i * 7 + offset) % 97}"
+            if cache.get(key) is None:
+                cache.put(key, key, 1 + i % 100)
+            if i % 11 == 0 and cache.pin(key):
+                cache.unpin(key)
+
+    threads = [threading.Thread(target=work, args=(offset,)) for offset in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    stats = cache.stats()
+    assert stats["hits"] + stats["misses"] == num_threads * num_rounds
+    assert stats["inserts"] + stats["replaced"] == len(gone) + stats["entries"]
+    assert stats["bytes"] <= 3000
+    assert stats["entries"] <= 50
+
+
 def test_cycles_through_the_cache_are_collected() -> None:
     class Owner:
         def __init__(self) -> None:
