@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from bench import k3_cache
 from bench.cache_peers import cachebox_lru, native
-from bench.cache_traces import NUM_KEYS, key_of, lru_hits, optimal_hits, scanned_trace, zipf_trace
+from bench.cache_traces import (
+    NUM_KEYS,
+    drifting_trace,
+    key_of,
+    lru_hits,
+    optimal_hits,
+    s3_fifo_hits,
+    scanned_trace,
+    sieve_hits,
+    zipf_trace,
+)
 from esper.contracts.errors import UnavailableError
 
 traces = st.lists(st.sampled_from("abcde"), max_size=9)
@@ -38,8 +48,29 @@ def test_the_optimum_is_the_best_of_all_ways(trace: list[str], capacity: int) ->
 
 
 @given(trace=traces, capacity=st.integers(1, 3))
-def test_lru_is_never_above_the_optimum(trace: list[str], capacity: int) -> None:
-    assert lru_hits(trace, capacity) <= optimal_hits(trace, capacity)
+def test_no_rule_is_above_the_optimum(trace: list[str], capacity: int) -> None:
+    for rule in (lru_hits, sieve_hits, s3_fifo_hits):
+        assert rule(trace, capacity) <= optimal_hits(trace, capacity)
+
+
+def test_sieve_spares_what_was_asked_for_again() -> None:
+    assert sieve_hits(list("aabcada"), 2) == 3
+    assert lru_hits(list("aabcda"), 2) == 1
+    assert sieve_hits(list("aabcda"), 2) == 2
+
+
+def test_s3_fifo_lets_a_scan_pass() -> None:
+    wanted = [f"w{i}" for i in range(50)]
+    scan = [f"s{i}" for i in range(200)]
+    trace = [*wanted, *wanted, *scan, *wanted]
+    assert lru_hits(trace, 100) == 50
+    assert s3_fifo_hits(trace, 100) == 100
+
+
+def test_the_drifting_trace_changes_its_favourites() -> None:
+    drifting = drifting_trace(60_000)
+    assert drifting[:50_000].count(key_of(0)) > 100 * drifting[50_000:].count(key_of(0))
+    assert drifting[50_000:].count(key_of(300)) > 500
 
 
 def test_lru_drops_what_was_not_used_for_longest() -> None:
@@ -85,11 +116,17 @@ def test_functions_and_floor_are_measured() -> None:
 
 def test_hit_ratios_lie_below_the_optimum() -> None:
     pytest.importorskip("theine")
-    ours, lru, tlfu, best, *_ = k3_cache.hit_ratio_figures("zipf", zipf_trace(5_000), capacity=500)
-    for found in (ours, lru, tlfu):
-        assert found.value is not None
-        assert best.value is not None
-        assert 0 < found.value <= best.value
+    figures = k3_cache.hit_ratio_figures("zipf", zipf_trace(5_000), capacity=500, near_optimum=0.5)
+    shares = {figure.name: figure.value for figure in figures if figure.unit == "share"}
+    best = shares["hits on zipf, Belady's optimum"]
+    assert best is not None
+    assert len(shares) == 6
+    assert all(share is not None and 0 < share <= best for share in shares.values())
+    assert [figure.name for figure in figures if figure.goal is not None] == [
+        "hits on zipf, over LRU's",
+        "hits on zipf, over theine's",
+        "hits on zipf, over the optimum's",
+    ]
 
 
 def test_a_missing_peer_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
