@@ -44,7 +44,7 @@ constexpr bool kLockedByPython = true;
 std::string_view key_view(const py::handle& key) {
   constexpr FastParameter kKey{"key"};
   PyObject* const value = key.ptr();
-  return FastArguments(&value, &kKey).text_or_bytes(0);
+  return FastArguments(&value, 1, &kKey).text_or_bytes(0);
 }
 
 std::uint64_t ttl_ns_of(std::optional<double> ttl_s) {
