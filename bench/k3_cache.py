@@ -97,7 +97,7 @@ def function_figures(seconds: float) -> list[Figure]:
 
 
 def floor_figures(seconds: float) -> list[Figure]:
-    """Give a hit in nanoseconds, and over a native call that does nothing: what is below is the border's, not ours."""
+    """Give a hit in nanoseconds, and over an empty native call through pybind11's dispatcher."""
     ours, held = native(CAPACITY), _keys(0, CAPACITY // 2)
     ours.put_all(held)
     nothing = [()] * len(held)
@@ -178,9 +178,10 @@ def _ratio(name: str, times: PairedTimes) -> Figure:
 
 _NOTES: Final = (
     f"{CAPACITY:,} entries; keys are ids of 33 characters; every cache is called in a loop that runs in C.",
-    "The floor of a lookup is the call into the native core, see 'over an empty native call'. Ours also hashes the "
+    "The empty native call goes through pybind11's dispatcher, which the cache's methods go around. Ours hashes the "
     "key's bytes each time, where caches built on Python's hash use the one that a str object keeps: what ours holds "
     "is then the same in every process.",
+    "Not measured: the hit ratio on a training run's own requests, of which no trace has been recorded yet.",
     "500,000 requests, Zipf(1.0) over 10,000 keys; scans are 2,000 keys never asked for again, after every 10,000 "
     "requests; the drifting trace takes the 300 most wanted keys away after every 50,000. Every miss "
     "is stored. Belady's optimum knows the future; nothing can be above it.",
