@@ -1,7 +1,7 @@
 // How often keys were asked for that the cache no longer holds; private to the cache's sources.
 //
 // A table of sets of eight, one cache line each; a full set forgets the key that was asked for the
-// least. A key is known by 56 bits of its hash: two keys share a count about once in 10^14 pairs.
+// least. A key is known by 56 bits of its hash: two of them may, rarely, share a count.
 // Not thread-safe.
 #pragma once
 
