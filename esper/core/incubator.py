@@ -49,7 +49,7 @@ class LearningWay:
     """Share of the batch that a trial is given, in (0, 1]; parts take turns."""
     norms: Norms = "running"
     """What batch norms normalise by in a trial."""
-    reach: float = 0.1
+    reach: float = 1.0
     """Size of the step that a regression asks for, relative to the host's output, > 0."""
     reach_interval: int = 0
     """Steps between two measurements of the reach, where the batch is known; 0 keeps ``reach`` as it is."""
@@ -66,8 +66,8 @@ class LearningWay:
 
 
 _BY_QUALITY: Final = (
+    LearningWay(kind="local"),
     *(LearningWay(kind="trial", share=share) for share in SHARES),
-    LearningWay(kind="local", reach=0.3),
 )
 """Ways in the order in which they are preferred; decision 0007 says why."""
 

@@ -250,15 +250,18 @@ def chosen(choice: Any = "auto", limit: float = 0.5, *, kernel_flops: int = 0, h
     return choose_way(choice, limit, kernel_flops=kernel_flops, host_flops=host_flops)
 
 
-def test_a_site_gets_the_largest_trial_that_the_limit_has_room_for() -> None:
-    assert chosen(limit=1.0) == LearningWay(kind="trial")
-    assert chosen(limit=0.5) == LearningWay(kind="trial", share=0.5)
-    assert chosen(limit=0.2) == LearningWay(kind="trial", share=0.25)
-    assert chosen(limit=0.5, kernel_flops=400) == LearningWay(kind="trial", share=0.25)
+def test_a_site_is_learnt_from_where_the_limit_has_room_for_its_kernel() -> None:
+    assert chosen(limit=0.5) == LearningWay(kind="local", reach=1.0)
+    assert chosen(limit=0.5, kernel_flops=500).kind == "local"
+    assert chosen(limit=0.7, kernel_flops=600).kind == "local"
 
 
-def test_where_no_trial_fits_the_site_is_learnt_from() -> None:
-    assert chosen(limit=0.1, kernel_flops=50).kind == "local"
+def test_a_heavy_kernel_gets_the_largest_trial_that_the_limit_has_room_for() -> None:
+    assert chosen(limit=0.5, kernel_flops=600) == LearningWay(kind="trial", share=0.25)
+    assert chosen(limit=1.1, kernel_flops=1500) == LearningWay(kind="trial", share=0.5)
+    assert chosen("trial", 1.0) == LearningWay(kind="trial")
+    assert chosen("trial", 0.5) == LearningWay(kind="trial", share=0.5)
+    assert chosen("trial", 0.2) == LearningWay(kind="trial", share=0.25)
 
 
 def test_where_nothing_fits_the_cheapest_way_is_taken() -> None:
