@@ -32,7 +32,7 @@ _SMALL_NUMEL: Final = 1 << 16
 def kasmina_forward(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Give the layer's output: its parent's, plus what its live seeds add; measure the pass where it is due."""
     record = layer._kasmina
-    recomputing = bool(record.terms) and not is_compiling() and is_recomputing()
+    recomputing = bool(record.terms) and is_recomputing()
     if record.waiting_since is not None and record.is_wait_over(recomputing=recomputing):
         layer.cut_off_waiting()
     if is_compiling() or recomputing or record.is_paused or not record.is_armed:

@@ -9,18 +9,22 @@ from __future__ import annotations
 from typing import Final
 
 import torch
+from torch.compiler import is_compiling
 
 _graph_task_id: Final = torch._C._current_graph_task_id  # looked up once: every pass with live seeds asks
 
 
 def is_recomputing() -> bool:
     """Whether autograd's backward is running in this thread: a forward pass inside it repeats an earlier one."""
-    return _graph_task_id() != -1
+    return not is_compiling() and _graph_task_id() != -1
 
 
 def may_be_recomputed() -> bool:
     """Whether something watches what this forward pass saves for backward, as non-reentrant checkpointing does.
 
-    The reentrant kind saves nothing in its first pass and takes whatever the second one saves.
+    The reentrant kind saves nothing in its first pass and takes whatever the second one saves. Frames that dynamo
+    traces are not asked: it knows neither question.
     """
+    if is_compiling():
+        return False
     return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
