@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -14,47 +13,12 @@
 
 #include "esper/errors.h"
 #include "esper/probe_moments.h"
+#include "float_types.h"
 
 namespace esper {
 namespace {
 
 constexpr float kNotMeasured = std::numeric_limits<float>::quiet_NaN();
-
-struct Float32 {
-  using Storage = float;
-  using Value = float;
-  static float widen(float stored) noexcept { return stored; }
-};
-
-struct Float64 {
-  using Storage = double;
-  using Value = double;
-  static double widen(double stored) noexcept { return stored; }
-};
-
-struct BFloat16 {
-  using Storage = std::uint16_t;
-  using Value = float;
-  static float widen(std::uint16_t stored) noexcept {
-    return std::bit_cast<float>(static_cast<std::uint32_t>(stored) << 16U);
-  }
-};
-
-struct Float16 {
-  using Storage = std::uint16_t;
-  using Value = float;
-  static float widen(std::uint16_t stored) noexcept {
-    const std::uint32_t sign = (stored & 0x8000U) << 16U;
-    const std::uint32_t magnitude = stored & 0x7FFFU;
-    if (magnitude >= 0x7C00U) {  // infinity and NaN
-      return std::bit_cast<float>(sign | 0x7F800000U | (magnitude & 0x3FFU) << 13U);
-    }
-    // The half's bits at the place of a float's are 2^112 too small; subnormals come out right as
-    // well.
-    const float scaled = std::bit_cast<float>(magnitude << 13U) * 0x1p112F;
-    return std::bit_cast<float>(std::bit_cast<std::uint32_t>(scaled) | sign);
-  }
-};
 
 // One buffer per thread and type, so that probing allocates once.
 template <class Value>
