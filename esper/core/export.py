@@ -91,10 +91,11 @@ def _fossil_hook(fossils: dict[str, nn.Module], *, gives_tuple: bool, batch_axis
     h = graph.call_function(operator.getitem, (output, 0)) if gives_tuple else output
     if batch_axis:
         x, h = (graph.call_method("transpose", (value, 0, batch_axis)) for value in (x, h))
-    # Each kernel is followed by its sum: the order of the layers on a CPU, so that gradients are summed in it too.
+    # Each kernel reads views of its own and is followed by its sum, as in the layers: one order of summing gradients.
     total = h
     for index in fossils:
-        delta = graph.call_module(f"{index}.kernel", (x, h))
+        views = tuple(graph.call_method("view_as", (value, value)) for value in (x, h))
+        delta = graph.call_module(f"{index}.kernel", views)
         total = graph.call_function(operator.add, (total, graph.call_method("type_as", (delta, h))))
     if batch_axis:
         total = graph.call_method("transpose", (total, 0, batch_axis))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
@@ -186,9 +187,9 @@ class SeedHolder(nn.Module):
             guard.refresh()
         self.refresh_forward()
 
+    @abstractmethod
     def refresh_forward(self) -> None:
         """Work out again whether the layer has anything to do but its parent's forward."""
-        raise NotImplementedError
 
     def _free(self, seed_idx: int) -> None:
         bank = self._modules.get("seeds")
