@@ -30,7 +30,8 @@ _OURS: Final[Mapping[Any, Callable[..., int]]] = {
 class ThreadFlops(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what the thread that enters it computes, forward and backward: ``total``.
 
-    A multiply-add counts 2; matrix products, convolutions and attention are counted, elementwise work is not.
+    A multiply-add counts 2; matrix products, convolutions and attention are counted, elementwise work is not, nor what
+    is done on meta tensors, which have shapes and no values.
     """
 
     def __init__(self) -> None:
@@ -44,6 +45,8 @@ class ThreadFlops(TorchDispatchMode):  # type: ignore[no-untyped-call]
         named = kwargs or {}
         out = func(*args, **named)
         operator = func._overloadpacket
+        if args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            return out
         if operator in _OURS:
             self.total += _OURS[operator](*args, **named)
         elif operator in flop_registry:

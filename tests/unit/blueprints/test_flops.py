@@ -40,3 +40,8 @@ def test_other_threads_are_neither_counted_nor_hooked() -> None:
         other.start()
         other.join()
     assert counter.total == 0
+
+
+def test_shapes_without_values_cost_nothing() -> None:
+    x = torch.empty(3, 5, device="meta")
+    assert count_flops(lambda: x @ x.T) == 0
