@@ -15,17 +15,32 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# torch first and by its exact version: an open range may pull a build of several gigabytes.
-$(VENV)/.torch: constraints.txt | $(VENV)/.python
+# torch by its exact version and before what needs it: an open range may pull a build of several gigabytes.
+$(VENV)/.torch: constraints.txt | $(VENV)/.build-tools
 	$(PIP_INSTALL) torch
 	@touch $@
 
-$(VENV)/.setup-demo: pyproject.toml constraints.txt $(NATIVE_SOURCES) | $(VENV)/.torch
-	$(PIP_INSTALL) -e '.[demo]'
+$(VENV)/.build-tools: constraints.txt | $(VENV)/.python
+	$(PIP_INSTALL) scikit-build-core pybind11 cmake ninja
 	@touch $@
 
-$(VENV)/.setup-dev: pyproject.toml constraints.txt $(NATIVE_SOURCES) | $(VENV)/.torch
-	$(PIP_INSTALL) -e '.[dev]'
+# The native core alone; it needs no torch, so it builds while torch is unpacked.
+$(VENV)/.native: pyproject.toml $(NATIVE_SOURCES) | $(VENV)/.build-tools
+	$(PIP_INSTALL) --no-build-isolation --no-deps -e .
+	@touch $@
+
+INSTALLED = pyproject.toml constraints.txt $(NATIVE_SOURCES)
+define install_extra
+	@$(MAKE) --no-print-directory -j 2 $(VENV)/.torch $(VENV)/.native
+	$(PIP_INSTALL) --no-build-isolation -e '.[$(1)]'
+endef
+
+$(VENV)/.setup-demo: $(INSTALLED)
+	$(call install_extra,demo)
+	@touch $@
+
+$(VENV)/.setup-dev: $(INSTALLED)
+	$(call install_extra,dev)
 	@touch $@ $(VENV)/.setup-demo
 
 setup: $(VENV)/.setup-$(EXTRA)
@@ -87,7 +102,7 @@ native-tsan: $(VENV)/.setup-dev
 comma := ,
 
 bench: $(VENV)/.setup-dev
-	$(PIP_INSTALL) -e '.[dev,bench]'
+	$(PIP_INSTALL) --no-build-isolation -e '.[dev,bench]'
 	$(BIN)/esper bench all --quick
 
 # What CI runs.

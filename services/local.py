@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 _READY_S: Final = 90.0
 _STOP_S: Final = 30.0
 _NATS: Final = "nats"
-_AFTER: Final[dict[str, tuple[str, ...]]] = {"urza": (_NATS,), "tezzeret": (_NATS, "urza")}
 
 
 def local_settings(state_dir: Path, *, fixed_ports: bool = False) -> MeshSettings:
@@ -73,7 +72,7 @@ def process_specs(settings: MeshSettings) -> list[ProcessSpec]:
                 ready=_prober(address),
                 ready_deadline_s=_READY_S,
                 address=address,
-                after=_AFTER.get(service, (_NATS,)),
+                after=(_NATS,),  # services wait for one another by themselves
             )
         )
     return specs

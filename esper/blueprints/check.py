@@ -45,6 +45,7 @@ from esper.blueprints.plan import Plan, plan
 from esper.contracts.blueprint import BlueprintIR, Site
 from esper.contracts.errors import InvalidBlueprintError, InvalidInputError
 from esper.contracts.kernel import ValidationCheck
+from esper.contracts.memory import raise_if_out_of_memory
 
 IDENTITY_LIMIT: Final = 1e-6
 """Largest delta at birth, relative to the largest element of h."""
@@ -108,6 +109,7 @@ def check_blueprint(
     Raises:
         InvalidBlueprintError: The graph is not legal at the site, so there is nothing to run.
         InvalidInputError: A dtype is none of float32, float64, bfloat16 and float16.
+        CapacityExceededError: Memory ran out, which says nothing of the graph.
     """
     modes = [*(_mode(dtype) for dtype in dtypes), *(_mode(dtype, parameters=True) for dtype in parameter_dtypes)]
     layout = plan(ir, site)
@@ -118,6 +120,7 @@ def check_blueprint(
             try:
                 rows += stage()
             except Exception as error:  # noqa: BLE001 - whatever a graph raises, the row says what
+                raise_if_out_of_memory(error)
                 rows.append(_row(name, None, None, False, _raised(error) + _at(probe.failing())))
         rows += [probe.finite(mode) for mode in modes]
     return CheckReport(checks=tuple(rows))
@@ -239,6 +242,7 @@ class _Probe:
                 with torch.no_grad():
                     got = tuple(self.trained(x, h).shape)
             except (RuntimeError, ValueError, IndexError) as error:
+                raise_if_out_of_memory(error)
                 wrong.append(f"batch {batch}: {_raised(error)}{_at(failing_node(self.trained, (x, h)))}")
                 continue
             if got != tuple(h.shape):
@@ -278,6 +282,7 @@ class _Probe:
                 self.reference = self._gradients(_Mode("float64", torch.float64, None))[1]
             delta, gradients = self._gradients(mode)
         except Exception as error:  # noqa: BLE001 - a type that an operator lacks raises anything; the row says what
+            raise_if_out_of_memory(error)
             return _row(name, None, None, False, _raised(error) + _at(self.failing()))
         kinds = zip(("random", "zero", "large"), delta, strict=True)
         wrong = [f"delta on {kind} inputs" for kind, part in kinds if not _is_finite(part)]

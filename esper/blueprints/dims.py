@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Final
 
 from esper.blueprints.types import Layout, site_types, stride_between
@@ -57,13 +58,20 @@ def check_expression(expression: Expression, parameter: str) -> ast.expr:
     text = expression.text
     if not 1 <= len(text) <= MAX_EXPRESSION_CHARS:
         raise InvalidBlueprintError.of(parameter, f"be an expression of 1 to {MAX_EXPRESSION_CHARS} characters", text)
-    try:
-        tree = ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise InvalidBlueprintError.of(parameter, _GRAMMAR, text) from error
-    if not _allowed(tree):
+    tree = _parse(text)
+    if tree is None:
         raise InvalidBlueprintError.of(parameter, _GRAMMAR, text)
     return tree
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> ast.expr | None:
+    """Give the syntax tree of an expression; ``None`` outside the grammar. Designs share a few dozen expressions."""
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
+    return tree if _allowed(tree) else None
 
 
 def evaluate(expression: Expression, dims: Mapping[str, int], parameter: str) -> int:

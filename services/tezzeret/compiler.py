@@ -27,6 +27,7 @@ from torch import nn
 from esper.contracts.blueprint import Site
 from esper.contracts.errors import CompilationError
 from esper.contracts.kernel import CompileFallback, CompileTarget
+from esper.contracts.memory import raise_if_out_of_memory
 from esper.services.tezzeret.config import CompilerConfig
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -75,12 +76,14 @@ def compile_module(
 
     Raises:
         CompilationError: No target worked.
+        CapacityExceededError: Memory ran out.
     """
     given_up: list[CompileFallback] = []
     for candidate in targets:
         try:
             binary, forward = _compile(module, site, candidate, config)
         except Exception as error:  # noqa: BLE001 - compilers raise what they like; each failure is recorded
+            raise_if_out_of_memory(error)
             given_up.append(CompileFallback(target=candidate, reason=_reason(error)))
         else:
             return CompiledForm(target=candidate, binary=binary, forward=forward, fallbacks=tuple(given_up))

@@ -30,6 +30,7 @@ from esper.blueprints.build import to_module
 from esper.blueprints.check import check_blueprint
 from esper.contracts.blueprint import BlueprintCost
 from esper.contracts.kernel import CompileSpec, CompileTarget, ValidationCheck
+from esper.contracts.memory import raise_if_out_of_memory
 from esper.services.tezzeret.compiler import CompiledForm, Forward, example_inputs, load_binary
 from esper.services.tezzeret.config import CompilerConfig
 
@@ -133,6 +134,7 @@ def _guarded(row: Callable[[], ValidationCheck]) -> ValidationCheck:
     try:
         return row()
     except Exception as error:  # noqa: BLE001 - compiled code may raise anything; the row says what
+        raise_if_out_of_memory(error)
         detail = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return ValidationCheck(name="compiled_runs", passed=False, detail=detail[:500])
 

@@ -13,10 +13,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from google.protobuf.message import EncodeError
-
 from esper.contracts.errors import CapacityExceededError, EsperError
 from esper.contracts.kernel import CompileSpec, JobPhase, ValidationCheck
+from esper.contracts.memory import MEMORY, raise_if_out_of_memory
 from esper.contracts.wire import parse, serialize
 from esper.services.tezzeret.config import CompilerConfig, WorkerLimits
 from esper.services.tezzeret.frames import FrameKind, pack_frame, read_frame
@@ -78,14 +77,22 @@ def _serve(
         try:
             kernel = worker.compile_spec(parse(payload, CompileSpec), on_phase)
             artifact = serialize(kernel.artifact)
-        except EsperError as error:
-            _send_error(out, error.reason, str(error))
-        except (MemoryError, EncodeError):  # protobuf reports a failed allocation as the latter
-            _send_error(out, CapacityExceededError.reason, "the worker's memory limit was reached")
         except Exception as error:  # noqa: BLE001 - a defect fails its job, and the worker serves the next one
-            _send_error(out, "INTERNAL", f"{type(error).__name__}: {error}")
+            _send_error(out, *_reason_and_text(error, limits))
         else:
             _send(out, FrameKind.ARTIFACT, artifact)
+
+
+def _reason_and_text(error: Exception, limits: WorkerLimits) -> tuple[str, str]:
+    try:
+        raise_if_out_of_memory(error)
+    except CapacityExceededError as shortage:
+        error = shortage
+    if isinstance(error, CapacityExceededError) and error.parameter == MEMORY:
+        return error.reason, f"{error}; a compile may use at most {limits.address_space_bytes} bytes of address space"
+    if isinstance(error, EsperError):
+        return error.reason, str(error)
+    return "INTERNAL", f"{type(error).__name__}: {error}"
 
 
 def _send_error(out: BinaryIO, reason: str, text: str) -> None:

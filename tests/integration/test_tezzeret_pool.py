@@ -15,7 +15,12 @@ import pytest_asyncio
 
 from esper.blueprints import default_registry
 from esper.contracts.blueprint import BlueprintIR, Site, SiteKind
-from esper.contracts.errors import DeadlineExceededError, InternalError, InvalidBlueprintError, UnavailableError
+from esper.contracts.errors import (
+    CapacityExceededError,
+    DeadlineExceededError,
+    InvalidBlueprintError,
+    UnavailableError,
+)
 from esper.contracts.kernel import CompileSpec, CompileTarget, JobPhase
 from esper.execution.artifact import artifact_bytes, verify
 from esper.execution.keys import SigningKey
@@ -110,9 +115,9 @@ async def test_a_worker_beyond_its_memory_fails_its_job_alone(tmp_path: Path) ->
         WorkerPoolConfig(limits=limits, compiler=CompilerConfig(max_parameters=10**9), scratch_dir=tmp_path)
     )
     await pool.start()
-    huge = Site(kind=SiteKind.LINEAR, input_shape=(3_300,), output_shape=(3_300,))
+    huge = Site(kind=SiteKind.LINEAR, input_shape=(4_000,), output_shape=(4_000,))
     greedy = CompileSpec(ir=default_registry().create_blueprint("widen").ir, site=huge)
-    with pytest.raises(InternalError, match="allocate memory"):
+    with pytest.raises(CapacityExceededError, match=f"at most {limits.address_space_bytes} bytes"):
         await pool.compile(greedy)
     assert (await pool.compile(SPEC)).binary
     await pool.close()
