@@ -13,6 +13,7 @@ export PYTHONPATH :=
 $(VENV)/.python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "Esper needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --upgrade pip # the one that comes with Python 3.11 takes twice as long to resolve
 	@touch $@
 
 # torch by its exact version and before what needs it: an open range may pull a build of several gigabytes.
