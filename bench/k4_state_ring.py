@@ -88,33 +88,23 @@ def drain_figure(seconds: float, num_records: int = 4096) -> Figure:
 
 def transition_figures(seconds: float) -> list[Figure]:
     """Give the ratios of a transition over one assignment to an array's element, plain and structured."""
-    layout, states, records = StateLayout(NUM_SEEDS), np.zeros(NUM_SEEDS, np.uint8), np.zeros(NUM_SEEDS, RECORD)
-    return [
-        _ratio(
-            f"state transition, over an assignment to {kind}",
-            time_bursts(_living(layout), reference, seconds=seconds),
-            at_most(1.5),
-        )
-        for kind, reference in (
-            ("a NumPy element", _assigning(states, 1)),
-            ("a structured array's field", _assigning_field(records, "state", 1)),
-        )
-    ]
+    states, records = np.zeros(NUM_SEEDS, np.uint8), np.zeros(NUM_SEEDS, RECORD)
+    assigning = _assigning(states, 1), _assigning_field(records, "state", 1)
+    return _over_assignments("state transition", _living(StateLayout(NUM_SEEDS)), assigning, seconds)
 
 
 def health_figures(seconds: float) -> list[Figure]:
     """Give the ratios of a health update of five figures over one assignment to an array's element."""
-    layout, means, records = StateLayout(NUM_SEEDS), np.zeros(NUM_SEEDS, np.float32), np.zeros(NUM_SEEDS, RECORD)
+    means, records = np.zeros(NUM_SEEDS, np.float32), np.zeros(NUM_SEEDS, RECORD)
+    assigning = _assigning(means, 0.5), _assigning_field(records, "alpha", 0.5)
+    return _over_assignments("health update", _ailing(StateLayout(NUM_SEEDS)), assigning, seconds)
+
+
+def _over_assignments(name: str, ours: Burst, assigning: tuple[Burst, Burst], seconds: float) -> list[Figure]:
+    kinds = ("a NumPy element", "a structured array's field")
     return [
-        _ratio(
-            f"health update, over an assignment to {kind}",
-            time_bursts(_ailing(layout), reference, seconds=seconds),
-            at_most(1.5),
-        )
-        for kind, reference in (
-            ("a NumPy element", _assigning(means, 0.5)),
-            ("a structured array's field", _assigning_field(records, "alpha", 0.5)),
-        )
+        _ratio(f"{name}, over an assignment to {kind}", time_bursts(ours, one, seconds=seconds), at_most(1.5))
+        for kind, one in zip(kinds, assigning, strict=True)
     ]
 
 

@@ -15,12 +15,9 @@ from typing import Final
 
 import numpy as np
 
-from esper.blueprints.cost import plan_cost
-from esper.blueprints.plan import plan
 from esper.blueprints.registry import default_registry
 from esper.contracts.blueprint import Blueprint, Site
 from esper.contracts.decision import AdaptationDecision, AdaptationType, CurveState
-from esper.contracts.errors import InvalidBlueprintError
 from esper.contracts.kernel import CompileSpec, KernelReady
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import BudgetStatus, CacheTierStatus, LayerStatus, RunPhase, SystemStatePacket
@@ -28,7 +25,7 @@ from esper.core.link import Arrival, KernelArrival
 from esper.core.morphable import MorphableModel
 from esper.execution.artifact import artifact_bytes, verify
 from esper.execution.keys import SigningKey
-from esper.services.tamiyo.candidates import allowed_mixing
+from esper.services.tamiyo.candidates import legal_cost
 from esper.services.tezzeret.worker import TezzeretWorker
 from esper.telemetry.subjects import Kind
 
@@ -160,13 +157,7 @@ def _free_seed(layer: LayerStatus) -> int | None:
 
 
 def _fits(blueprint: Blueprint, site: Site, budget: BudgetStatus) -> bool:
-    kinds = blueprint.metadata.site_kinds
-    if kinds and site.kind not in kinds:
-        return False
-    try:
-        layout = plan(blueprint.ir, site)
-    except InvalidBlueprintError:
-        return False
+    """Say whether a blueprint is legal, by the same rule as Tamiyo's, and within what the budget leaves."""
+    price = legal_cost(blueprint, site)
     bound = budget.max_added_parameters
-    affordable = bound is None or budget.added_parameters + plan_cost(layout).parameters <= bound
-    return affordable and layout.mixing <= allowed_mixing(site)
+    return price is not None and (bound is None or budget.added_parameters + price.parameters <= bound)

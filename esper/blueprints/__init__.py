@@ -17,13 +17,14 @@ from esper.blueprints.ir import canonical_bytes, content_id, ir_from_bytes, stru
 from esper.blueprints.plan import Plan, is_legal, plan, validate
 from esper.blueprints.registry import BlueprintRegistry, default_registry
 from esper.blueprints.text import parse_text, to_text
-from esper.blueprints.types import Mixing
+from esper.blueprints.types import Mixing, allowed_mixing
 
 __all__ = [
     "BlueprintRegistry",
     "CheckReport",
     "Mixing",
     "Plan",
+    "allowed_mixing",
     "canonical_bytes",
     "check_blueprint",
     "content_id",

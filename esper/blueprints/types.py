@@ -149,3 +149,13 @@ def resized_site(site: Site, extra: int) -> Site | None:
     if min(*shapes[0], *shapes[1]) < 1:
         return None
     return Site(kind=site.kind, input_shape=shapes[0], output_shape=shapes[1])
+
+
+def allowed_mixing(site: Site) -> Mixing:
+    """Give how far a seed may carry information between positions without seeing what the host keeps from it.
+
+    A layer that treats the positions of a sequence one by one may belong to a causal model, and a site does not say:
+    a seed there never looks ahead.
+    """
+    sequence = site.kind in _FEATURES_LAST and len(site.output_shape) > 1
+    return Mixing.CAUSAL if sequence else Mixing.FULL

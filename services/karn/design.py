@@ -24,9 +24,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.blueprints import Mixing, Plan, plan
+from esper.blueprints import Plan, plan
 from esper.blueprints.cost import plan_cost
-from esper.contracts.blueprint import BlueprintCost, BlueprintIR, Site, SiteKind
+from esper.contracts.blueprint import BlueprintCost, BlueprintIR, Site
 
 FAMILIES: Final = {
     "linear": ("linear", "low_rank"),
@@ -42,7 +42,6 @@ NUM_FIGURES: Final = 3 + len(FAMILIES) + 4
 """Length of a design's row of figures."""
 
 _KINDS: Final = ("conv", "attention", "linear")
-_FEATURES_LAST: Final = frozenset({SiteKind.LINEAR, SiteKind.ATTENTION, SiteKind.LAYER_NORM})
 
 
 @dataclass(frozen=True)
@@ -117,12 +116,6 @@ def novelty(one: NDArray[np.float64], others: Sequence[NDArray[np.float64]]) -> 
         return 1.0
     distances = np.linalg.norm(np.stack(others) - one, axis=1) / math.sqrt(NUM_FIGURES)
     return float(min(1.0, distances.min()))
-
-
-def allowed_mixing(site: Site) -> Mixing:
-    """Give how far a seed may carry information between positions without looking ahead in a causal model."""
-    sequence = site.kind in _FEATURES_LAST and len(site.output_shape) > 1
-    return Mixing.CAUSAL if sequence else Mixing.FULL
 
 
 def _own_parameters(layout: Plan) -> int:

@@ -23,7 +23,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.blueprints import BlueprintRegistry, check_blueprint, content_id, structure_id
+from esper.blueprints import BlueprintRegistry, allowed_mixing, check_blueprint, content_id, structure_id
 from esper.blueprints.operators import OPERATORS
 from esper.contracts import wire
 from esper.contracts.blueprint import (
@@ -37,7 +37,7 @@ from esper.contracts.blueprint import (
 )
 from esper.contracts.errors import InvalidBlueprintError, InvalidInputError, InvalidStateError
 from esper.services.karn.archive import Archive
-from esper.services.karn.design import DesignView, allowed_mixing, novelty, view
+from esper.services.karn.design import DesignView, novelty, view
 from esper.services.karn.grammar import Grammar, Variation
 from esper.services.karn.surrogate import Surrogate
 

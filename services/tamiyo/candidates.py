@@ -12,7 +12,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Final
 
-from esper.blueprints import Mixing, content_id, plan
+from esper.blueprints import allowed_mixing, content_id, plan
 from esper.blueprints.cost import plan_cost
 from esper.contracts.blueprint import Blueprint, BlueprintCost, BlueprintState, Site, SiteKind
 from esper.contracts.errors import (
@@ -30,7 +30,6 @@ from esper.v1 import blueprint_pb2, karn_service_pb2, urza_service_pb2
 log = logging.getLogger(__name__)
 
 _PAGE_SIZE: Final = 200
-_FEATURES_LAST: Final = frozenset({SiteKind.LINEAR, SiteKind.ATTENTION, SiteKind.LAYER_NORM})
 _MAX_BLUEPRINTS: Final = 2_000
 _MAX_COSTS: Final = 50_000
 
@@ -199,10 +198,10 @@ class CandidateSource:
         return found
 
     def _cost(self, blueprint: Blueprint, site: Site) -> BlueprintCost | None:
-        """Give the exact cost, or ``None`` where the blueprint is not legal or not what its id says."""
+        """Give the cost from `legal_cost`, worked out once."""
         key = (blueprint.id, site)
         if key not in self._costs:
-            self._costs[key] = _legal_cost(blueprint, site)
+            self._costs[key] = legal_cost(blueprint, site)
             while len(self._costs) > _MAX_COSTS:
                 self._costs.popitem(last=False)
         return self._costs[key]
@@ -247,7 +246,8 @@ def _rounded(count: int) -> int:
     return count >> shift << shift
 
 
-def _legal_cost(blueprint: Blueprint, site: Site) -> BlueprintCost | None:
+def legal_cost(blueprint: Blueprint, site: Site) -> BlueprintCost | None:
+    """Give the exact cost of a blueprint; ``None`` where it is not legal, looks ahead, or is not what its id says."""
     kinds = blueprint.metadata.site_kinds
     if kinds and site.kind not in kinds:
         return None
@@ -261,13 +261,3 @@ def _legal_cost(blueprint: Blueprint, site: Site) -> BlueprintCost | None:
         log.warning("blueprint_id_false", extra={"blueprint_id": blueprint.id, "blueprint_name": blueprint.name})
         return None
     return plan_cost(layout)
-
-
-def allowed_mixing(site: Site) -> Mixing:
-    """Give how far a seed may carry information between positions without seeing what the host keeps from it.
-
-    A layer that treats the positions of a sequence one by one may belong to a causal model, and a site does not say:
-    a seed there never looks ahead.
-    """
-    sequence = site.kind in _FEATURES_LAST and len(site.output_shape) > 1
-    return Mixing.CAUSAL if sequence else Mixing.FULL

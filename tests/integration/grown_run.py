@@ -1,7 +1,7 @@
-"""A run that grows, in a process of its own: ``python grown_run.py whole|resume DIRECTORY OPTIMIZER MESH``.
+"""A run that grows, in a process of its own: ``python -m tests.integration.grown_run ACTION DIRECTORY OPTIMIZER MESH``.
 
-``whole`` trains through and writes a checkpoint in mid-incubation, mid-graft, after a seed was kept and after one was
-culled, each in the middle of an epoch. ``resume`` takes every one of them up in a fresh model, over a mesh of its own.
+Action ``whole`` trains through and writes checkpoints in mid-incubation, mid-graft, after a seed was kept and after one
+was culled, each in the middle of an epoch. ``resume`` takes every one up in a fresh model, over a mesh of its own.
 Both print, as JSON, the loss of every step to the bit and digests of everything there is at the end of every epoch.
 """
 
@@ -18,40 +18,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import SGD, AdamW, Muon, Optimizer
+from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
 import esper
-from esper.blueprints.registry import default_registry
-from esper.contracts.decision import AdaptationDecision, AdaptationType, CurveState
+from esper.contracts.decision import AdaptationDecision
 from esper.core.flatten import flatten
 from esper.recovery import CheckpointConfig, CheckpointManager
+from tests.decisions import add_seed
+from tests.optimizer_pairs import MuonAndAdamW
 
 EPOCH_STEPS, LAST_STEP, BATCH = 20, 180, 64
 SAVED_AT = {"incubating": 33, "grafting": 53, "kept": 133, "culled": 153}
 GROWTH = esper.GrowthConfig(
     incubation_epochs=2, graft_epochs=2, incubation_learning_rate=1e-2, price_per_host_share=0.0, embargo_epochs=1
 )
-
-
-class Both(Optimizer):
-    """Muon for matrices, AdamW for the rest."""
-
-    def __init__(self, model: nn.Module) -> None:
-        found = list(model.parameters())
-        self.optimizers = [
-            Muon([value for value in found if value.ndim == 2], lr=2e-3),
-            AdamW([value for value in found if value.ndim != 2], lr=1e-2),
-        ]
-        super().__init__(found, {"lr": 1e-2})
-
-    def step(self, closure: Any = None) -> None:
-        for inner in self.optimizers:
-            inner.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for inner in self.optimizers:
-            inner.zero_grad(set_to_none)
 
 
 OPTIMIZERS: dict[str, Any] = {
@@ -61,7 +42,7 @@ OPTIMIZERS: dict[str, Any] = {
         fused=True,
     ),
     "sgd": lambda model: SGD(model.parameters(), lr=5e-2, momentum=0.9, nesterov=True, fused=True),
-    "both": Both,
+    "both": lambda model: MuonAndAdamW(model.parameters(), muon_lr=2e-3, adamw_lr=1e-2, defaults={"lr": 1e-2}),
 }
 
 
@@ -112,29 +93,18 @@ class Run:
 
     def decide(self, number: int, layer: str, template: str) -> None:
         """Germinate a seed in place, by a decision of the run's own."""
-        blueprint = default_registry().create_blueprint(template)
-        adaptation_id = f"a{number:032x}"
-        decision = AdaptationDecision(
-            adaptation_id=adaptation_id,
+        decision = add_seed(
+            self.model,
+            layer,
+            template,
+            adaptation_id=f"a{number:032x}",
             run_id=self.session.run_id,
-            state_sequence=1,
-            epoch=0,
-            adaptation_type=AdaptationType.ADD_SEED,
-            layer=layer,
-            seed_index=0,
-            blueprint_id=blueprint.id,
-            confidence=0.9,
-            urgency=0.9,
-            curve_state=CurveState.PLATEAU,
-            actionable=True,
             created_at=datetime(2026, 1, 1, tzinfo=UTC),
-            blueprint=blueprint,
-            site=self.model.kasmina_layers[layer].site,
         )
         failed = [check for check in self.session.orchestrator.decide(decision) if not check.passed]
         assert not failed, failed
         stream = torch.get_rng_state()
-        self.session.orchestrator.germinate_in_place(adaptation_id)
+        self.session.orchestrator.germinate_in_place(decision.adaptation_id)
         assert torch.equal(stream, torch.get_rng_state())
 
     def step(self) -> str:

@@ -6,9 +6,7 @@ import contextlib
 import copy
 import re
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,14 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import esper
-from esper.blueprints import default_registry
 from esper.client._async.tolaria import AdaptationInfo
-from esper.contracts.decision import AdaptationDecision, AdaptationType, CurveState
 from esper.contracts.errors import NotFoundError
 from esper.contracts.lifecycle import SeedLifecycleState as State
 from esper.contracts.run import AdaptationOutcome, Contribution, GateCheck
 from esper.core.wrap import LayerTelemetry
 from esper.execution.layers import forward as layer_forward
+from tests.decisions import add_seed
 
 SOUND = GateCheck(name="test", passed=True, detail="")
 GROWTH = esper.GrowthConfig(incubation_epochs=9, graft_epochs=9, embargo_epochs=9)
@@ -61,24 +58,7 @@ class Trial:
 
     def germinate(self, state: State, fault: Callable[..., Any]) -> None:
         """Bring a blueprint's kernel to a state, sound until then; from now on it does what ``fault`` does."""
-        blueprint = default_registry().create_blueprint("bottleneck_adapter")
-        decision = AdaptationDecision(
-            adaptation_id=f"a{uuid.uuid4().hex}",
-            run_id=self.session.run_id,
-            state_sequence=1,
-            epoch=0,
-            adaptation_type=AdaptationType.ADD_SEED,
-            layer="0",
-            seed_index=0,
-            blueprint_id=blueprint.id,
-            confidence=0.9,
-            urgency=0.9,
-            curve_state=CurveState.PLATEAU,
-            actionable=True,
-            created_at=datetime.now(UTC),
-            blueprint=blueprint,
-            site=self.layer.site,
-        )
+        decision = add_seed(self.model, "0", "bottleneck_adapter", run_id=self.session.run_id)
         orchestrator = self.session.orchestrator
         assert all(check.passed for check in orchestrator.decide(decision))
         orchestrator.germinate_in_place(decision.adaptation_id)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.integration.grown_run import main
 
-SCRIPT = Path(__file__).with_name("grown_run.py")
+ROOT = Path(__file__).parents[2]
 STATES = {
     "incubating": ("ACTIVE", "DORMANT"),
     "grafting": ("EVALUATING", "DORMANT"),
@@ -25,10 +25,9 @@ SAVED_AT = {"incubating": "33", "grafting": "53", "kept": "133", "culled": "153"
 
 def run(action: str, directory: Path, optimizer: str, mesh: str) -> Any:
     """Run one process to its end; give what it printed."""
-    command = [sys.executable, str(SCRIPT), action, str(directory), optimizer, mesh]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=500, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    command = [sys.executable, "-m", "tests.integration.grown_run", action, str(directory), optimizer, mesh]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -64,34 +64,10 @@ def single(value: Tensor) -> Tensor:
     return value
 
 
-class FixedBatch(_Function):
-    name: ClassVar = "fixed_batch"
-    function = staticmethod(fixed_batch)
-
-
-class FixedPositions(_Function):
-    name: ClassVar = "fixed_positions"
-    function = staticmethod(fixed_positions)
-
-
-class Sharp(_Function):
-    name: ClassVar = "sharp"
-    function = staticmethod(sharp)
-
-
-class Noisy(_Function):
-    name: ClassVar = "noisy"
-    function = staticmethod(noisy)
-
-
-class Cut(_Function):
-    name: ClassVar = "cut"
-    function = staticmethod(cut)
-
-
-class Single(_Function):
-    name: ClassVar = "single"
-    function = staticmethod(single)
+def _calling(function: Callable[[Tensor], Tensor]) -> Operator:
+    """Give the operator that calls a function and has its name."""
+    members = {"name": function.__name__, "function": staticmethod(function)}
+    return type(function.__name__, (_Function,), members)()
 
 
 class Undeclared(_Same):
@@ -120,12 +96,7 @@ class Unseeded(_Same):
 BROKEN: dict[str, Operator] = {
     one.name: one
     for one in (
-        FixedBatch(),
-        FixedPositions(),
-        Sharp(),
-        Noisy(),
-        Cut(),
-        Single(),
+        *map(_calling, (fixed_batch, fixed_positions, sharp, noisy, cut, single)),
         Undeclared(),
         Unseeded(),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -16,9 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import esper
 from esper.blueprints import canonical_bytes, content_id, to_module
 from esper.blueprints import cost as cost_of
-from esper.blueprints.registry import default_registry
-from esper.contracts.blueprint import Blueprint
-from esper.contracts.decision import AdaptationDecision, AdaptationType, CurveState
+from esper.contracts.decision import AdaptationDecision
 from esper.contracts.kernel import CompileTarget, DeviceKind, KernelReady, ValidationCheck
 from esper.contracts.run import CacheTierStatus
 from esper.core.link import Arrival, KernelArrival
@@ -26,6 +24,7 @@ from esper.core.morphable import MorphableModel
 from esper.execution.artifact import KernelContent, artifact_bytes, pack, verify
 from esper.execution.keys import SigningKey
 from esper.telemetry.subjects import Kind
+from tests.decisions import add_seed
 
 KEY = SigningKey.generate()
 
@@ -96,25 +95,7 @@ def decide() -> Callable[..., AdaptationDecision]:
     made = iter(range(1, 1000))
 
     def make(model: MorphableModel, layer: str = "0", template: str = "bottleneck_adapter", **changes: Any) -> Any:
-        blueprint: Blueprint = default_registry().create_blueprint(template)
-        fields: dict[str, Any] = {
-            "adaptation_id": f"a{next(made):032x}",
-            "run_id": "r",
-            "state_sequence": 1,
-            "epoch": 0,
-            "adaptation_type": AdaptationType.ADD_SEED,
-            "layer": layer,
-            "seed_index": 0,
-            "blueprint_id": blueprint.id,
-            "confidence": 0.9,
-            "urgency": 0.9,
-            "curve_state": CurveState.PLATEAU,
-            "actionable": True,
-            "created_at": datetime.now(UTC),
-            "blueprint": blueprint,
-            "site": model.kasmina_layers[layer].site if layer else None,
-        }
-        return AdaptationDecision(**(fields | changes))
+        return add_seed(model, layer, template, **({"adaptation_id": f"a{next(made):032x}"} | changes))
 
     return make
 

@@ -23,6 +23,7 @@ from esper.contracts.run import AdaptationOutcome, RunPhase
 from esper.core.capture import cloned
 from esper.recovery import CheckpointConfig, CheckpointManager
 from esper.telemetry.subjects import Kind
+from tests.nested_states import differences
 
 SLOW = esper.GrowthConfig(incubation_epochs=3, graft_epochs=3, max_looks=2, incubation_learning_rate=1e-2)
 CHANGE = {
@@ -73,23 +74,6 @@ class Rig:
         for item in state["orchestrator"]["adaptations"].values():
             item.pop("trace_id")
         return state
-
-
-def differences(left: Any, right: Any, path: str = "") -> list[str]:
-    """Give the places where two nested states differ, to the bit."""
-    if isinstance(left, torch.Tensor):
-        return [] if torch.equal(left, right) else [path]
-    if isinstance(left, dict):
-        if list(left) != list(right):
-            return [f"{path}: {list(left)} != {list(right)}"]
-        return [found for key in left for found in differences(left[key], right[key], f"{path}.{key}")]
-    if isinstance(left, list | tuple):
-        if len(left) != len(right):
-            return [path]
-        return [f for i, pair in enumerate(zip(left, right, strict=True)) for f in differences(*pair, f"{path}.{i}")]
-    if type(left).__module__ == "numpy":
-        return [] if (left == right).all() else [path]
-    return [] if left == right else [f"{path}: {left!r} != {right!r}"]
 
 
 @pytest.fixture

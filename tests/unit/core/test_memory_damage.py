@@ -17,6 +17,7 @@ from esper.contracts.errors import CorruptDataError, EsperError, NotFoundError
 from esper.contracts.lifecycle import SeedLifecycleState as State
 from esper.core.capture import cloned
 from esper.recovery import CheckpointManager
+from tests.nested_states import differences
 
 GROWTH = esper.GrowthConfig(incubation_epochs=2, graft_epochs=3, incubation_learning_rate=1e-2)
 
@@ -49,22 +50,6 @@ class Rig:
 
     def everything(self) -> dict[str, Any]:
         return cloned(self.session._memory.capture())  # type: ignore[no-any-return]
-
-
-def differences(left: Any, right: Any, path: str = "") -> list[str]:
-    """Give the places where two nested states differ, to the bit."""
-    if isinstance(left, torch.Tensor):
-        return [] if torch.equal(left, right) else [path]
-    if isinstance(left, dict):
-        if list(left) != list(right):
-            return [f"{path}: {list(left)} != {list(right)}"]
-        return [found for key in left for found in differences(left[key], right[key], f"{path}.{key}")]
-    if isinstance(left, list | tuple):
-        if len(left) != len(right):
-            return [path]
-        return [f for i, pair in enumerate(zip(left, right, strict=True)) for f in differences(*pair, f"{path}.{i}")]
-    same = left == right
-    return [] if (same.all() if hasattr(same, "all") else same) else [f"{path}: {left!r} != {right!r}"]
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from esper.core import optimizers
 from esper.core.capture import capture_optimizer, restore_optimizer
 from esper.core.flatten import flatten, unflatten
 from esper.core.morphable import MorphableModel
+from tests.optimizer_pairs import MuonAndAdamW
 
 Maker = Callable[[Iterable[nn.Parameter]], Optimizer]
 IMPLEMENTATIONS = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
@@ -51,24 +52,8 @@ MAKERS |= {"adafactor": partial(torch.optim.Adafactor, lr=0.01), "rprop": partia
 MAKERS |= {"asgd": partial(torch.optim.ASGD, lr=0.01)}
 
 
-class Both(Optimizer):
-    """Muon for matrices and AdamW for the rest, with groups of its own beside theirs."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        found = list(parameters)
-        self.optimizers = [
-            Muon([value for value in found if value.ndim == 2], lr=0.02),
-            AdamW([value for value in found if value.ndim != 2], lr=0.01),
-        ]
-        super().__init__(found, {})
-
-    def step(self, closure: Any = None) -> None:
-        for inner in self.optimizers:
-            inner.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for inner in self.optimizers:
-            inner.zero_grad(set_to_none)
+def pair(parameters: Iterable[nn.Parameter]) -> MuonAndAdamW:
+    return MuonAndAdamW(parameters, muon_lr=0.02, adamw_lr=0.01, defaults={})
 
 
 class Bare:
@@ -87,7 +72,7 @@ class Bare:
             inner.zero_grad()
 
 
-WRAPPERS: dict[str, Any] = {"muon-and-adamw": Both, "bare": Bare}
+WRAPPERS: dict[str, Any] = {"muon-and-adamw": pair, "bare": Bare}
 EVERY = MAKERS | WRAPPERS
 
 
@@ -320,7 +305,7 @@ def test_groups_that_say_so_are_muons_in_one_optimizer_of_both() -> None:
 
 def test_a_wrappers_own_groups_follow_its_parts() -> None:
     model = wrapped()
-    optimizer = Both(model.parameters())
+    optimizer = pair(model.parameters())
     guests = enter(optimizer, germinate(model))
     held = {id(value) for value in optimizer.param_groups[0]["params"]}
     assert held == {id(value) for value in model.parameters()}
@@ -438,12 +423,12 @@ def test_any_coming_and_going_leaves_the_hosts_state_alone(kind: str, program: l
 
 def test_a_state_goes_through_a_checkpoints_form_to_the_bit() -> None:
     model = wrapped()
-    optimizer = Both(model.parameters())
+    optimizer = pair(model.parameters())
     enter(optimizer, germinate(model))
     train(model, optimizer, 2)
     captured = capture_optimizer(optimizer, model)
     tree, tensors = flatten(captured)
     twin = copy.deepcopy(model)
-    afresh = Both(twin.parameters())
+    afresh = pair(twin.parameters())
     restore_optimizer(afresh, twin, unflatten(tree, tensors))
     assert_same(state_of(optimizer, model), state_of(afresh, twin))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -97,3 +97,11 @@ class Scale(nn.Module):
 @pytest.fixture
 def scale() -> type[Scale]:
     return Scale
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Dynamo with nothing compiled yet, and nothing left over."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.dispatcher_programs import SimulatedPlatform
 from esper.execution._native import Simulation, StreamDispatcher
 from esper.execution.dispatch import SeedDispatcher, run_side_by_side
 
 
-class SimulatedPlatform:
-    """Streams of the simulated machine; buffers are numbers."""
-
-    def __init__(self, machine: Simulation, *, records: bool = True) -> None:
-        self.machine = machine
-        self.records = records
-        self.current = 0
-
-    def ambient(self) -> int:
-        return self.current
-
-    @contextmanager
-    def on(self, stream: int) -> Iterator[None]:
-        before, self.current = self.current, stream
-        try:
-            yield
-        finally:
-            self.current = before
+class SilentPlatform(SimulatedPlatform):
+    """Tells the allocator nothing."""
 
     def record(self, value: int, stream: int) -> None:
-        if self.records:
-            self.machine.record_stream(value, stream)
+        """Leave the allocator in the dark."""
 
 
 def layer(num_streams: int, num_seeds: int, *, records: bool = True, dropped: int | None = None) -> Simulation:
@@ -44,7 +27,7 @@ def layer(num_streams: int, num_seeds: int, *, records: bool = True, dropped: in
     machine = native.simulation
     if dropped is not None:
         machine.drop("wait", dropped)
-    platform = SimulatedPlatform(machine, records=records)
+    platform = SimulatedPlatform(machine) if records else SilentPlatform(machine)
     dispatcher = SeedDispatcher(native, platform)
     for _ in range(2):
         x, h = machine.alloc(0), machine.alloc(0)

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from esper.contracts.lifecycle import SeedLifecycleState as State
 from esper.execution.circuit_breaker import FAILURE_LIMIT
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of dynamo's own
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # of dynamo's own
+]
 
 
 class Fault(nn.Module):
@@ -45,11 +48,6 @@ def plant(pair: Any, fault: Callable[..., Tensor]) -> tuple[Any, Fault]:
     layer.transition(0, State.EVALUATING)
     layer.set_alpha(0, 0.5)
     return layer, kernel
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from esper.blueprints import Mixing, default_registry
+from esper.blueprints import Mixing, allowed_mixing, default_registry
 from esper.contracts.blueprint import SiteKind
 from esper.contracts.errors import InvalidInputError
 from esper.services.karn.archive import Archive
-from esper.services.karn.design import NUM_FIGURES, allowed_mixing, novelty, view
+from esper.services.karn.design import NUM_FIGURES, novelty, view
 from esper.services.karn.surrogate import Sample, Surrogate, SurrogateConfig
 
 

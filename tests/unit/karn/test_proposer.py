@@ -7,6 +7,7 @@ import pytest
 
 from esper.blueprints import (
     BlueprintRegistry,
+    allowed_mixing,
     check_blueprint,
     content_id,
     default_registry,
@@ -18,7 +19,7 @@ from esper.blueprints.cost import cost
 from esper.contracts.errors import InvalidInputError, InvalidStateError
 from esper.services.karn import proposer as proposer_module
 from esper.services.karn.archive import Archive
-from esper.services.karn.design import allowed_mixing, view
+from esper.services.karn.design import view
 from esper.services.karn.proposer import Constraints, Proposer, passes_contract
 from esper.services.karn.surrogate import Sample, Surrogate
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from esper.blueprints import Mixing, default_registry
+from esper.blueprints import Mixing, allowed_mixing, default_registry
 from esper.contracts.blueprint import BlueprintState, Site, SiteKind
 from esper.contracts.errors import InvalidInputError, InvalidStateError, UnavailableError
 from esper.contracts.run import BudgetStatus
 from esper.contracts.wire import to_wire
-from esper.services.tamiyo.candidates import CandidateConfig, CandidateSource, allowed_mixing
+from esper.services.tamiyo.candidates import CandidateConfig, CandidateSource
 from esper.v1 import karn_service_pb2, urza_service_pb2
 
 TEMPLATES = [
