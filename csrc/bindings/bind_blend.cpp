@@ -4,6 +4,7 @@
 
 #include "bindings.h"
 #include "esper/blend.h"
+#include "esper/errors.h"
 
 namespace esper::bindings {
 namespace {
@@ -13,6 +14,17 @@ using Addresses = std::vector<std::uintptr_t>;
 void blend_on_cpu(std::uintptr_t h, const Addresses& deltas, std::uintptr_t alpha,
                   std::uintptr_t out, std::size_t numel, const std::string& dtype) {
   blend({h, deltas, alpha, out, numel, dtype_of(dtype)});
+}
+
+bool blend_checked_on_cpu(std::uintptr_t h, const Addresses& deltas, const Addresses& alphas,
+                          std::uintptr_t out, std::size_t numel) {
+  if (deltas.size() != alphas.size()) {
+    throw InvalidInput("alpha_ptrs", "be one a delta, " + std::to_string(deltas.size()),
+                       std::to_string(alphas.size()));
+  }
+  std::vector<WeightedDelta> weighted(deltas.size());
+  for (std::size_t k = 0; k < deltas.size(); ++k) weighted[k] = {deltas[k], alphas[k]};
+  return blend_checked(h, weighted, out, numel);
 }
 
 void blend_on_device(std::uintptr_t h, const Addresses& deltas, std::uintptr_t alpha,
@@ -34,6 +46,14 @@ void bind_blend(py::module_& module) {
       "alpha is float32, one value a delta, at most 16. The GIL is released: the caller keeps the "
       "memory alive.\n\n"
       "Args:\n    dtype: 'float32', 'float16' or 'bfloat16', of h, the deltas and out.");
+  module.def(
+      "blend_checked", blend_checked_on_cpu, py::arg("h_ptr"), py::arg("delta_ptrs"),
+      py::arg("alpha_ptrs"), py::arg("out_ptr"), py::arg("numel"),
+      "Write h + sum_k alpha_k * delta_k to out, in CPU memory; true where every value is "
+      "finite.\n\n"
+      "float32 alone, to the bit what torch gives for h + delta * alpha in order. alpha_ptrs holds "
+      "one address a delta,\n"
+      "0 for an alpha of 1. The GIL is held; out overlaps nothing.");
   module.def("cuda_blend", blend_on_device, py::arg("h_ptr"), py::arg("delta_ptrs"),
              py::arg("alpha_ptr"), py::arg("out_ptr"), py::arg("numel"), py::arg("dtype"),
              py::arg("stream"), py::arg("device") = 0, py::call_guard<py::gil_scoped_release>(),

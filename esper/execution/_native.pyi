@@ -15,6 +15,9 @@ def probe(
     data_ptr: int, numel: int, dtype: str, max_samples: int = 4096
 ) -> tuple[int, float, float, float, float, float]: ...
 def blend(h_ptr: int, delta_ptrs: Sequence[int], alpha_ptr: int, out_ptr: int, numel: int, dtype: str) -> None: ...
+def blend_checked(
+    h_ptr: int, delta_ptrs: Sequence[int], alpha_ptrs: Sequence[int], out_ptr: int, numel: int
+) -> bool: ...
 def cuda_blend(
     h_ptr: int,
     delta_ptrs: Sequence[int],

@@ -95,13 +95,17 @@ class Seed(nn.Module):
         """Trainable parameters of the kernel."""
         return sum(parameter.numel() for parameter in self.kernel.parameters() if parameter.requires_grad)
 
+    @property
+    def weight(self) -> Tensor | None:
+        """The alpha of the seed's mode; ``None`` where the delta enters as it is."""
+        if self.mode is BlendMode.WHOLE:
+            return None
+        return self._buffers["trial_alpha" if self.mode is BlendMode.TRIAL else "alpha"]
+
     def scaled(self, delta: Tensor, like: Tensor) -> Tensor:
         """Give the delta times the alpha of the seed's mode, in the dtype of ``like``."""
-        scaled = delta
-        if self.mode is not BlendMode.WHOLE:
-            alpha = self._buffers["trial_alpha" if self.mode is BlendMode.TRIAL else "alpha"]
-            assert alpha is not None
-            scaled = delta * alpha
+        weight = self.weight
+        scaled = delta if weight is None else delta * weight
         return scaled if scaled.dtype is like.dtype else scaled.to(like.dtype)
 
     def get_extra_state(self) -> Tensor:

@@ -38,6 +38,20 @@ struct BlendOperands {
 // Thread-safe: the caller keeps the memory alive, and unwritten by others.
 void blend(const BlendOperands& operands);
 
+// One delta of `blend_checked`, by addresses of float32 values; a null alpha stands for 1.
+struct WeightedDelta {
+  std::uintptr_t delta;
+  std::uintptr_t alpha;
+};
+
+// The same sum of float32 values in CPU memory, with two differences that make it torch's own
+// `h + delta * alpha` to the bit: each alpha lies where its owner keeps it, and one that is 0 is no
+// reason to leave its delta out. Says whether every value written is finite, in the same pass over
+// memory. Throws InvalidInput for a null address (but alpha's) with numel > 0. Thread-safe as
+// `blend`; `out` overlaps nothing.
+[[nodiscard]] bool blend_checked(std::uintptr_t h, std::span<const WeightedDelta> deltas,
+                                 std::uintptr_t out, std::size_t numel);
+
 // In the memory of `device`, alpha included: enqueued on the stream, waits for nothing, may be
 // captured (a replay reads alpha anew). The memory must stay allocated in stream order. Throws as
 // `blend` does, InvalidInput for an unknown device, DeviceError without CUDA or where the device

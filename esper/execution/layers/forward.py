@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +21,7 @@ from esper.execution.health import can_probe, is_real_tensor, probe_tensor
 from esper.execution.layers.recompute import is_recomputing
 from esper.execution.layers.record import LayerRecord, PendingSignal
 from esper.execution.seed import Seed
+from esper.execution.shares import Share, checked_sum
 
 if TYPE_CHECKING:
     from esper.execution.layers.base import KasminaLayer
@@ -87,7 +88,7 @@ def _sum_on_cpu(layer: KasminaLayer, x: Tensor, h: Tensor, *, sampled: bool, rec
     one, so that none is kept for longer than it takes to add it.
     """
     total, is_small = h, h.numel() <= _SMALL_NUMEL
-    found: list[tuple[Seed, Tensor]] = []
+    small: list[Share] = []
     for seed in layer._kasmina.terms:
         if seed.is_silent:
             continue
@@ -95,38 +96,42 @@ def _sum_on_cpu(layer: KasminaLayer, x: Tensor, h: Tensor, *, sampled: bool, rec
         delta = _delta(layer, seed, x, h, recomputing=recomputing)
         if delta is None:
             continue
-        contribution = seed.scaled(delta, h)
         if sampled:
             _measure_seed(layer, seed, delta, (time.perf_counter_ns() - start_ns) / 1e6)
         if is_small:
-            found.append((seed, contribution))
-        elif not _passes(layer, seed, contribution, recomputing=recomputing):
+            small.append((seed, delta))
             continue
-        total = total + contribution
-    if not found:
+        contribution = seed.scaled(delta, h)
+        if _passes(layer, seed, contribution, recomputing=recomputing):
+            total = total + contribution
+    return _sum_of_small(layer, h, small, recomputing=recomputing) if small else total
+
+
+def _sum_of_small(layer: KasminaLayer, h: Tensor, shares: Sequence[Share], *, recomputing: bool) -> Tensor:
+    total = checked_sum(h, shares)
+    if total is not None:
+        if not recomputing:
+            _note_passes(layer, [seed for seed, _ in shares])
         return total
-    if is_finite(total):
-        for seed, _ in found:
-            _note_pass(layer, seed, recomputing=recomputing)
-        return total
-    return sum((value for seed, value in found if _passes(layer, seed, value, recomputing=recomputing)), start=h)
+    each = [(seed, seed.scaled(delta, h)) for seed, delta in shares]
+    return sum((value for seed, value in each if _passes(layer, seed, value, recomputing=recomputing)), start=h)
 
 
 def _passes(layer: KasminaLayer, seed: Seed, contribution: Tensor, *, recomputing: bool) -> bool:
     """Note whether the contribution is finite: a good pass of the seed, or a failure."""
-    if is_finite(contribution):
-        _note_pass(layer, seed, recomputing=recomputing)
-        return True
-    _note_failure(layer, seed, FailureKind.NON_FINITE, "delta holds NaN or infinity", recomputing=recomputing)
-    return False
+    if not is_finite(contribution):
+        _note_failure(layer, seed, FailureKind.NON_FINITE, "delta holds NaN or infinity", recomputing=recomputing)
+        return False
+    if not recomputing:
+        _note_passes(layer, (seed,))
+    return True
 
 
-def _note_pass(layer: KasminaLayer, seed: Seed, *, recomputing: bool) -> None:
-    if recomputing:
-        return
-    layout = layer._kasmina.state_layout
-    layout.states.layout.count_forward(layout.first + seed.index)
-    seed.breaker.note_success()
+def _note_passes(layer: KasminaLayer, seeds: Iterable[Seed]) -> None:
+    place = layer._kasmina.state_layout
+    for seed in seeds:
+        place.states.layout.count_forward(place.first + seed.index)
+        seed.breaker.note_success()
 
 
 def _note_failure(layer: KasminaLayer, seed: Seed, kind: FailureKind, detail: str, *, recomputing: bool) -> None:
@@ -136,7 +141,8 @@ def _note_failure(layer: KasminaLayer, seed: Seed, kind: FailureKind, detail: st
 
 def _delta(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor, *, recomputing: bool) -> Tensor | None:
     """Run one kernel under its circuit breaker; ``None`` where its contribution is dropped."""
-    if seed.breaker.is_open and not recomputing and layer._kasmina.waiting_since is None:
+    breaker = seed.breaker
+    if breaker.failures_in_row and breaker.is_open and not recomputing and layer._kasmina.waiting_since is None:
         layer.cut_off(seed)  # it failed in a backward pass, where nothing may be moved
         return None
     try:
