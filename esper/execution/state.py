@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from esper.contracts.errors import InvalidInputError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution._native import SeedRecord, StateLayout
+
+T = TypeVar("T", bound=np.generic)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +126,12 @@ def count_states(numbers: Iterable[int]) -> dict[SeedLifecycleState, int]:
 
 
 class LayerStateLayout:
-    """One layer's seeds in the model's layout: zero-copy, read-only columns, and the one way to change a state."""
+    """One layer's seeds in the model's layout: zero-copy, read-only columns, and the one way to change a state.
+
+    A column is a view made when it is asked for: eight of them kept for every layer would take up more than the rows.
+    """
+
+    __slots__ = ("_owner", "first", "layer", "num_seeds", "states")
 
     def __init__(self, states: SeedStates, layer: str, first: int, num_seeds: int) -> None:
         self.states = states
@@ -132,16 +139,51 @@ class LayerStateLayout:
         self.first = first
         self.num_seeds = num_seeds
         self._owner: TransitionOwner | None = None
-        layout, rows = states.layout, slice(first, first + num_seeds)
-        self.lifecycle_states: NDArray[np.uint8] = layout.lifecycle_states[rows]
-        self.alpha_blend: NDArray[np.float32] = layout.alpha[rows]
-        self.alpha_blend.flags.writeable = False
-        self.kernel_ids: NDArray[np.uint64] = layout.kernel_ids[rows]
-        self.blueprint_ids: NDArray[np.uint64] = layout.blueprint_ids[rows]
-        self.last_transition_steps: NDArray[np.uint64] = layout.last_transition_steps[rows]
-        self.forwards: NDArray[np.uint64] = layout.forwards[rows]
-        self.errors: NDArray[np.uint64] = layout.errors[rows]
-        self.fallbacks: NDArray[np.uint64] = layout.fallbacks[rows]
+
+    @property
+    def lifecycle_states(self) -> NDArray[np.uint8]:
+        """State of each seed, as a number."""
+        return self._rows_of(self.states.layout.lifecycle_states)
+
+    @property
+    def alpha_blend(self) -> NDArray[np.float32]:
+        """Share of each seed, 0 to 1."""
+        return self._rows_of(self.states.layout.alpha)
+
+    @property
+    def kernel_ids(self) -> NDArray[np.uint64]:
+        """Number that stands for each seed's kernel; 0 for none."""
+        return self._rows_of(self.states.layout.kernel_ids)
+
+    @property
+    def blueprint_ids(self) -> NDArray[np.uint64]:
+        """Number that stands for each seed's blueprint; 0 for none."""
+        return self._rows_of(self.states.layout.blueprint_ids)
+
+    @property
+    def last_transition_steps(self) -> NDArray[np.uint64]:
+        """Training step of each seed's last transition."""
+        return self._rows_of(self.states.layout.last_transition_steps)
+
+    @property
+    def forwards(self) -> NDArray[np.uint64]:
+        """Sound forward passes of each seed."""
+        return self._rows_of(self.states.layout.forwards)
+
+    @property
+    def errors(self) -> NDArray[np.uint64]:
+        """Failures of each seed."""
+        return self._rows_of(self.states.layout.errors)
+
+    @property
+    def fallbacks(self) -> NDArray[np.uint64]:
+        """Passes that went on without each seed."""
+        return self._rows_of(self.states.layout.fallbacks)
+
+    def _rows_of(self, column: NDArray[T]) -> NDArray[T]:
+        rows = column[self.first : self.first + self.num_seeds]
+        rows.flags.writeable = False
+        return rows
 
     def __len__(self) -> int:
         return self.num_seeds
@@ -210,4 +252,5 @@ class LayerStateLayout:
         return count_states(self.lifecycle_states)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LayerStateLayout, (self.states, self.layer, self.first, self.num_seeds), {"_owner": self._owner}
+        made_from = (self.states, self.layer, self.first, self.num_seeds)
+        return LayerStateLayout, made_from, (None, {"_owner": self._owner})

@@ -101,7 +101,7 @@ class LayerRecord:
         self.is_installed = False
         self.displaced: Callable[..., Any] | None = None
         self.num_samples = 0
-        self.health = RollingHealth()
+        self._health: RollingHealth | None = None
         self.pending: PendingSignal | None = None
         self.contributions: dict[int, Contribution] = {}
         self.num_kept = 0
@@ -109,6 +109,13 @@ class LayerRecord:
         self._passes_at_start = 0
         self.waiting_since: int | None = None
         self.was_recomputed = False
+
+    @property
+    def health(self) -> RollingHealth:
+        """Statistics over the sampled passes; made with the first one that is asked for or measured."""
+        if self._health is None:
+            self._health = RollingHealth()
+        return self._health
 
     @property
     def is_plain(self) -> bool:
