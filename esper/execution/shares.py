@@ -7,6 +7,7 @@ memory; else torch adds, and a reduction looks. Both give the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,13 +17,16 @@ from esper.execution.circuit_breaker import is_finite
 from esper.execution.health import is_real_tensor
 from esper.execution.seed import Seed
 
+_watching: Final = torch._C._len_torch_dispatch_stack
+"""How many dispatch modes (FLOP counters, tracers) watch torch's operators: they must see the sum."""
+
 Share = tuple[Seed, Tensor]
 """A seed and its delta."""
 
 
 def checked_sum(h: Tensor, shares: Sequence[Share]) -> Tensor | None:
     """Give the sum; ``None`` where it holds what is not finite."""
-    if h.dtype is torch.float32 and not h.requires_grad and is_real_tensor(h) and h.is_contiguous():
+    if h.dtype is torch.float32 and not h.requires_grad and _can_read(h) and not _watching():
         weights = [seed.weight for seed, _ in shares]
         if all(_fits(delta, weight) for (_, delta), weight in zip(shares, weights, strict=True)):
             return _native_sum(h, [delta for _, delta in shares], weights)
@@ -32,13 +36,16 @@ def checked_sum(h: Tensor, shares: Sequence[Share]) -> Tensor | None:
     return total if is_finite(total) else None
 
 
+def _can_read(value: Tensor) -> bool:
+    return is_real_tensor(value) and value.is_contiguous()
+
+
 def _fits(delta: Tensor, weight: Tensor | None) -> bool:
     """Whether the native sum may read a delta as it lies. REQUIRES: it has the shape and device of h."""
     return (
         delta.dtype is torch.float32
         and not delta.requires_grad
-        and is_real_tensor(delta)
-        and delta.is_contiguous()
+        and _can_read(delta)
         and (weight is None or weight.dtype is torch.float32)
     )
 

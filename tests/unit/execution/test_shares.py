@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from esper.execution import shares as shares_module
 from esper.execution.seed import BlendMode, Seed
@@ -103,3 +104,19 @@ def test_an_alpha_of_another_type_is_torchs(native_calls: list[Any]) -> None:
     assert found is not None
     assert torch.equal(found, in_torch(h, shares))
     assert not native_calls
+
+
+def test_who_watches_torchs_operators_sees_the_sum(native_calls: list[Any]) -> None:
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[Any] = []
+    h, shares = torch.randn(8), [(seed_with(0.5), torch.randn(8))]
+    with Watch():
+        found = checked_sum(h, shares)
+    assert torch.ops.aten.add.Tensor in seen
+    assert not native_calls
+    assert found is not None
+    assert torch.equal(found, in_torch(h, shares))
