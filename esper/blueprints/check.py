@@ -100,7 +100,10 @@ def check_blueprint(
     parameter_dtypes: Sequence[torch.dtype] = (),
     seed: int = 0,
 ) -> CheckReport:
-    """Run the contract test of a blueprint at a site, on the CPU; torch's random state is left alone.
+    """Run the contract test of a blueprint at a site, on the CPU.
+
+    It draws from generators of its own and never touches torch's: a training thread may be drawing from that meanwhile,
+    so it can't be put back. An operator that draws from it fails the row ``determinism``.
 
     ``dtypes`` are those it must compute in: float32 and float64 as they are, bfloat16 and float16 under autocast with
     float32 parameters. ``parameter_dtypes`` are those its own parameters must be able to have, without autocast.
@@ -114,15 +117,14 @@ def check_blueprint(
     modes = [*(_mode(dtype) for dtype in dtypes), *(_mode(dtype, parameters=True) for dtype in parameter_dtypes)]
     layout = plan(ir, site)
     rows: list[ValidationCheck] = []
-    with torch.random.fork_rng(devices=()):
-        probe = _Probe(layout, seed)
-        for name, stage in probe.stages():
-            try:
-                rows += stage()
-            except Exception as error:  # noqa: BLE001 - whatever a graph raises, the row says what
-                raise_if_out_of_memory(error)
-                rows.append(_row(name, None, None, False, _raised(error) + _at(probe.failing())))
-        rows += [probe.finite(mode) for mode in modes]
+    probe = _Probe(layout, seed)
+    for name, stage in probe.stages():
+        try:
+            rows += stage()
+        except Exception as error:  # noqa: BLE001 - whatever a graph raises, the row says what
+            raise_if_out_of_memory(error)
+            rows.append(_row(name, None, None, False, _raised(error) + _at(probe.failing())))
+    rows += [probe.finite(mode) for mode in modes]
     return CheckReport(checks=tuple(rows))
 
 
