@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import gc
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# A shell's background job ignores Ctrl-C from birth, and so would every test of it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A loaded machine is no defect: neither a slow example nor a slow draw fails a test.
 settings.register_profile("esper", deadline=None, suppress_health_check=[HealthCheck.too_slow])
