@@ -30,6 +30,7 @@ $(VENV)/.native: pyproject.toml $(NATIVE_SOURCES) | $(VENV)/.build-tools
 	$(PIP_INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@
 
+# What an installation is made of; when one of them changes, it is made anew.
 INSTALLED = pyproject.toml constraints.txt $(NATIVE_SOURCES)
 define install_extra
 	@$(MAKE) --no-print-directory -j 2 $(VENV)/.torch $(VENV)/.native

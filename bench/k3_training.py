@@ -62,7 +62,7 @@ def training_figures(*, num_runs: int, epochs: int) -> list[Figure]:
         raise InvalidStateError(f"{num_runs} runs of {epochs} epochs must ask for a kernel, none did")
     return [
         Figure(
-            name=f"hits on the requests of {num_runs} training runs", value=tier.hits / asked, unit="share", goal=GOAL
+            name=f"hits on the requests of training runs ({num_runs})", value=tier.hits / asked, unit="share", goal=GOAL
         ),
         Figure(name="the same, Belady's optimum", value=optimal_hits(trace, CAPACITY) / asked, unit="share"),
         Figure(name="the same, requests", value=float(asked), unit="count"),

@@ -141,8 +141,7 @@ def _note_failure(layer: KasminaLayer, seed: Seed, kind: FailureKind, detail: st
 
 def _delta(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor, *, recomputing: bool) -> Tensor | None:
     """Run one kernel under its circuit breaker; ``None`` where its contribution is dropped."""
-    breaker = seed.breaker
-    if breaker.failures_in_row and breaker.is_open and not recomputing and layer._kasmina.waiting_since is None:
+    if seed.breaker.is_open and not recomputing and layer._kasmina.waiting_since is None:
         layer.cut_off(seed)  # it failed in a backward pass, where nothing may be moved
         return None
     try:

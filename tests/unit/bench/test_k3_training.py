@@ -15,7 +15,7 @@ def test_runs_ask_for_kernels_and_are_counted() -> None:
     assert requests is not None
     assert kernels is not None
     assert 1 <= kernels <= requests
-    share, best = figures["hits on the requests of 1 training runs"], figures["the same, Belady's optimum"]
+    share, best = figures["hits on the requests of training runs (1)"], figures["the same, Belady's optimum"]
     assert share is not None
     assert best is not None
     assert 0.0 <= share <= best <= 1.0

@@ -15,7 +15,7 @@ from esper.blueprints.operator_base import Call, Emitter, Operator, Work
 from esper.blueprints.operators import OPERATORS
 from esper.blueprints.types import TensorType
 from esper.contracts.blueprint import BlueprintIR, Site, SiteKind
-from esper.contracts.errors import InvalidBlueprintError, InvalidInputError
+from esper.contracts.errors import CapacityExceededError, InvalidBlueprintError, InvalidInputError
 
 
 class _Same(Operator):
@@ -52,6 +52,11 @@ def sharp(value: Tensor) -> Tensor:
 
 def noisy(value: Tensor) -> Tensor:
     return value * torch.rand_like(value)
+
+
+def endless(value: Tensor) -> Tensor:
+    """More memory than there is."""
+    return value + torch.empty(2**60)
 
 
 def cut(value: Tensor) -> Tensor:
@@ -96,7 +101,7 @@ class Unseeded(_Same):
 BROKEN: dict[str, Operator] = {
     one.name: one
     for one in (
-        *map(_calling, (fixed_batch, fixed_positions, sharp, noisy, cut, single)),
+        *map(_calling, (fixed_batch, fixed_positions, sharp, noisy, cut, single, endless)),
         Undeclared(),
         Unseeded(),
     )
@@ -187,6 +192,10 @@ class TestBrokenOperators:
     def test_weights_that_the_seed_does_not_set(self) -> None:
         found = failures(graph("u = unseeded(h); c = linear(u, init=zero); return c"), LINEAR)
         assert found == {"determinism": "two builds differ"}
+
+    def test_memory_that_runs_out_is_no_fault_of_the_graph(self) -> None:
+        with pytest.raises(CapacityExceededError, match="memory must suffice, it ran out"):
+            check_blueprint(graph("a = linear(x); e = endless(a); c = linear(e, init=zero); return c"), LINEAR)
 
     def test_a_type_that_an_operator_refuses(self) -> None:
         found = failures(graph("s = single(h); c = linear(s, init=zero); return c"), LINEAR)

@@ -300,3 +300,18 @@ def test_aot_inductor_compiles_where_it_may_take_its_time(spec: CompileSpec) -> 
     x, h = torch.randn(4, 8), torch.randn(4, 6)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x, h), eager(x, h))
+
+
+def _out_of_memory(*_: object) -> None:
+    raise MemoryError
+
+
+def test_memory_that_runs_out_is_no_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_compile", _out_of_memory)
+    with pytest.raises(CapacityExceededError, match="memory must suffice, it ran out: MemoryError"):
+        compiler.compile_module(torch.nn.Identity(), DEFAULT_SITES[0], (CompileTarget.TORCHSCRIPT,), CompilerConfig())
+
+
+def test_memory_that_runs_out_is_no_verdict_on_a_kernel() -> None:
+    with pytest.raises(CapacityExceededError, match="memory must suffice, it ran out: MemoryError"):
+        kernel_validator._guarded(_out_of_memory)  # type: ignore[arg-type]
