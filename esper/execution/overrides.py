@@ -84,7 +84,8 @@ def seeds_at(model: GrowingModel, alphas: Mapping[SeedRef, float]) -> Iterator[N
                 seed.is_silent = alphas[ref] == 0.0
             for name, layer in layers.items():
                 kept = [seed for seed in layer._kasmina.terms if SeedRef(name, seed.index) not in alphas]
-                added = [seed for ref, seed in chosen.items() if ref.layer == name and alphas[ref] != 0.0]
+                # Silent ones as well: with and without a seed are then one compiled graph.
+                added = [seed for ref, seed in chosen.items() if ref.layer == name]
                 layer.set_terms(tuple(sorted((*kept, *added), key=lambda seed: seed.index)))
             yield
     finally:

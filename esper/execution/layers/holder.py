@@ -18,6 +18,7 @@ from esper.execution.circuit_breaker import FailureKind
 from esper.execution.device_guard import read_failures
 from esper.execution.executor import Placement, build_kernel
 from esper.execution.grown import GrownSeed
+from esper.execution.layers.graphs import structure_changed
 from esper.execution.layers.recompute import is_recomputing, may_be_recomputed
 from esper.execution.layers.record import LayerRecord
 from esper.execution.seed import BlendMode, Seed, extra_states, number_of
@@ -165,6 +166,10 @@ class SeedHolder(nn.Module):
             seed.is_silent = alpha == 0.0
             if state in _BLENDED:
                 terms.append(seed)
+        standing = tuple((seed, seed.mode) for seed in terms)
+        if standing != self._kasmina.standing:
+            self._kasmina.standing = standing
+            structure_changed()
         self.set_terms(tuple(terms))
 
     def set_terms(self, terms: tuple[Seed, ...]) -> None:
@@ -193,8 +198,10 @@ class SeedHolder(nn.Module):
 
     def _free(self, seed_idx: int) -> None:
         bank = self._modules.get("seeds")
-        if bank is not None and bank._modules.pop(str(seed_idx), None) is not None and not bank._modules:
-            del self._modules["seeds"]
+        if bank is not None and bank._modules.pop(str(seed_idx), None) is not None:
+            structure_changed()  # it had graphs of its trials
+            if not bank._modules:
+                del self._modules["seeds"]
         self.state_layout.set_alpha(seed_idx, 0.0)
         self.state_layout.set_kernel(seed_idx, 0, 0)
         self._kasmina.contributions.pop(seed_idx, None)

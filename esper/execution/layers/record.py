@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable
 
     from esper.execution.artifact import VerifiedKernel
-    from esper.execution.seed import Seed
+    from esper.execution.seed import BlendMode, Seed
 
 DEFAULT_TELEMETRY_INTERVAL_STEPS: Final = 128
 """A layer measures its first forward pass and then one in every 128th pass of the model."""
@@ -97,6 +97,7 @@ class LayerRecord:
         self.is_paused = False
         self.is_armed = True
         self.terms: tuple[Seed, ...] = ()
+        self.standing: tuple[tuple[Seed, BlendMode], ...] = ()
         self.guards: tuple[NestedPathGuard, ...] = ()
         self.is_installed = False
         self.displaced: Callable[..., Any] | None = None

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.config as dynamo_config
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from esper.blueprints import default_registry
 from esper.contracts.lifecycle import SeedLifecycleState as State
-from esper.core.wrap import LayerTelemetry
+from esper.core.wrap import LayerTelemetry, wrap
 from esper.execution.incubation import trial_backward
-from esper.execution.overrides import SeedRef
+from esper.execution.overrides import SeedRef, seeds_at
 
 # Dynamo itself makes an instance of every autograd function that it traces.
 pytestmark = [
@@ -168,3 +171,73 @@ def test_a_copy_of_a_compiled_grown_model_is_its_equal(warm: Any) -> None:
     layer.set_alpha(0, 0.5)
     twin = copy.deepcopy(warm.model)
     assert torch.equal(twin(warm.x), warm.model(warm.x))
+
+
+def grow_and_check(model: Any, compiled: Any, x: Tensor, *, times: int) -> None:
+    """Plant seeds one after another; after each the compiled model gives what the eager one gives, or fails."""
+    layers = list(model.kasmina_layers.values())
+    for number in range(times):
+        layer, index = layers[number % len(layers)], number // len(layers)
+        layer.germinate(index, default_registry().create_blueprint("bottleneck_adapter").ir, random_seed=number)
+        layer.transition(index, State.EVALUATING)
+        layer.set_alpha(index, 0.5)
+        with torch.no_grad():
+            for parameter in layer.seed_parameters(index):
+                parameter.add_(0.1)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def rows() -> Any:
+    model = wrap(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)))
+    x = torch.randn(4, 8)
+    model(x)
+    return model, x
+
+
+def test_growing_often_compiles_once_for_each_growth_and_keeps_few_old_graphs(counter: Any) -> None:
+    model, x = rows()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    compiled(x)
+    grow_and_check(model, compiled, x, times=10)
+    assert counter.frame_count == 11
+    assert len(_debug_get_cache_entry_list(type(model).__call__.__code__)) <= dynamo_config.recompile_limit // 2 + 1
+
+
+def test_a_culled_seed_brings_the_graph_before_it_back(counter: Any) -> None:
+    model, x = rows()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    compiled(x)
+    layer = model.kasmina_layer("2")
+    for number in range(2):
+        layer.germinate(0, default_registry().create_blueprint("bottleneck_adapter").ir, random_seed=number)
+        layer.transition(0, State.EVALUATING)
+        layer.set_alpha(0, 0.5)
+        compiled(x)
+        layer.clear_seed(0)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert counter.frame_count == 1 + 2
+
+
+def test_growing_often_inside_a_compiled_step_function(counter: Any) -> None:
+    model, x = rows()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(x: Tensor) -> Tensor:
+        return model(x) * 1.0
+
+    grow_and_check(model, step, x, times=9)
+    assert counter.frame_count == 9
+
+
+def test_configurations_of_the_same_seeds_share_a_graph(counter: Any) -> None:
+    model, x = rows()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    grow_and_check(model, compiled, x, times=3)
+    refs = [SeedRef(name, seed.index) for name, layer in model.kasmina_layers.items() for seed in layer.live_seeds()]
+    before = counter.frame_count
+    for number in range(2 ** len(refs)):
+        with seeds_at(model, {ref: float(number >> place & 1) for place, ref in enumerate(refs)}):
+            torch.testing.assert_close(compiled(x), model(x))
+    assert counter.frame_count == before + 1
+    torch.testing.assert_close(compiled(x), model(x))
+    assert counter.frame_count == before + 1

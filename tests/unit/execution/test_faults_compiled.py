@@ -66,7 +66,6 @@ def test_a_delta_that_is_not_finite_is_dropped_in_the_graph(warm: Any, value: fl
         assert warm.same_gradients()
     assert warm.model.settle_failures() == FAILURE_LIMIT
     assert layer.state_layout.state(0) is State.ERROR
-    assert torch.equal(compiled(warm.x), warm.twin(warm.x))
 
 
 def test_a_kernel_that_writes_to_h_writes_to_a_copy_in_the_graph_too(warm: Any) -> None:
@@ -88,3 +87,24 @@ def test_a_kernel_that_raises_falls_back_to_the_eager_breaker(warm: Any) -> None
     for _ in range(FAILURE_LIMIT):
         assert torch.equal(compiled(warm.x), warm.twin(warm.x))
     assert layer.state_layout.state(0) is State.ERROR
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo looks at it after a graph break
+@pytest.mark.parametrize("recompile_limit", [2, 8])
+def test_a_seed_cut_off_while_a_compiled_frame_runs_may_drop_that_frame(warm: Any, recompile_limit: int) -> None:
+    def breaking(delta: Tensor, h: Tensor, strength: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return delta * torch.nan
+
+    layer, kernel = plant(warm, non_finite(1.0))
+    with torch._dynamo.config.patch(recompile_limit=recompile_limit):
+        compiled = torch.compile(warm.model, backend="aot_eager")
+        compiled(warm.x)
+        kernel.fault = breaking
+        for _ in range(FAILURE_LIMIT + 2):
+            out = compiled(warm.x)
+            assert torch.equal(out, warm.twin(warm.x))
+            out.sum().backward()
+            warm.model.settle_failures()
+    assert layer.state_layout.state(0) is State.ERROR
+    assert torch.equal(compiled(warm.x), warm.twin(warm.x))
