@@ -41,6 +41,7 @@ from esper.core.orchestrator import SeedOrchestrator
 from esper.core.packets import EpochMeter, PacketBuilder
 from esper.core.report import EpochRecord, RunReport
 from esper.core.settings import SessionConfig
+from esper.execution.layers.ranks import world_size
 from esper.telemetry.subjects import Kind
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Session:
 
     Raises:
         InvalidInputError: The model is not wrapped, a setting breaks its rule, or the control loader cannot serve.
+        InvalidStateError: Several ranks train together.
         UnavailableError: The mesh was asked for and cannot be reached.
     """
 
@@ -79,6 +81,11 @@ class Session:
     ) -> None:
         if not isinstance(model, MorphableModel):
             raise InvalidInputError.of("model", "be wrapped: esper.wrap(model)", type(model).__name__)
+        if (ranks := world_size()) > 1:
+            raise InvalidStateError(
+                f"a session must be the only rank of its training, got a process group of {ranks}: ranks do not share "
+                "decisions yet, and each would grow a different model"
+            )
         self.config = config or SessionConfig()
         self.run_id = self.config.resolve_run_id()
         require_supported(optimizer)

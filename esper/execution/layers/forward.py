@@ -19,6 +19,7 @@ from esper.execution.device_probe import PendingFigures, Stopwatch
 from esper.execution.dispatch import run_side_by_side
 from esper.execution.health import can_probe, is_real_tensor, probe_tensor
 from esper.execution.layers.graphs import note_frame
+from esper.execution.layers.ranks import require_synchronised
 from esper.execution.layers.recompute import is_recomputing
 from esper.execution.layers.record import LayerRecord, PendingSignal
 from esper.execution.seed import Seed
@@ -69,10 +70,12 @@ def _blend(
     sampled: bool = False,
     recomputing: bool = False,
 ) -> Any:
+    if not is_compiling():
+        require_synchronised(layer, layer._kasmina.terms)
     h = layer.seed_output(out)
     x_site, h_site = layer.to_site(layer.seed_input(args, kwargs)), layer.to_site(h)
     if is_compiling():
-        note_frame()
+        note_frame(layer)
         total = h_site
         for seed in layer._kasmina.terms:
             total = total + guarded(seed, seed.kernel(*private_inputs(seed, x_site, h_site)), h_site)

@@ -13,6 +13,7 @@ from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.artifact import VerifiedKernel
 from esper.execution.executor import KernelExecutor, Placement, build_kernel, check_shapes, first_run
 from esper.execution.layers.holder import SeedHolder, log
+from esper.execution.layers.ranks import require_whole
 from esper.execution.layers.record import KernelSource
 from esper.execution.random_streams import frozen_streams
 from esper.execution.seed import Seed
@@ -60,7 +61,7 @@ class Germination(SeedHolder):
         On failure the seed passes through ERROR to CULLED.
 
         Raises:
-            InvalidStateError: The site is unknown, or the seed is in another state.
+            InvalidStateError: The site is unknown, the seed is in another state, or the layer is sharded.
             InvalidBlueprintError: The graph is not legal at the site.
             ShapeMismatchError: Weights or delta do not fit the layer.
             KernelExecutionError: The kernel raised, or its delta was not finite.
@@ -119,6 +120,7 @@ class Germination(SeedHolder):
 
     def _germinate(self, seed_idx: int, prepare: Callable[[Site, Placement], Seed]) -> Seed:
         site, states = self._required_site(), SeedLifecycleState
+        require_whole(self)
         if self.state_layout.state(seed_idx) is not states.LOADING:
             self.transition(seed_idx, states.LOADING)
         try:

@@ -10,7 +10,7 @@ frame that other models run through as well compiles once more for them.
 from __future__ import annotations
 
 from types import CodeType
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch._dynamo.config as dynamo_config
@@ -18,16 +18,28 @@ from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.comptime import ComptimeContext, comptime
 from torch._dynamo.eval_frame import remove_from_cache
 
+from esper.execution.layers.ranks import require_synchronised
+
+if TYPE_CHECKING:
+    from esper.execution.layers.base import KasminaLayer
+
 _frames: Final[set[CodeType]] = set()
 
 
-def note_frame() -> None:
-    """Note the frame that is being compiled; does nothing, and costs nothing, when the graph runs."""
+def note_frame(layer: KasminaLayer) -> None:  # noqa: ARG001 - read where the frame is traced
+    """Note the frame that is being compiled, and check its seeds; costs nothing when the graph runs.
+
+    Raises:
+        InvalidStateError: As ``require_synchronised``.
+    """
     comptime(_note)
 
 
 def _note(context: ComptimeContext) -> None:
     _frames.add(context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.root_tx.f_code)
+    traced: Any = context.get_local("layer")._i_will_not_complain_if_bc_breaks_VariableTracker().realize()
+    layer: KasminaLayer = traced.value
+    require_synchronised(layer, layer._kasmina.terms)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # asked for inside traced frames, too

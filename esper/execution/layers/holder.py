@@ -19,6 +19,7 @@ from esper.execution.device_guard import read_failures
 from esper.execution.executor import Placement, build_kernel
 from esper.execution.grown import GrownSeed
 from esper.execution.layers.graphs import structure_changed
+from esper.execution.layers.ranks import require_whole
 from esper.execution.layers.recompute import is_recomputing, may_be_recomputed
 from esper.execution.layers.record import LayerRecord
 from esper.execution.seed import BlendMode, Seed, extra_states, number_of
@@ -299,11 +300,12 @@ class SeedHolder(nn.Module):
         """Put a saved seed back at a DORMANT seed, in the state and with the share it had; its weights come after.
 
         Raises:
-            InvalidStateError: The seed is not DORMANT.
+            InvalidStateError: The seed is not DORMANT, or the layer is sharded.
             CorruptDataError: The graph does not parse.
             InvalidBlueprintError: The graph is not legal at the saved site.
         """
         index = grown.seed_index
+        require_whole(self)
         if self.state_layout.state(index) is not SeedLifecycleState.DORMANT:
             name = self.state_layout.state(index).name
             raise InvalidStateError(

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch._dynamo.exc import InternalTorchDynamoError
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from esper.contracts.errors import UnwrappableModelError
+from esper.blueprints import default_registry
+from esper.contracts.errors import InvalidStateError, UnwrappableModelError
 from esper.contracts.lifecycle import SeedLifecycleState as State
+from esper.core.session import Session
 from esper.core.wrap import wrap
+from tests.processes import in_processes
 
 
 class Lift(nn.Module):
@@ -57,29 +62,82 @@ def test_the_wrapping_comes_first(group: None) -> None:
         wrap(DistributedDataParallel(host()))
 
 
-def _rank(rank: int, size: int, directory: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{directory}/group", rank=rank, world_size=size)
-    torch.set_num_threads(1)
+def spread_host() -> tuple[Any, Tensor]:
+    """Give a wrapped host that has seen a batch, and the batch."""
     model = wrap(host(), telemetry=False)
     batch = torch.randn(8, 6, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         model(batch)
-    model[3].attach_module(0, Lift())
-    model[3].transition(0, State.EVALUATING)
-    model[3].set_alpha(0, 0.5)
-    parallel = DistributedDataParallel(model)
-    share = batch.chunk(size)[rank]
+    return model, batch
+
+
+def grow(model: Any, seed_index: int = 0) -> Tensor:
+    """Blend a seed in; gives its one parameter."""
+    model[3].attach_module(seed_index, Lift())
+    model[3].transition(seed_index, State.EVALUATING)
+    model[3].set_alpha(seed_index, 0.5)
+    return model[3].seed_parameters(seed_index)[0]
+
+
+def backward(parallel: nn.Module, batch: Tensor, rank: int) -> None:
+    share = batch.chunk(2)[rank]
     parallel(share).square().sum().div(len(share)).backward()
-    gradient = model[3].seed_parameters(0)[0].grad
-    assert gradient is not None
-    gathered = [torch.zeros_like(gradient) for _ in range(size)]
-    dist.all_gather(gathered, gradient)
-    assert torch.equal(gathered[0], gathered[1])
-    assert gradient.abs() > 0
-    dist.barrier()
-    dist.destroy_process_group()
+
+
+def is_equal_everywhere(value: Tensor | None) -> bool:
+    assert value is not None
+    gathered = [torch.zeros_like(value) for _ in range(2)]
+    dist.all_gather(gathered, value)
+    return torch.equal(*gathered) and bool(value.abs().sum() > 0)
+
+
+def _synchronises(rank: int) -> None:
+    model, batch = spread_host()
+    weight = grow(model)
+    backward(DistributedDataParallel(model), batch, rank)
+    assert is_equal_everywhere(weight.grad)
+
+
+def _refuses_later_seeds(rank: int) -> None:
+    model, batch = spread_host()
+    parallel = DistributedDataParallel(model)
+    compiled = torch.compile(parallel, backend="eager")
+    compiled(batch)
+    weight = grow(model)
+    # While it traces, dynamo puts its own error around whatever is raised.
+    for spread, error in ((parallel, InvalidStateError), (compiled, InternalTorchDynamoError)):
+        with pytest.raises(error, match="seed 0 of layer '3' must be planted before"):
+            spread(batch)
+    assert model[3].state_layout.state(0) is State.EVALUATING
+    assert model[3].state_layout.errors.sum() == 0
+    backward(DistributedDataParallel(model), batch, rank)
+    assert is_equal_everywhere(weight.grad)
+
+
+def _refuses_sharded_layers(rank: int) -> None:
+    model, batch = spread_host()
+    structure = model.grown_structure()
+    other, _ = spread_host()
+    other[3].germinate(0, default_registry().create_blueprint("bottleneck_adapter").ir)
+    grown = other.grown_structure()
+    fully_shard(model)
+    for plant in (lambda: grow(model), lambda: model.rebuild(grown)):
+        with pytest.raises(InvalidStateError, match="layer '3' must hold its parameters whole to be grown"):
+            plant()
+    assert model[3].state_layout.state(0) is State.DORMANT
+    assert model.grown_structure() == structure
+    model(batch).sum().backward()
+
+
+def _refuses_sessions(rank: int) -> None:
+    model, batch = spread_host()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    control = [(batch, torch.zeros(8, dtype=torch.long))]
+    with pytest.raises(InvalidStateError, match="must be the only rank of its training, got a process group of 2"):
+        Session(model, optimizer, loss_fn=nn.functional.cross_entropy, control_loader=control)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_grown_model_synchronises_its_seeds_over_two_processes(tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(2, str(tmp_path)), nprocs=2, join=True)
+@pytest.mark.parametrize("work", [_synchronises, _refuses_later_seeds, _refuses_sharded_layers, _refuses_sessions])
+def test_over_two_processes(work: Callable[[int], None], tmp_path: Path) -> None:
+    in_processes(work, tmp_path)

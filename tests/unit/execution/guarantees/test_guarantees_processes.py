@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -21,6 +20,7 @@ from esper.contracts.lifecycle import SeedLifecycleState as State
 from esper.core.export import export
 from esper.core.wrap import LayerTelemetry, unwrap, wrap
 from esper.execution.layers import kasmina_class_of, register_layer
+from tests.processes import in_processes
 
 pytestmark = [
     pytest.mark.slow,
@@ -166,9 +166,7 @@ def everywhere_equal(found: dict[str, Tensor]) -> None:
             assert torch.equal(*gathered), name
 
 
-def _rank(rank: int, directory: str, way: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/group", rank=rank, world_size=SIZE)
+def _rank(rank: int, way: str) -> None:
     spread = shard if way == "fully_shard" else parallel
     for live in (False, True):
         model, twin = pair(live)
@@ -180,8 +178,6 @@ def _rank(rank: int, directory: str, way: str) -> None:
         assert all(layer.state_layout.errors.sum() == 0 for layer in model.kasmina_layers.values())
     if way == "fully_shard":
         _check_shards()
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _check_shards() -> None:
@@ -200,4 +196,4 @@ def _check_shards() -> None:
 
 @pytest.mark.parametrize("way", ["ddp", "fully_shard"])
 def test_dormant_and_grown_models_train_as_the_maths_written_by_hand(way: str, tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(str(tmp_path), way), nprocs=SIZE, join=True)
+    in_processes(_rank, tmp_path, way, size=SIZE)
