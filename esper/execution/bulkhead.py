@@ -10,24 +10,30 @@ and h that lead to a graph of its own; the host's graph holds one node, the brid
     backward   what the kernel raises, and any gradient that is not finite, is dropped as a whole and counted; the
                gradient at h is then to the bit the host's own
     memory     activations of passes that are over and still alive are counted; above ``LEAK_LIMIT`` it is a failure
+    time       a pass, forward or backward, that takes longer than the breaker's limit is a failure
 
-The price is one copy of x and h a pass. Off the CPU nothing here waits: gradients are zeroed on the device instead.
+The price is one copy of x and h a pass, and in every sixteenth a look at all that the kernel computes. Off the CPU
+nothing here waits: gradients are zeroed on the device instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, fx, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.autograd import Variable
 
-from esper.execution.circuit_breaker import FailureKind, KernelFaultError, fault_of, is_finite
+from esper.execution.circuit_breaker import FailureKind, KernelFaultError, are_finite, fault_of, is_finite
 from esper.execution.device_guard import gated
+from esper.execution.pass_watch import WATCH_INTERVAL_PASSES, Deadline, MemoryWatch, storages_of
 
 if TYPE_CHECKING:
+    from torch.multiprocessing.reductions import StorageWeakRef
+
     from esper.execution.layers.holder import SeedHolder
     from esper.execution.seed import Seed
 
@@ -39,7 +45,7 @@ def run_kernel(layer: SeedHolder, seed: Seed, x: Tensor, h: Tensor) -> Tensor:
     """Give the kernel's delta, checked; its backward pass can't harm the host's.
 
     Raises:
-        KernelFaultError: The delta can't be added to h, or the kernel leaks.
+        KernelFaultError: The delta can't be added to h, or the kernel leaks or takes too long.
         Exception: Whatever the kernel raises.
     """
     if is_closed(seed):
@@ -71,18 +77,14 @@ def is_closed(seed: Seed) -> bool:
 
 
 def _run_gated(layer: SeedHolder, seed: Seed, x: Tensor, h: Tensor) -> Tensor:
-    if h.device.type != "cpu":
-        delta = _call(seed, gated(x), gated(h))
-        _require_sound(delta, h)
-        return delta
     if not torch.is_grad_enabled():
         delta = _call(seed, x, h)
         _require_sound(delta, h)
         return delta
     gate = _Gate(layer, seed)
-    delta = _call(seed, gate.on(x), gate.on(h))
+    delta = _call(seed, gate.on(x), gate.on(h)) if h.device.type == "cpu" else _call(seed, gated(x), gated(h))
     _require_sound(delta, h)
-    if gate.is_used and delta.requires_grad:
+    if delta.requires_grad:
         delta.register_hook(gate.see_incoming)  # type: ignore[no-untyped-call]
     return delta
 
@@ -94,21 +96,23 @@ def _call(seed: Seed, x: Tensor, h: Tensor) -> Tensor:
 
 
 class _Gate:
-    """Stops gradients that are not finite on their way from one pass of a kernel to the host."""
+    """Stops gradients that are not finite on their way from one pass of a kernel to the host, or to an optimizer.
 
-    __slots__ = ("incoming", "is_used", "layer", "seed")
+    Gradients of the kernel's own parameters matter as well: one norm over all gradients, as clipping takes it, would
+    spread theirs over the host.
+    """
+
+    __slots__ = ("incoming", "layer", "seed")
 
     def __init__(self, layer: SeedHolder, seed: Seed) -> None:
         self.layer = layer
         self.seed = seed
-        self.is_used = False
         self.incoming: Tensor | None = None
 
     def on(self, value: Tensor) -> Tensor:
         """Give the value for the kernel to read."""
         if not value.requires_grad:
             return value
-        self.is_used = True
         view = value.view_as(value)
         view.register_hook(self.check)  # type: ignore[no-untyped-call]
         return view
@@ -116,14 +120,33 @@ class _Gate:
     def see_incoming(self, gradient: Tensor) -> None:
         """Keep the gradient at delta: where that is not finite, the kernel is not to blame."""
         self.incoming = gradient
+        Variable._execution_engine.queue_callback(self.check_own)
 
     def check(self, gradient: Tensor) -> Tensor | None:
         """Give zeros for a gradient that is not finite."""
         if is_finite(gradient):
             return None
-        if self.incoming is None or is_finite(self.incoming):
-            _note_backward(self.layer, self.seed, FailureKind.NON_FINITE, "gradient at the layer holds NaN or infinity")
+        self._blame("gradient at the layer holds NaN or infinity")
         return torch.zeros_like(gradient)
+
+    def check_own(self) -> None:
+        """Zero gradients of the kernel's parameters that are not finite; when the whole backward pass is over."""
+        own = _own_gradients(self.seed)
+        with torch.no_grad():
+            if own and own[0].device.type != "cpu":
+                for gradient in own:
+                    gradient.copy_(_zeroed(gradient))
+            elif not are_finite(own) and self._blame("gradient of a parameter holds NaN or infinity"):
+                for gradient in own:
+                    gradient.zero_()
+        self.incoming = None
+
+    def _blame(self, detail: str) -> bool:
+        """Count a failed backward pass; not where what came in was not finite already."""
+        if self.incoming is not None and not is_finite(self.incoming):
+            return False
+        _note_backward(self.layer, self.seed, FailureKind.NON_FINITE, detail)
+        return True
 
 
 # --- any other module ---
@@ -133,21 +156,33 @@ def _run_apart(layer: SeedHolder, seed: Seed, x: Tensor, h: Tensor) -> Tensor:
     _require_no_leak(seed)
     if not torch.is_grad_enabled():
         given = (x.clone(), h.clone())
-        delta: Tensor = seed.kernel(*given)
-        _require_sound(delta, h)
-        seed.breaker.over.extend(_storages((*given, delta)))
+        delta, storages = _call_apart(seed, given, h)
+        seed.breaker.over.extend(storages)
         return delta.clone()
     leaves = tuple(value.detach().requires_grad_(value.requires_grad) for value in (x, h))
     given = (leaves[0].clone(), leaves[1].clone())
-    delta = seed.kernel(*given)
-    _require_sound(delta, h)
+    delta, storages = _call_apart(seed, given, h)
     parameters = tuple(value for value in seed.kernel.parameters() if value.requires_grad)
-    own = _OwnGraph(layer, seed, delta, (*leaves, *parameters), _storages((*given, delta)))
+    own = _OwnGraph(layer, seed, delta, (*leaves, *parameters), storages)
     if not delta.requires_grad:
         own.end()
         return delta.clone()
     bridged: Tensor = _Bridge.apply(own, delta.detach(), x, h, *parameters)  # type: ignore[no-untyped-call]
     return bridged
+
+
+def _call_apart(seed: Seed, given: tuple[Tensor, Tensor], h: Tensor) -> tuple[Tensor, list[StorageWeakRef]]:
+    """Run the kernel in time; gives its sound delta and the memory to watch once the pass is over."""
+    breaker = seed.breaker
+    watch = MemoryWatch(seed.kernel, given) if breaker.num_passes % WATCH_INTERVAL_PASSES == 0 else None
+    breaker.num_passes += 1
+    deadline = Deadline(breaker.pass_limit_ms)
+    with watch or nullcontext():
+        delta: Tensor = seed.kernel(*given)
+    deadline.check()
+    _require_sound(delta, h)
+    made = storages_of((delta,)) if watch is None else watch.storages()
+    return delta, [*storages_of(given), *made]
 
 
 @dataclass(slots=True)
@@ -166,10 +201,12 @@ class _OwnGraph:
         keep: bool = torch._C._autograd._get_current_graph_task_keep_graph()
         assert self.delta is not None
         reached = [value for value in self.wanted if value.requires_grad]
+        deadline = Deadline(self.seed.breaker.pass_limit_ms)
         try:
             found: Sequence[Tensor | None] = torch.autograd.grad(
                 self.delta, reached, incoming, allow_unused=True, retain_graph=keep
             )
+            deadline.check()
             self._require_finite(found, incoming)
         except KernelFaultError as fault:
             return self._refuse(fault.kind, fault.detail)
@@ -231,6 +268,12 @@ class _Bridge(torch.autograd.Function):
         return (None, None, *ctx.own.gradients(grad))
 
 
+def _own_gradients(seed: Seed) -> list[Tensor]:
+    """Give the gradients of a kernel's parameters; of sharded ones this rank's part."""
+    found = (own[name].grad for own, name in seed.parameter_places() if own[name] is not None)
+    return [getattr(value, "_local_tensor", value) for value in found if value is not None]
+
+
 def _require_sound(delta: object, h: Tensor) -> None:
     fault = fault_of(delta, h)
     if fault is not None:
@@ -242,10 +285,6 @@ def _require_no_leak(seed: Seed) -> None:
     if len(over) > LEAK_LIMIT:
         detail = f"kernel must keep at most {LEAK_LIMIT} activations of earlier passes, got {len(over)}"
         raise KernelFaultError(FailureKind.LEAKED, detail)
-
-
-def _storages(values: Sequence[Tensor]) -> list[StorageWeakRef]:
-    return [StorageWeakRef(value.untyped_storage()) for value in values]  # type: ignore[no-untyped-call]
 
 
 def _zeroed(value: Tensor) -> Tensor:

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch.multiprocessing.reductions import StorageWeakRef
 
 FAILURE_LIMIT: Final = 3
 """Failed passes in a row after which a seed goes to ERROR."""
+PASS_LIMIT_MS: Final = 1000.0
+"""Time that one pass of a module which is not a blueprint's own may take."""
 
 
 class FailureKind(StrEnum):
@@ -24,6 +28,7 @@ class FailureKind(StrEnum):
     WRONG_TYPE = "wrong_type"
     NON_FINITE = "non_finite"
     LEAKED = "leaked"
+    SLOW = "slow"
 
 
 class KernelFaultError(Exception):
@@ -43,6 +48,8 @@ class CircuitBreaker:
         self.failures_in_row = 0
         self.last_failure = ""
         self.has_failed_backward = False
+        self.pass_limit_ms = PASS_LIMIT_MS
+        self.num_passes = 0
         self.over: list[StorageWeakRef] = []
         """Activations of passes that are over."""
 
@@ -87,3 +94,25 @@ def is_finite(value: Tensor) -> bool:
     detached = value.detach() if value.requires_grad else value
     total = detached.sum(dtype=torch.float32 if detached.dtype.itemsize < 4 else None)
     return math.isfinite(total.item()) or bool(torch.isfinite(detached).all())
+
+
+_SMALL_NUMEL: Final = 512
+_ONE: Final = torch.ones(())
+_found: Final = torch.zeros(())
+
+
+def are_finite(values: Sequence[Tensor]) -> bool:
+    """Whether every element of CPU tensors of one floating type is finite.
+
+    Small ones are looked at together, by the operator of torch's gradient scaler with a scale of 1: one call instead of
+    many, but not vectorised, and it writes what it has read. Training thread only.
+    """
+    small = [value for value in values if value.numel() <= _SMALL_NUMEL and not value.requires_grad]
+    if len(small) > 1:
+        _found.zero_()
+        torch._amp_foreach_non_finite_check_and_unscale_(small, _found, _ONE)
+        if _found.item() != 0.0:
+            return False
+    return all(
+        is_finite(value) for value in values if len(small) < 2 or value.numel() > _SMALL_NUMEL or value.requires_grad
+    )

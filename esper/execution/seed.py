@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from esper.execution.layers.holder import SeedHolder
 
 
+ParameterPlace = tuple[dict[str, nn.Parameter | None], str]
+"""A module's own dictionary of parameters, and a name in it."""
+
+
 class BlendMode(Enum):
     """How a seed's delta enters the layer's output."""
 
@@ -78,6 +82,7 @@ class Seed(nn.Module):
         self.mode = BlendMode.ALPHA
         self.is_silent = True
         self.breaker = CircuitBreaker()
+        self._places: tuple[nn.Module, list[ParameterPlace]] | None = None
         # The layer; in a tuple, so that it does not become a submodule.
         self._owner: tuple[SeedHolder, ...] = ()
 
@@ -94,6 +99,13 @@ class Seed(nn.Module):
     def num_parameters(self) -> int:
         """Trainable parameters of the kernel."""
         return sum(parameter.numel() for parameter in self.kernel.parameters() if parameter.requires_grad)
+
+    def parameter_places(self) -> list[ParameterPlace]:
+        """Give where the kernel's parameters stand: walking through its modules in every step would cost more."""
+        if self._places is None or self._places[0] is not self.kernel:
+            places = [(module._parameters, name) for module in self.kernel.modules() for name in module._parameters]
+            self._places = (self.kernel, places)
+        return self._places[1]
 
     @property
     def weight(self) -> Tensor | None:

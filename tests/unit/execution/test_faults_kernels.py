@@ -6,6 +6,7 @@ import copy
 import gc
 import random
 import re
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from esper.execution.bulkhead import LEAK_LIMIT
 from esper.execution.circuit_breaker import FAILURE_LIMIT, CircuitBreaker
 from esper.execution.incubation import trial_backward
 from esper.execution.overrides import SeedRef
+from esper.execution.pass_watch import WATCH_INTERVAL_PASSES
 
 
 class Bad(nn.Module):
@@ -308,6 +310,87 @@ def test_a_kernel_that_leaks_is_found_out_and_freed(warm: Any, kept: str, grad: 
     del kernel, fault
     gc.collect()
     assert all(reference() is None for reference in gone)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_a_kernel_computes_for_itself_and_keeps_is_found_in_time(warm: Any, grad: bool) -> None:
+    layer, kernel = plant(warm)
+
+    def fault(k: Bad, x: Tensor, h: Tensor) -> Tensor:
+        k.kept.append(h.detach().clone())
+        return h * k.weight
+
+    kernel.fault = fault
+    passes = WATCH_INTERVAL_PASSES * LEAK_LIMIT
+    for _ in range(passes + 1 + FAILURE_LIMIT):
+        assert layer.state_layout.state(0) is State.EVALUATING
+        if grad:
+            gradients(warm)
+        else:
+            with torch.no_grad():
+                warm.model(warm.x)
+    assert layer.state_layout.state(0) is State.ERROR
+    assert "leaked" in kernel_failure(layer)
+
+
+def test_state_that_a_kernel_renews_and_a_table_it_keeps_are_no_leak(warm: Any) -> None:
+    layer, kernel = plant(warm)
+    kernel.register_buffer("average", torch.zeros(32))
+
+    def fault(k: Bad, x: Tensor, h: Tensor) -> Tensor:
+        k.kept = k.kept or [torch.arange(32.0).sin()]
+        k.average = k.average * 0.9 + h.detach().mean(0) * 0.1
+        k.average.mul_(0.5)
+        return h * k.weight + k.kept[0] * 0.0
+
+    kernel.fault = fault
+    for _ in range(WATCH_INTERVAL_PASSES * (LEAK_LIMIT + 4)):
+        with torch.no_grad():
+            warm.model(warm.x)
+    assert layer.state_layout.errors[0] == 0
+
+
+def slow_forward(k: Bad, x: Tensor, h: Tensor) -> Tensor:
+    time.sleep(0.02)
+    return h * k.weight
+
+
+def slow_backward(k: Bad, x: Tensor, h: Tensor) -> Tensor:
+    delta = h * k.weight
+    delta.register_hook(lambda _: time.sleep(0.02))
+    return delta
+
+
+@pytest.mark.parametrize("fault", [slow_forward, slow_backward])
+def test_a_kernel_that_sleeps_is_cut_off(warm: Any, fault: Any) -> None:
+    layer, kernel = plant(warm)
+    layer.find_seed(0).breaker.pass_limit_ms = 15.0
+    kernel.fault = fault
+    for _ in range(FAILURE_LIMIT):
+        found = gradients(warm)
+        assert all(torch.isfinite(value).all() for value in found.values())
+    assert "slow" in kernel_failure(layer)
+    assert "must take at most 15 ms, took" in kernel_failure(layer)
+    warm.model(warm.x)
+    assert layer.state_layout.state(0) is State.ERROR
+    assert layer.state_layout.errors[0] == FAILURE_LIMIT
+    warm.model.zero_grad()
+    warm.twin.zero_grad()
+    step(warm)
+    assert warm.same_gradients()
+
+
+def test_a_kernel_that_is_slow_once_goes_on(warm: Any) -> None:
+    layer, kernel = plant(warm)
+    layer.find_seed(0).breaker.pass_limit_ms = 15.0
+    sound = kernel.fault
+    kernel.fault = slow_forward
+    assert torch.equal(warm.model(warm.x), warm.twin(warm.x))
+    kernel.fault = sound
+    layer.find_seed(0).breaker.pass_limit_ms = 60_000.0
+    gradients(warm)
+    assert layer.state_layout.state(0) is State.EVALUATING
+    assert layer.find_seed(0).breaker.failures_in_row == 0
 
 
 def test_a_kernel_may_keep_its_last_activation(warm: Any) -> None:

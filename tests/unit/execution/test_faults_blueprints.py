@@ -1,0 +1,85 @@
+"""Blueprints' own kernels, whose operators are sound but whose numbers need not be: gradients that overflow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from esper.blueprints import default_registry
+from esper.contracts.lifecycle import SeedLifecycleState as State
+from esper.execution.circuit_breaker import FAILURE_LIMIT, are_finite
+
+
+@pytest.fixture
+def overflowing(warm: Any) -> Any:
+    """A pair whose one seed gives a finite delta, and gradients that are finite at the layer but not at its weights."""
+    layer = warm.model.layer1
+    layer.germinate(0, default_registry().create_blueprint("bottleneck_adapter").ir)
+    layer.transition(0, State.EVALUATING)
+    layer.set_alpha(0, 0.5)
+    weights = dict(layer.find_seed(0).kernel.named_parameters())
+    with torch.no_grad():
+        weights["node_down.weight"].mul_(1e36)
+        weights["node_up.weight"].zero_()
+    return warm
+
+
+def backward(pair: Any, scale: float = 1e6) -> None:
+    pair.model.zero_grad()
+    pair.twin.zero_grad()
+    for model in (pair.model, pair.twin):
+        (F.cross_entropy(model(pair.x), pair.y) * scale).backward()
+
+
+def test_gradients_that_overflow_reach_no_norm_over_all_of_them(overflowing: Any) -> None:
+    layer = overflowing.model.layer1
+    for failures in range(1, FAILURE_LIMIT + 1):
+        backward(overflowing)
+        assert overflowing.same_gradients()
+        assert all(not parameter.grad.any() for parameter in layer.seed_parameters(0))
+        assert torch.isfinite(torch.nn.utils.clip_grad_norm_(overflowing.model.parameters(), 1.0))
+        assert layer.state_layout.errors[0] == failures
+    assert "gradient of a parameter holds NaN or infinity" in layer.find_seed(0).breaker.last_failure
+    overflowing.model(overflowing.x)
+    assert layer.state_layout.state(0) is State.ERROR
+
+
+def test_a_loss_that_is_not_finite_is_no_fault_of_the_kernel(overflowing: Any) -> None:
+    layer = overflowing.model.layer1
+    backward(overflowing, scale=torch.inf)
+    assert layer.state_layout.errors[0] == 0
+    assert all(not torch.isfinite(parameter.grad).all() for parameter in layer.seed_parameters(0)[-2:])
+
+
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+def test_sound_gradients_stay_to_the_bit_also_where_they_are_differentiated_again(warm: Any) -> None:
+    layer = warm.model.layer1
+    layer.germinate(0, default_registry().create_blueprint("bottleneck_adapter").ir)
+    layer.transition(0, State.EVALUATING)
+    layer.set_alpha(0, 0.5)
+    parameters = layer.seed_parameters(0)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.05)
+    wanted = torch.autograd.grad(F.cross_entropy(warm.model(warm.x), warm.y), parameters)
+    F.cross_entropy(warm.model(warm.x), warm.y).backward()
+    assert all(torch.equal(parameter.grad, value) for parameter, value in zip(parameters, wanted, strict=True))
+    warm.model.zero_grad()
+    F.cross_entropy(warm.model(warm.x), warm.y).backward(create_graph=True, inputs=parameters)
+    torch.autograd.grad(sum(parameter.grad.square().sum() for parameter in parameters), parameters)
+    assert layer.state_layout.errors[0] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_many_tensors_are_looked_at_together_and_left_as_they_are(dtype: torch.dtype) -> None:
+    values = [torch.randn(5).to(dtype), torch.tensor([[3e-5, 2.0], [0.0, -0.0]], dtype=dtype)]
+    before = [value.clone().view(torch.uint8) for value in values]
+    assert are_finite(values)
+    assert are_finite([])
+    assert all(torch.equal(value.view(torch.uint8), bits) for value, bits in zip(values, before, strict=True))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        values[1][0, 1] = bad
+        assert not are_finite(values)
