@@ -270,7 +270,8 @@ class _Bridge(torch.autograd.Function):
 
 def _own_gradients(seed: Seed) -> list[Tensor]:
     """Give the gradients of a kernel's parameters; of sharded ones this rank's part."""
-    found = (own[name].grad for own, name in seed.parameter_places() if own[name] is not None)
+    parameters = (own[name] for own, name in seed.parameter_places())
+    found = (parameter.grad for parameter in parameters if parameter is not None)
     return [getattr(value, "_local_tensor", value) for value in found if value is not None]
 
 

@@ -46,7 +46,7 @@ class MemoryWatch(TorchDispatchMode):
     """Notes the memory of every tensor that is computed inside it, but for the module's own state and what is known."""
 
     def __init__(self, module: nn.Module, known: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         state = (*module.parameters(), *module.buffers(), *known)
         self._own = {value.untyped_storage()._cdata for value in state}
         self._seen: dict[int, StorageWeakRef] = {}
