@@ -8,7 +8,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 EXTRA ?= dev
 export PYTHONPATH :=
 
-.PHONY: setup demo test lint format bench proto proto-check native-test native-asan native-tsan check clean
+.PHONY: setup demo test lint format bench proto proto-check stubs stubs-check native-test \
+	native-asan native-tsan native-bench gpu-test check clean
 
 $(VENV)/.python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "Esper needs Python 3.11 or newer; set PYTHON=")'
@@ -85,6 +86,20 @@ proto-check: $(VENV)/.setup-dev
 		--mypy_grpc_out=quiet:build/proto proto/esper/v1/*.proto
 	diff -r -x __init__.py -x __pycache__ build/proto/esper/v1 esper/v1
 
+# The types of the native module, from the module itself.
+define write_stub
+	$(BIN)/python csrc/bindings/generate_stubs.py $(1)
+	$(BIN)/ruff format --quiet $(1)
+endef
+
+stubs: $(VENV)/.setup-dev
+	$(call write_stub,esper/execution/_native.pyi)
+
+stubs-check: $(VENV)/.setup-dev
+	@mkdir -p build/stubs
+	$(call write_stub,build/stubs/_native.pyi)
+	diff build/stubs/_native.pyi esper/execution/_native.pyi
+
 define native_suite
 	$(BIN)/cmake -S . -B build/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DESPER_BUILD_PYTHON=OFF \
 		-DESPER_BUILD_TESTS=ON -DESPER_SANITIZE=$(2)
@@ -101,6 +116,22 @@ native-asan: $(VENV)/.setup-dev
 native-tsan: $(VENV)/.setup-dev
 	$(call native_suite,tsan,thread)
 
+# Not part of CI: needs libbenchmark-dev. A bare 0.05 means seconds in every version; those before 1.8 refuse "0.05s".
+native-bench: $(VENV)/.setup-dev
+	$(BIN)/cmake -S . -B build/bench -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DESPER_BUILD_PYTHON=OFF \
+		-DESPER_BUILD_BENCH=ON -DESPER_CUDA=OFF
+	$(BIN)/cmake --build build/bench
+	build/bench/esper_bench --benchmark_min_time=0.05
+
+# What CI's machines have no device for. Without one the tests would all be skipped, and say nothing.
+gpu-test: $(VENV)/.setup-dev
+	@$(BIN)/python -c 'import sys, torch; from esper.execution._native import cuda_available; \
+		seen = {"the native core": cuda_available(), f"torch {torch.__version__}": torch.cuda.is_available()}; \
+		blind = [name for name, sees in seen.items() if not sees]; \
+		sys.exit("gpu-test needs a CUDA device; none is seen by " + " and by ".join(blind) if blind else 0)'
+	$(call native_suite,native,)
+	$(BIN)/python -m pytest -q -m gpu
+
 comma := ,
 
 bench: $(VENV)/.setup-dev
@@ -108,7 +139,7 @@ bench: $(VENV)/.setup-dev
 	$(BIN)/esper bench all --quick
 
 # What CI runs.
-check: lint proto-check native-test
+check: lint proto-check stubs-check native-test
 	$(BIN)/python -m pytest -q -m "not gpu"
 
 clean:
