@@ -91,10 +91,10 @@ def _fossil_hook(fossils: dict[str, nn.Module], *, gives_tuple: bool, batch_axis
     h = graph.call_function(operator.getitem, (output, 0)) if gives_tuple else output
     if batch_axis:
         x, h = (graph.call_method("transpose", (value, 0, batch_axis)) for value in (x, h))
-    # Each kernel reads views of its own and is followed by its sum, as in the layers: one order of summing gradients.
+    # The kernels share one view of each, as in the layers: one order of summing gradients.
+    views = tuple(graph.call_method("view_as", (value, value)) for value in (x, h))
     total = h
     for index in fossils:
-        views = tuple(graph.call_method("view_as", (value, value)) for value in (x, h))
         delta = graph.call_module(f"{index}.kernel", views)
         total = graph.call_function(operator.add, (total, graph.call_method("type_as", (delta, h))))
     if batch_axis:

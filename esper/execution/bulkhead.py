@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd import Variable
 
-from esper.execution.circuit_breaker import FailureKind, KernelFaultError, are_finite, fault_of, is_finite
+from esper.execution.circuit_breaker import FailureKind, KernelFaultError, fault_of, is_finite
 from esper.execution.device_guard import gated
+from esper.execution.gradient_gate import GradientGate, note_backward, zeroed
 from esper.execution.pass_watch import WATCH_INTERVAL_PASSES, Deadline, MemoryWatch, storages_of
 
 if TYPE_CHECKING:
@@ -41,15 +41,15 @@ LEAK_LIMIT: Final = 16
 """Activations of earlier passes that a kernel may keep; some keep the last one for a purpose."""
 
 
-def run_kernel(layer: SeedHolder, seed: Seed, x: Tensor, h: Tensor) -> Tensor:
-    """Give the kernel's delta, checked; its backward pass can't harm the host's.
+def run_kernel(layer: SeedHolder, seed: Seed, x: Tensor, h: Tensor, gate: GradientGate | None) -> Tensor:
+    """Give the kernel's delta, checked; its backward pass can't harm the host's, given a gate where there is one.
 
     Raises:
         KernelFaultError: The delta can't be added to h, or the kernel leaks or takes too long.
         Exception: Whatever the kernel raises.
     """
     if is_closed(seed):
-        return _run_gated(layer, seed, x, h)
+        return _run_gated(seed, gate, x, h)
     state = torch.get_rng_state()
     try:
         return _run_apart(layer, seed, x, h)
@@ -76,16 +76,9 @@ def is_closed(seed: Seed) -> bool:
 # --- closed kernels ---
 
 
-def _run_gated(layer: SeedHolder, seed: Seed, x: Tensor, h: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        delta = _call(seed, x, h)
-        _require_sound(delta, h)
-        return delta
-    gate = _Gate(layer, seed)
-    delta = _call(seed, gate.on(x), gate.on(h)) if h.device.type == "cpu" else _call(seed, gated(x), gated(h))
+def _run_gated(seed: Seed, gate: GradientGate | None, x: Tensor, h: Tensor) -> Tensor:
+    delta = _call(seed, *((x, h) if gate is None else gate.inputs(seed, x, h)))
     _require_sound(delta, h)
-    if delta.requires_grad:
-        delta.register_hook(gate.see_incoming)  # type: ignore[no-untyped-call]
     return delta
 
 
@@ -93,60 +86,6 @@ def _call(seed: Seed, x: Tensor, h: Tensor) -> Tensor:
     """Run a closed kernel; what fx puts around a graph's call explains errors in code, which the breaker need not."""
     delta: Tensor = nn.Module.__call__(seed.kernel, x, h)
     return delta
-
-
-class _Gate:
-    """Stops gradients that are not finite on their way from one pass of a kernel to the host, or to an optimizer.
-
-    Gradients of the kernel's own parameters matter as well: one norm over all gradients, as clipping takes it, would
-    spread theirs over the host.
-    """
-
-    __slots__ = ("incoming", "layer", "seed")
-
-    def __init__(self, layer: SeedHolder, seed: Seed) -> None:
-        self.layer = layer
-        self.seed = seed
-        self.incoming: Tensor | None = None
-
-    def on(self, value: Tensor) -> Tensor:
-        """Give the value for the kernel to read."""
-        if not value.requires_grad:
-            return value
-        view = value.view_as(value)
-        view.register_hook(self.check)  # type: ignore[no-untyped-call]
-        return view
-
-    def see_incoming(self, gradient: Tensor) -> None:
-        """Keep the gradient at delta: where that is not finite, the kernel is not to blame."""
-        self.incoming = gradient
-        Variable._execution_engine.queue_callback(self.check_own)
-
-    def check(self, gradient: Tensor) -> Tensor | None:
-        """Give zeros for a gradient that is not finite."""
-        if is_finite(gradient):
-            return None
-        self._blame("gradient at the layer holds NaN or infinity")
-        return torch.zeros_like(gradient)
-
-    def check_own(self) -> None:
-        """Zero gradients of the kernel's parameters that are not finite; when the whole backward pass is over."""
-        own = _own_gradients(self.seed)
-        with torch.no_grad():
-            if own and own[0].device.type != "cpu":
-                for gradient in own:
-                    gradient.copy_(_zeroed(gradient))
-            elif not are_finite(own) and self._blame("gradient of a parameter holds NaN or infinity"):
-                for gradient in own:
-                    gradient.zero_()
-        self.incoming = None
-
-    def _blame(self, detail: str) -> bool:
-        """Count a failed backward pass; not where what came in was not finite already."""
-        if self.incoming is not None and not is_finite(self.incoming):
-            return False
-        _note_backward(self.layer, self.seed, FailureKind.NON_FINITE, detail)
-        return True
 
 
 # --- any other module ---
@@ -216,7 +155,7 @@ class _OwnGraph:
             if not keep:
                 self.end()
         if incoming.device.type != "cpu":
-            found = tuple(None if value is None else _zeroed(value) for value in found)
+            found = tuple(None if value is None else zeroed(value) for value in found)
         rest = iter(found)
         return [next(rest) if value.requires_grad else None for value in self.wanted]
 
@@ -240,7 +179,7 @@ class _OwnGraph:
         self.storages = []
 
     def _refuse(self, kind: FailureKind, detail: str) -> list[Tensor | None]:
-        _note_backward(self.layer, self.seed, kind, detail)
+        note_backward(self.layer, self.seed, kind, detail)
         # Zeros for parameters: DistributedDataParallel waits for a gradient of each.
         return [None, None, *(torch.zeros_like(value) for value in self.wanted[2:])]
 
@@ -268,13 +207,6 @@ class _Bridge(torch.autograd.Function):
         return (None, None, *ctx.own.gradients(grad))
 
 
-def _own_gradients(seed: Seed) -> list[Tensor]:
-    """Give the gradients of a kernel's parameters; of sharded ones this rank's part."""
-    parameters = (own[name] for own, name in seed.parameter_places())
-    found = (parameter.grad for parameter in parameters if parameter is not None)
-    return [getattr(value, "_local_tensor", value) for value in found if value is not None]
-
-
 def _require_sound(delta: object, h: Tensor) -> None:
     fault = fault_of(delta, h)
     if fault is not None:
@@ -286,17 +218,6 @@ def _require_no_leak(seed: Seed) -> None:
     if len(over) > LEAK_LIMIT:
         detail = f"kernel must keep at most {LEAK_LIMIT} activations of earlier passes, got {len(over)}"
         raise KernelFaultError(FailureKind.LEAKED, detail)
-
-
-def _zeroed(value: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(value).all(), value, torch.zeros_like(value))
-
-
-def _note_backward(layer: SeedHolder, seed: Seed, kind: FailureKind, detail: str) -> None:
-    """Count a failed backward pass once, however many gradients it spoils."""
-    if not seed.breaker.has_failed_backward:
-        seed.breaker.has_failed_backward = True
-        layer.note_failure(seed, kind, detail)
 
 
 def has_finite_gradients(parameters: Sequence[nn.Parameter]) -> bool:

@@ -17,6 +17,7 @@ from esper.execution.circuit_breaker import FailureKind, KernelFaultError, is_fi
 from esper.execution.device_guard import guarded
 from esper.execution.device_probe import PendingFigures, Stopwatch
 from esper.execution.dispatch import run_side_by_side
+from esper.execution.gradient_gate import GradientGate
 from esper.execution.health import can_probe, is_real_tensor, probe_tensor
 from esper.execution.layers.graphs import note_frame
 from esper.execution.layers.ranks import require_synchronised
@@ -94,11 +95,12 @@ def _sum_on_cpu(layer: KasminaLayer, x: Tensor, h: Tensor, *, sampled: bool, rec
     """
     total, is_small = h, h.numel() <= _SMALL_NUMEL
     small: list[Share] = []
+    shared = _new_gate(layer)
     for seed in layer._kasmina.terms:
         if seed.is_silent:
             continue
         start_ns = time.perf_counter_ns() if sampled else 0
-        delta = _delta(layer, seed, x, h, recomputing=recomputing)
+        delta = _delta(layer, seed, x, h, shared, recomputing=recomputing)
         if delta is None:
             continue
         if sampled:
@@ -109,7 +111,11 @@ def _sum_on_cpu(layer: KasminaLayer, x: Tensor, h: Tensor, *, sampled: bool, rec
         contribution = seed.scaled(delta, h)
         if _passes(layer, seed, contribution, recomputing=recomputing):
             total = total + contribution
-    return _sum_of_small(layer, h, small, recomputing=recomputing) if small else total
+    if small:
+        total = _sum_of_small(layer, h, small, recomputing=recomputing)
+    if shared is not None and total is not h:
+        shared.close(total)
+    return total
 
 
 def _sum_of_small(layer: KasminaLayer, h: Tensor, shares: Sequence[Share], *, recomputing: bool) -> Tensor:
@@ -120,6 +126,12 @@ def _sum_of_small(layer: KasminaLayer, h: Tensor, shares: Sequence[Share], *, re
         return total
     each = [(seed, seed.scaled(delta, h)) for seed, delta in shares]
     return sum((value for seed, value in each if _passes(layer, seed, value, recomputing=recomputing)), start=h)
+
+
+def _new_gate(layer: KasminaLayer) -> GradientGate | None:
+    """Give the gate that the layer's kernels share; ``None`` where each has its own, or gradients are not wanted."""
+    is_wanted = torch.is_grad_enabled() and not layer._kasmina.has_separate_gates
+    return GradientGate(layer) if is_wanted else None
 
 
 def _passes(layer: KasminaLayer, seed: Seed, contribution: Tensor, *, recomputing: bool) -> bool:
@@ -144,13 +156,24 @@ def _note_failure(layer: KasminaLayer, seed: Seed, kind: FailureKind, detail: st
         layer.note_failure(seed, kind, detail)
 
 
-def _delta(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor, *, recomputing: bool) -> Tensor | None:
-    """Run one kernel under its circuit breaker; ``None`` where its contribution is dropped."""
+def _delta(
+    layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor, shared: GradientGate | None, *, recomputing: bool
+) -> Tensor | None:
+    """Run one kernel under its circuit breaker; ``None`` where its contribution is dropped.
+
+    Without a shared gate it has its own.
+    """
     if seed.breaker.is_open and not recomputing and layer._kasmina.waiting_since is None:
         layer.cut_off(seed)  # it failed in a backward pass, where nothing may be moved
         return None
     try:
-        return run_kernel(layer, seed, x, h)
+        if shared is not None:
+            return run_kernel(layer, seed, x, h, shared)
+        own = GradientGate(layer) if torch.is_grad_enabled() else None
+        delta = run_kernel(layer, seed, x, h, own)
+        if own is not None:
+            own.close(delta)
+        return delta
     except KernelFaultError as fault:
         _note_failure(layer, seed, fault.kind, fault.detail, recomputing=recomputing)
     except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the host's result is kept
@@ -169,7 +192,7 @@ def _sum_on_device(layer: KasminaLayer, x: Tensor, h: Tensor, *, recomputing: bo
 
 
 def _guarded_contribution(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor, *, recomputing: bool) -> Tensor | None:
-    delta = _delta(layer, seed, x, h, recomputing=recomputing)
+    delta = _delta(layer, seed, x, h, None, recomputing=recomputing)
     if delta is None:
         return None
     if not recomputing:

@@ -169,7 +169,7 @@ class SeedHolder(nn.Module):
                 terms.append(seed)
         standing = tuple((seed, seed.mode) for seed in terms)
         if standing != self._kasmina.standing:
-            self._kasmina.standing = standing
+            self._kasmina.standing, self._kasmina.has_separate_gates = standing, False
             structure_changed()
         self.set_terms(tuple(terms))
 
@@ -236,6 +236,10 @@ class SeedHolder(nn.Module):
                 self._kasmina.wait_for_recomputation()
             else:
                 self.cut_off(seed)
+
+    def separate_gates(self) -> None:
+        """Give each seed a gate of its own, until other seeds take part: one spoils gradients, and which is unknown."""
+        self._kasmina.has_separate_gates = True
 
     def cut_off_waiting(self) -> None:
         """Cut off the seeds that had to wait until no recomputation of a checkpointed pass could ask for them."""

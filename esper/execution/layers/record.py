@@ -98,6 +98,7 @@ class LayerRecord:
         self.is_armed = True
         self.terms: tuple[Seed, ...] = ()
         self.standing: tuple[tuple[Seed, BlendMode], ...] = ()
+        self.has_separate_gates = False
         self.guards: tuple[NestedPathGuard, ...] = ()
         self.is_installed = False
         self.displaced: Callable[..., Any] | None = None

@@ -13,14 +13,18 @@ from esper.contracts.lifecycle import SeedLifecycleState as State
 from esper.execution.circuit_breaker import FAILURE_LIMIT, are_finite
 
 
+def germinate(layer: Any, index: int) -> dict[str, Any]:
+    """Blend a seed of a blueprint in; gives its parameters by name."""
+    layer.germinate(index, default_registry().create_blueprint("bottleneck_adapter").ir, random_seed=index)
+    layer.transition(index, State.EVALUATING)
+    layer.set_alpha(index, 0.5)
+    return dict(layer.find_seed(index).kernel.named_parameters())
+
+
 @pytest.fixture
 def overflowing(warm: Any) -> Any:
     """A pair whose one seed gives a finite delta, and gradients that are finite at the layer but not at its weights."""
-    layer = warm.model.layer1
-    layer.germinate(0, default_registry().create_blueprint("bottleneck_adapter").ir)
-    layer.transition(0, State.EVALUATING)
-    layer.set_alpha(0, 0.5)
-    weights = dict(layer.find_seed(0).kernel.named_parameters())
+    weights = germinate(warm.model.layer1, 0)
     with torch.no_grad():
         weights["node_down.weight"].mul_(1e36)
         weights["node_up.weight"].zero_()
@@ -47,6 +51,50 @@ def test_gradients_that_overflow_reach_no_norm_over_all_of_them(overflowing: Any
     assert layer.state_layout.state(0) is State.ERROR
 
 
+def test_among_several_seeds_the_one_whose_weights_overflow_is_blamed(overflowing: Any) -> None:
+    layer = overflowing.model.layer1
+    for index in (1, 2):
+        germinate(layer, index)["node_up.weight"].data.normal_()
+    for _ in range(FAILURE_LIMIT):
+        backward(overflowing)
+        assert all(not parameter.grad.any() for parameter in layer.seed_parameters(0))
+        for index in (1, 2):
+            assert all(torch.isfinite(parameter.grad).all() for parameter in layer.seed_parameters(index))
+            assert any(parameter.grad.any() for parameter in layer.seed_parameters(index))
+    overflowing.model(overflowing.x)
+    assert [layer.state_layout.state(index) for index in range(3)] == [State.ERROR, State.EVALUATING, State.EVALUATING]
+    assert layer.state_layout.errors.tolist()[:3] == [FAILURE_LIMIT, 0, 0]
+
+
+def test_a_gradient_that_several_seeds_share_and_one_spoils_is_traced_to_it(warm: Any) -> None:
+    layer = warm.model.layer1
+    for index in range(3):
+        weights = germinate(layer, index)
+        weights["node_up.weight"].data.normal_()
+    with torch.no_grad():
+        weights["node_up.weight"].mul_(1e6)
+    for parameter in weights.values():
+        parameter.requires_grad_(False)  # so its own gradients say nothing
+
+    def passes() -> None:
+        warm.model.zero_grad()
+        warm.twin.zero_grad()
+        for model in (warm.model, warm.twin):
+            (model.head.weight.detach() @ model.layer1(warm.x.flatten(1)[:, :128]).T * 1e35).sum().backward()
+
+    warm.x.requires_grad_(True)
+    passes()
+    assert layer.state_layout.errors.tolist()[:3] == [0, 0, 0]
+    assert torch.isfinite(warm.x.grad).all()
+    for failures in range(1, FAILURE_LIMIT + 1):
+        passes()
+        assert layer.state_layout.errors.tolist()[:3] == [0, 0, failures]
+        assert torch.isfinite(warm.x.grad).all()
+    passes()
+    assert [layer.state_layout.state(index) for index in range(3)] == [State.EVALUATING, State.EVALUATING, State.ERROR]
+    assert not layer._kasmina.has_separate_gates
+
+
 def test_a_loss_that_is_not_finite_is_no_fault_of_the_kernel(overflowing: Any) -> None:
     layer = overflowing.model.layer1
     backward(overflowing, scale=torch.inf)
@@ -57,9 +105,7 @@ def test_a_loss_that_is_not_finite_is_no_fault_of_the_kernel(overflowing: Any) -
 @pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
 def test_sound_gradients_stay_to_the_bit_also_where_they_are_differentiated_again(warm: Any) -> None:
     layer = warm.model.layer1
-    layer.germinate(0, default_registry().create_blueprint("bottleneck_adapter").ir)
-    layer.transition(0, State.EVALUATING)
-    layer.set_alpha(0, 0.5)
+    germinate(layer, 0)
     parameters = layer.seed_parameters(0)
     with torch.no_grad():
         for parameter in parameters:

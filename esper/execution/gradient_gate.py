@@ -1,0 +1,113 @@
+"""What stops gradients that are not finite on their way from blueprints' kernels to the host, or to an optimizer.
+
+    x, h      read by the kernels through one view each, whose gradient is zeroed where it is not finite
+    weights   the kernels' own gradients are looked at when the backward pass is over: one norm over all gradients, as
+              clipping takes it, would spread theirs over the host
+
+The seeds of a layer share one gate, so several cost hardly more than one. Where the shared gradient is spoilt and no
+kernel's own gradients say whose fault it is, the layer's later passes have a gate for each seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+from esper.execution.circuit_breaker import FailureKind, are_finite, is_finite
+from esper.execution.device_guard import gated
+
+if TYPE_CHECKING:
+    from esper.execution.layers.holder import SeedHolder
+    from esper.execution.seed import Seed
+
+_AT_LAYER = "gradient at the layer holds NaN or infinity"
+_OF_PARAMETER = "gradient of a parameter holds NaN or infinity"
+
+
+class GradientGate:
+    """One pass of the kernels of one layer, or of one of them."""
+
+    __slots__ = ("incoming", "is_spoilt", "layer", "seeds", "views")
+
+    def __init__(self, layer: SeedHolder) -> None:
+        self.layer = layer
+        self.seeds: list[Seed] = []
+        self.views: tuple[Tensor, Tensor] | None = None
+        self.incoming: Tensor | None = None
+        self.is_spoilt = False
+
+    def inputs(self, seed: Seed, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Give x and h for a kernel to read."""
+        self.seeds.append(seed)
+        if self.views is None:
+            self.views = (self._on(x), self._on(h)) if h.device.type == "cpu" else (gated(x), gated(h))
+        return self.views
+
+    def close(self, result: Tensor) -> None:
+        """Watch what comes back through the kernels' delta, or through the layer's output with all of them."""
+        if self.seeds and result.requires_grad:
+            result.register_hook(self._see_incoming)  # type: ignore[no-untyped-call]
+
+    def _on(self, value: Tensor) -> Tensor:
+        if not value.requires_grad:
+            return value
+        view = value.view_as(value)
+        view.register_hook(self._check)  # type: ignore[no-untyped-call]
+        return view
+
+    def _see_incoming(self, gradient: Tensor) -> None:
+        self.incoming = gradient
+        Variable._execution_engine.queue_callback(self._settle)
+
+    def _check(self, gradient: Tensor) -> Tensor | None:
+        if is_finite(gradient):
+            return None
+        self.is_spoilt = True
+        return torch.zeros_like(gradient)
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Look at the kernels' own gradients, and count whose fault the pass was; when the backward pass is over."""
+        incoming, self.incoming = self.incoming, None
+        is_spoilt, self.is_spoilt = self.is_spoilt, False
+        if incoming is not None and incoming.device.type != "cpu":
+            for gradient in own_gradients(self.seeds):
+                gradient.copy_(zeroed(gradient))
+        elif (is_spoilt or not are_finite(own_gradients(self.seeds))) and (incoming is None or is_finite(incoming)):
+            self._blame(is_spoilt=is_spoilt)
+
+    def _blame(self, *, is_spoilt: bool) -> None:
+        guilty = [seed for seed in self.seeds if not are_finite(own_gradients((seed,)))]
+        for seed in guilty:
+            for gradient in own_gradients((seed,)):
+                gradient.zero_()
+            note_backward(self.layer, seed, FailureKind.NON_FINITE, _AT_LAYER if is_spoilt else _OF_PARAMETER)
+        if guilty:
+            return
+        if len(self.seeds) == 1:
+            note_backward(self.layer, self.seeds[0], FailureKind.NON_FINITE, _AT_LAYER)
+        else:
+            self.layer.separate_gates()
+
+
+def own_gradients(seeds: Iterable[Seed]) -> list[Tensor]:
+    """Give the gradients of kernels' parameters; of sharded ones this rank's part."""
+    parameters = (own[name] for seed in seeds for own, name in seed.parameter_places())
+    found = (parameter.grad for parameter in parameters if parameter is not None)
+    return [getattr(value, "_local_tensor", value) for value in found if value is not None]
+
+
+def zeroed(value: Tensor) -> Tensor:
+    """Give the value, or zeros where it is not finite; waits for no device."""
+    return torch.where(torch.isfinite(value).all(), value, torch.zeros_like(value))
+
+
+def note_backward(layer: SeedHolder, seed: Seed, kind: FailureKind, detail: str) -> None:
+    """Count a failed backward pass once, however many gradients it spoils."""
+    if not seed.breaker.has_failed_backward:
+        seed.breaker.has_failed_backward = True
+        layer.note_failure(seed, kind, detail)
