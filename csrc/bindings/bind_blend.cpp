@@ -27,6 +27,16 @@ bool blend_checked_on_cpu(std::uintptr_t h, const Addresses& deltas, const Addre
   return blend_checked(h, weighted, out, numel);
 }
 
+bool all_finite_on_cpu(const Addresses& arrays, const std::vector<std::size_t>& numels) {
+  if (arrays.size() != numels.size()) {
+    throw InvalidInput("numels", "be one an array, " + std::to_string(arrays.size()),
+                       std::to_string(numels.size()));
+  }
+  std::vector<FloatArray> found(arrays.size());
+  for (std::size_t k = 0; k < arrays.size(); ++k) found[k] = {arrays[k], numels[k]};
+  return all_finite(found);
+}
+
 void blend_on_device(std::uintptr_t h, const Addresses& deltas, std::uintptr_t alpha,
                      std::uintptr_t out, std::size_t numel, const std::string& dtype,
                      std::uintptr_t stream, int device) {
@@ -54,6 +64,9 @@ void bind_blend(py::module_& module) {
       "float32 alone, to the bit what torch gives for h + delta * alpha in order. alpha_ptrs holds "
       "one address a delta,\n"
       "0 for an alpha of 1. The GIL is held; out overlaps nothing.");
+  module.def("all_finite", all_finite_on_cpu, py::arg("array_ptrs"), py::arg("numels"),
+             "Whether every value of float32 arrays in CPU memory is finite.\n\n"
+             "numels holds one count an array. The GIL is held.");
   module.def("cuda_blend", blend_on_device, py::arg("h_ptr"), py::arg("delta_ptrs"),
              py::arg("alpha_ptr"), py::arg("out_ptr"), py::arg("numel"), py::arg("dtype"),
              py::arg("stream"), py::arg("device") = 0, py::call_guard<py::gil_scoped_release>(),

@@ -104,4 +104,13 @@ bool blend_checked(std::uintptr_t h, std::span<const WeightedDelta> deltas, std:
   return all_finite;
 }
 
+bool all_finite(std::span<const FloatArray> arrays) {
+  return std::ranges::all_of(arrays, [](const FloatArray& array) {
+    if (array.numel == 0) return true;
+    if (array.address == 0) throw InvalidInput("arrays", "have an address each", "a null pointer");
+    // NOLINTNEXTLINE: an address, as torch hands it over
+    return is_finite(reinterpret_cast<const float*>(array.address), array.numel);
+  });
+}
+
 }  // namespace esper

@@ -102,6 +102,33 @@ TEST(BlendChecked, RefusesNullAddresses) {
   EXPECT_THROW((void)blend_checked(at, null, at, 1), InvalidInput);
 }
 
+TEST(AllFinite, FindsOneValueAtAnyPlaceOfAnyArray) {
+  for (const std::size_t numel : {1U, 7U, 64U, 1023U}) {
+    std::vector<std::vector<float>> values(
+        3, std::vector<float>(numel, std::numeric_limits<float>::max()));
+    std::vector<FloatArray> arrays;
+    for (const auto& one : values) arrays.push_back({address_of(one), one.size()});
+    EXPECT_TRUE(all_finite(arrays));
+    for (auto& one : values) {
+      for (std::size_t place = 0; place < numel; place += place < 8 ? 1 : 97) {
+        for (const float bad :
+             {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
+              std::numeric_limits<float>::quiet_NaN()}) {
+          const float kept = std::exchange(one[place], bad);
+          EXPECT_FALSE(all_finite(arrays)) << bad << " at " << place << " of " << numel;
+          one[place] = kept;
+        }
+      }
+    }
+  }
+}
+
+TEST(AllFinite, OfNothingIsTrueAndNullIsRefused) {
+  EXPECT_TRUE(all_finite({}));
+  EXPECT_TRUE(all_finite(std::vector<FloatArray>{{0, 0}}));
+  EXPECT_THROW((void)all_finite(std::vector<FloatArray>{{0, 1}}), InvalidInput);
+}
+
 TEST(Blend, OnADeviceRefusesTheSame) {
   EXPECT_THROW(cuda_blend({0, {}, 0, 0, 1, DType::FLOAT64}, 0, 0), InvalidInput);
   if (cuda_available()) {

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from esper.execution._native import all_finite
+from esper.execution.health import is_real_tensor
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -96,23 +99,8 @@ def is_finite(value: Tensor) -> bool:
     return math.isfinite(total.item()) or bool(torch.isfinite(detached).all())
 
 
-_SMALL_NUMEL: Final = 512
-_ONE: Final = torch.ones(())
-_found: Final = torch.zeros(())
-
-
 def are_finite(values: Sequence[Tensor]) -> bool:
-    """Whether every element of CPU tensors of one floating type is finite.
-
-    Small ones are looked at together, by the operator of torch's gradient scaler with a scale of 1: one call instead of
-    many, but not vectorised, and it writes what it has read. Training thread only.
-    """
-    small = [value for value in values if value.numel() <= _SMALL_NUMEL and not value.requires_grad]
-    if len(small) > 1:
-        _found.zero_()
-        torch._amp_foreach_non_finite_check_and_unscale_(small, _found, _ONE)
-        if _found.item() != 0.0:
-            return False
-    return all(
-        is_finite(value) for value in values if len(small) < 2 or value.numel() > _SMALL_NUMEL or value.requires_grad
-    )
+    """Whether every element of CPU tensors is finite; float32 without gaps in one native call for all of them."""
+    if all(value.dtype is torch.float32 and value.is_contiguous() and is_real_tensor(value) for value in values):
+        return all_finite([value.data_ptr() for value in values], [value.numel() for value in values])
+    return all(is_finite(value) for value in values)

@@ -98,7 +98,12 @@ def own_gradients(seeds: Iterable[Seed]) -> list[Tensor]:
     """Give the gradients of kernels' parameters; of sharded ones this rank's part."""
     parameters = (own[name] for seed in seeds for own, name in seed.parameter_places())
     found = (parameter.grad for parameter in parameters if parameter is not None)
-    return [getattr(value, "_local_tensor", value) for value in found if value is not None]
+    return [value if type(value) is Tensor else _local(value) for value in found if value is not None]
+
+
+def _local(value: Tensor) -> Tensor:
+    part: Tensor = getattr(value, "_local_tensor", value)
+    return part
 
 
 def zeroed(value: Tensor) -> Tensor:

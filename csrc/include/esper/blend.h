@@ -52,6 +52,16 @@ struct WeightedDelta {
 [[nodiscard]] bool blend_checked(std::uintptr_t h, std::span<const WeightedDelta> deltas,
                                  std::uintptr_t out, std::size_t numel);
 
+// So many float32 values at an address.
+struct FloatArray {
+  std::uintptr_t address;
+  std::size_t numel;
+};
+
+// Whether every value of the arrays, in CPU memory, is finite. Throws InvalidInput for a null
+// address with numel > 0. Thread-safe: the caller keeps the memory alive, and unwritten by others.
+[[nodiscard]] bool all_finite(std::span<const FloatArray> arrays);
+
 // In the memory of `device`, alpha included: enqueued on the stream, waits for nothing, may be
 // captured (a replay reads alpha anew). The memory must stay allocated in stream order. Throws as
 // `blend` does, InvalidInput for an unknown device, DeviceError without CUDA or where the device

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from esper.contracts.errors import InvalidInputError, UnavailableError
-from esper.execution._native import blend, cuda_available, cuda_blend
+from esper.execution._native import all_finite, blend, cuda_available, cuda_blend
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -60,3 +60,16 @@ def test_bad_input_is_named(arguments: Any, message: str) -> None:
 def test_without_a_device_it_says_so() -> None:
     with pytest.raises(UnavailableError, match="cuda"):
         cuda_blend(0, [], 0, 0, 0, "float32", 0)
+
+
+def test_arrays_are_looked_at_for_what_is_not_finite() -> None:
+    arrays = [torch.ones(300), torch.full((7,), torch.finfo(torch.float32).max)]
+    at, counts = [array.data_ptr() for array in arrays], [array.numel() for array in arrays]
+    assert all_finite(at, counts)
+    assert all_finite([], [])
+    arrays[0][299] = torch.nan
+    assert not all_finite(at, counts)
+    with pytest.raises(InvalidInputError, match="numels must be one an array, 2, got 1"):
+        all_finite(at, [300])
+    with pytest.raises(InvalidInputError, match="arrays must have an address each, got a null pointer"):
+        all_finite([0], [1])
