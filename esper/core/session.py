@@ -79,13 +79,7 @@ class Session:
         step_optimizer: bool = True,
         config: SessionConfig | None = None,
     ) -> None:
-        if not isinstance(model, MorphableModel):
-            raise InvalidInputError.of("model", "be wrapped: esper.wrap(model)", type(model).__name__)
-        if (ranks := world_size()) > 1:
-            raise InvalidStateError(
-                f"a session must be the only rank of its training, got a process group of {ranks}: ranks do not share "
-                "decisions yet, and each would grow a different model"
-            )
+        _require_one_model(model)
         self.config = config or SessionConfig()
         self.run_id = self.config.resolve_run_id()
         require_supported(optimizer)
@@ -379,3 +373,13 @@ def _open_link(leaving: contextlib.ExitStack, mesh: MeshPort | None, run_id: str
     link = mesh.open_link(run_id, model)
     leaving.callback(link.close)
     return link
+
+
+def _require_one_model(model: object) -> None:
+    if not isinstance(model, MorphableModel):
+        raise InvalidInputError.of("model", "be wrapped: esper.wrap(model)", type(model).__name__)
+    if (ranks := world_size()) > 1:
+        raise InvalidStateError(
+            f"a session must be the only rank of its training, got a process group of {ranks}: ranks do not share "
+            "decisions yet, and each would grow a different model"
+        )

@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 
 from esper.execution.circuit_breaker import FailureKind, KernelFaultError, fault_of, is_finite
 from esper.execution.device_guard import gated
-from esper.execution.gradient_gate import GradientGate, note_backward, zeroed
+from esper.execution.gradient_gate import GradientGate, note_backward, readable, zeroed
 from esper.execution.pass_watch import WATCH_INTERVAL_PASSES, Deadline, MemoryWatch, storages_of
 
 if TYPE_CHECKING:
@@ -60,9 +60,8 @@ def run_kernel(layer: SeedHolder, seed: Seed, x: Tensor, h: Tensor, gate: Gradie
 
 def private_inputs(seed: Seed, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """Give what a kernel may see inside a compiled graph, where there is no bulkhead: gated, and copies if need be."""
-    if is_closed(seed):
-        return gated(x), gated(h)
-    return gated(x).clone(), gated(h).clone()
+    x, h = gated(readable(x)), gated(readable(h))
+    return (x, h) if is_closed(seed) else (x.clone(), h.clone())
 
 
 def is_closed(seed: Seed) -> bool:
@@ -98,7 +97,7 @@ def _run_apart(layer: SeedHolder, seed: Seed, x: Tensor, h: Tensor) -> Tensor:
         delta, storages = _call_apart(seed, given, h)
         seed.breaker.over.extend(storages)
         return delta.clone()
-    leaves = tuple(value.detach().requires_grad_(value.requires_grad) for value in (x, h))
+    leaves = tuple(readable(value).detach().requires_grad_(value.requires_grad) for value in (x, h))
     given = (leaves[0].clone(), leaves[1].clone())
     delta, storages = _call_apart(seed, given, h)
     parameters = tuple(value for value in seed.kernel.parameters() if value.requires_grad)

@@ -54,7 +54,7 @@ class GradientGate:
 
     def _on(self, value: Tensor) -> Tensor:
         if not value.requires_grad:
-            return value
+            return readable(value)
         view = value.view_as(value)
         view.register_hook(self._check)  # type: ignore[no-untyped-call]
         return view
@@ -92,6 +92,14 @@ class GradientGate:
             note_backward(self.layer, self.seeds[0], FailureKind.NON_FINITE, _AT_LAYER)
         else:
             self.layer.separate_gates()
+
+
+def readable(value: Tensor) -> Tensor:
+    """Give a kernel's input as it may be read: without gaps where no gradient is asked of it on the CPU.
+
+    There the backward pass of torch's GroupNorm (2.13) crashes where its channels-last input needs no gradient.
+    """
+    return value if value.requires_grad or value.device.type != "cpu" else value.contiguous()
 
 
 def own_gradients(seeds: Iterable[Seed]) -> list[Tensor]:

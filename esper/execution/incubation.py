@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from esper.contracts.errors import InvalidInputError, InvalidStateError
+from esper.execution.gradient_gate import readable
 from esper.execution.layers.base import KasminaLayer
 from esper.execution.overrides import GrowingModel, SeedRef, find_seed, frozen_buffers, seeds_at
 from esper.execution.random_streams import frozen_streams
@@ -200,7 +201,7 @@ def local_regression_loss(kernel: nn.Module, sample: SiteSample, *, reach: float
         raise InvalidInputError.of("reach", "be > 0", reach)
     # The entries of J's gradient are about 1 / |h|: too small for float16, so autocast stays out of it.
     with torch.autocast(sample.h.device.type, enabled=False):
-        x, h = (_as_weights(kernel, value) for value in (sample.x, sample.h))
+        x, h = (_as_weights(kernel, readable(value)) for value in (sample.x, sample.h))
         d = kernel(x, h)
         g_size = torch.linalg.vector_norm(sample.g.float()).clamp_min(1e-30)
         h_size = torch.linalg.vector_norm(h.float()).clamp_min(1e-30)

@@ -1,8 +1,9 @@
-"""A run that grows, in a process of its own: ``python -m tests.integration.grown_run ACTION DIRECTORY OPTIMIZER MESH``.
+"""Runs that grow, in their own process: ``python -m tests.integration.grown_run ACTION DIRECTORY MESH OPTIMIZER...``.
 
 Action ``whole`` trains through and writes checkpoints in mid-incubation, mid-graft, after a seed was kept and after one
 was culled, each in the middle of an epoch. ``resume`` takes every one up in a fresh model, over a mesh of its own.
-Both print, as JSON, the loss of every step to the bit and digests of everything there is at the end of every epoch.
+Both print, as JSON by optimizer, the loss of every step to the bit and digests of everything there is at the end of
+every epoch. What belongs to one optimizer lies in a directory of its name.
 """
 
 from __future__ import annotations
@@ -174,27 +175,38 @@ def mesh_of(kind: str, directory: Path) -> Iterator[esper.Mesh]:
         yield mesh
 
 
-def main(action: str, directory: Path, optimizer: str, kind: str) -> dict[str, Any]:
-    """Do what the module's docstring says."""
-    checkpoints, index = directory / "checkpoints", directory / "saved.json"
-    if action == "whole":
-        saved: dict[str, str] = {}
-        with mesh_of(kind, directory) as mesh:
-            run = Run(checkpoints, optimizer, mesh)
-            with run.session:
-                found = run.go_on(saved)
-        index.write_text(json.dumps(saved))
-        return found
+def train_through(directory: Path, optimizer: str, mesh: esper.Mesh) -> dict[str, Any]:
+    """Train to the end, and leave checkpoints behind."""
+    saved: dict[str, str] = {}
+    run = Run(directory / "checkpoints", optimizer, mesh)
+    with run.session:
+        found = run.go_on(saved)
+    (directory / "saved.json").write_text(json.dumps(saved))
+    return found
+
+
+def take_up(directory: Path, optimizer: str, mesh: esper.Mesh) -> dict[str, Any]:
+    """Go on from every checkpoint that was left, each in a fresh model; gives what was found by its name."""
     resumed = {}
-    with mesh_of(kind, directory) as mesh:
-        for name, checkpoint_id in json.loads(index.read_text()).items():
-            run = Run(checkpoints, optimizer, mesh)
-            with run.session:
-                torch.randn(17)  # a process that has drawn otherwise
-                run.session.load_checkpoint(checkpoint_id)
-                resumed[name] = {"at_once": run.digests(), "seeds_at_once": run.seeds(), **run.go_on()}
+    for name, checkpoint_id in json.loads((directory / "saved.json").read_text()).items():
+        run = Run(directory / "checkpoints", optimizer, mesh)
+        with run.session:
+            torch.randn(17)  # a process that has drawn otherwise
+            run.session.load_checkpoint(checkpoint_id)
+            resumed[name] = {"at_once": run.digests(), "seeds_at_once": run.seeds(), **run.go_on()}
     return resumed
 
 
+ACTIONS = {"whole": train_through, "resume": take_up}
+
+
+def main(action: str, directory: Path, mesh: str, *optimizers: str) -> dict[str, Any]:
+    """Do what the module's docstring says, over one mesh."""
+    for optimizer in optimizers:
+        (directory / optimizer).mkdir(exist_ok=True)
+    with mesh_of(mesh, directory) as up:
+        return {optimizer: ACTIONS[action](directory / optimizer, optimizer, up) for optimizer in optimizers}
+
+
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4])))
+    sys.stdout.write(json.dumps(main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])))

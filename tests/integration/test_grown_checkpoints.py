@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.grown_run import main
+from tests.integration.grown_run import OPTIMIZERS, main
 
 ROOT = Path(__file__).parents[2]
 STATES = {
@@ -23,9 +25,9 @@ STATES = {
 SAVED_AT = {"incubating": "33", "grafting": "53", "kept": "133", "culled": "153"}
 
 
-def run(action: str, directory: Path, optimizer: str, mesh: str) -> Any:
-    """Run one process to its end; give what it printed."""
-    command = [sys.executable, "-m", "tests.integration.grown_run", action, str(directory), optimizer, mesh]
+def take_up(directory: Path, mesh: str, *optimizers: str) -> Any:
+    """Take the runs up in one process, to its end; give what it printed."""
+    command = [sys.executable, "-m", "tests.integration.grown_run", "resume", str(directory), mesh, *optimizers]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -50,15 +52,34 @@ def assert_goes_on(whole: Any, resumed: Any) -> None:
         assert len(found["digests"]) >= 2, "an epoch's end or two are in it"
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Any]:
+    """Gives what a run with an optimizer found that was not interrupted, and puts its checkpoints into a directory."""
+    found: dict[str, Any] = {}
+    kept = tmp_path_factory.mktemp("whole")
+
+    def give(directory: Path, optimizer: str) -> Any:
+        if optimizer not in found:
+            found.update(main("whole", kept, "embedded", optimizer))
+        shutil.copytree(kept / optimizer, directory / optimizer)
+        return found[optimizer]
+
+    return give
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "both"])
-def test_a_run_goes_on_to_the_bit_in_a_fresh_process(tmp_path: Path, optimizer: str) -> None:
-    whole = main("whole", tmp_path, optimizer, "embedded")
-    assert_goes_on(whole, run("resume", tmp_path, optimizer, "embedded"))
+def test_a_run_goes_on_to_the_bit_in_a_fresh_process(tmp_path: Path, optimizer: str, whole: Any) -> None:
+    uninterrupted = whole(tmp_path, optimizer)
+    assert_goes_on(uninterrupted, take_up(tmp_path, "embedded", optimizer)[optimizer])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_goes_on_to_the_bit_over_processes_and_nats(tmp_path: Path) -> None:
-    whole = main("whole", tmp_path, "sgd", "embedded")
-    assert_goes_on(whole, run("resume", tmp_path, "sgd", "local"))
+def test_runs_go_on_to_the_bit_over_processes_and_nats(tmp_path: Path, whole: Any) -> None:
+    """With SGD, AdamW and a pair with Muon in turn, over one mesh: bringing that up takes far longer than the runs."""
+    uninterrupted = {optimizer: whole(tmp_path, optimizer) for optimizer in OPTIMIZERS}
+    resumed = take_up(tmp_path, "local", *OPTIMIZERS)
+    assert set(resumed) == {"sgd", "adamw", "both"}
+    for optimizer, found in resumed.items():
+        assert_goes_on(uninterrupted[optimizer], found)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import os
 import sys
 import warnings
@@ -18,7 +19,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esper.core.wrap import LayerTelemetry, wrap
+from esper.blueprints import default_registry
+from esper.contracts.blueprint import SiteKind
+from esper.contracts.lifecycle import SeedLifecycleState as State
+from esper.core.export import export
+from esper.core.morphable import MorphableModel
+from esper.core.wrap import LayerTelemetry, unwrap, wrap
+from esper.execution.incubation import trial_backward
+from esper.execution.layers import KasminaLayer
+from esper.execution.overrides import SeedRef
 
 pytestmark = [
     pytest.mark.slow,
@@ -223,11 +232,6 @@ def test_it_wraps_and_trains_unchanged(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["timm_resnet", "timm_vit", "transformers_gpt2", "transformers_bert"])
 def test_it_grows_and_goes_back(name: str) -> None:
-    from esper.blueprints import default_registry
-    from esper.contracts.lifecycle import SeedLifecycleState as State
-    from esper.core.export import export
-    from esper.core.wrap import unwrap
-
     family = FAMILIES[name]()
     host = family.model()
     model = wrap(host)
@@ -248,3 +252,74 @@ def test_it_grows_and_goes_back(name: str) -> None:
         layer.clear_seed(0)
         assert unwrap(model) is host
         assert torch.equal(loss_of(host, family.inputs), before)
+
+
+def one_step(model: nn.Module, inputs: dict[str, Tensor], optimizer: torch.optim.Optimizer, number: int) -> Tensor:
+    """Train one step, with the same dropout for all that take this one."""
+    torch.manual_seed(number)
+    loss = loss_of(model, inputs)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def germinate_each_kind(model: MorphableModel) -> dict[SiteKind, KasminaLayer]:
+    """Bring a seed to ACTIVE at the middle layer of every kind: a bottleneck adapter, or the cheapest legal there."""
+    chosen: dict[SiteKind, KasminaLayer] = {}
+    sites = [layer for layer in model.kasmina_layers.values() if layer.site is not None]
+    for kind in dict.fromkeys(layer.site.kind for layer in sites):
+        of_kind = [layer for layer in sites if layer.site.kind is kind]
+        layer = chosen[kind] = of_kind[len(of_kind) // 2]
+        offered = {blueprint.name: blueprint for blueprint in default_registry().for_site(layer.site)}
+        blueprint = offered.get("bottleneck_adapter") or next(iter(offered.values()))
+        layer.germinate(0, blueprint.ir, blueprint_id=blueprint.id, random_seed=1)
+    return chosen
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_grows_a_seed_of_every_kind(name: str) -> None:
+    family = FAMILIES[name]()
+    host = family.model()
+    twin = copy.deepcopy(host)
+    model = wrap(host)
+    ours, theirs = (torch.optim.AdamW(net.parameters(), lr=1e-3) for net in (model, twin))
+    assert one_step(model, family.inputs, ours, 0) == one_step(twin, family.inputs, theirs, 0)
+
+    layers = germinate_each_kind(model)
+    refs = [SeedRef(layer.layer_name, 0) for layer in layers.values()]
+    seeds = {
+        f"{kind.name} {n}": p for kind, one in layers.items() for n, p in one.find_seed(0).kernel.named_parameters()
+    }
+    learner = torch.optim.AdamW(seeds.values(), lr=1e-2)
+    for number in (1, 2):  # behind the host's back
+        assert one_step(model, family.inputs, ours, number) == one_step(twin, family.inputs, theirs, number)
+        learner.zero_grad()
+        assert math.isfinite(trial_backward(model, refs, lambda: loss_of(model, family.inputs)))
+        learner.step()
+    assert [key for key, value in seeds.items() if value.grad is None or not value.grad.any()] == []
+    grown = dict((*model.named_parameters(), *model.named_buffers()))
+    for key, value in (*twin.named_parameters(), *twin.named_buffers()):
+        assert torch.equal(grown[key], value), key
+
+    for layer in layers.values():
+        layer.transition(0, State.EVALUATING)
+        layer.set_alpha(0, 0.5)
+    learner = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = {key: value.detach().clone() for key, value in seeds.items()}
+    for number in (3, 4):
+        loss = one_step(model, family.inputs, learner, number)
+        assert torch.isfinite(loss)
+        assert loss != one_step(twin, family.inputs, theirs, number), "the seeds take part"
+    assert [key for key, value in seeds.items() if not value.grad.any() or torch.equal(value, before[key])] == []
+    assert [name for name, layer in model.kasmina_layers.items() if layer.state_layout.errors.any()] == []
+
+    fresh = wrap(FAMILIES[name]().model())
+    fresh.load_state_dict(model.state_dict())
+    assert fresh.grown_structure() == model.grown_structure()
+    saved, loaded = model.state_dict(), fresh.state_dict()
+    assert list(loaded) == list(saved)
+    for key, value in saved.items():
+        assert torch.equal(loaded[key], value) if isinstance(value, Tensor) else loaded[key] == value, key
+    with torch.no_grad():
+        assert torch.equal(loss_of(fresh.eval(), family.inputs), loss_of(model.eval(), family.inputs))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import lr_scheduler as lrs
 
 import esper
@@ -22,8 +25,17 @@ from esper.core import optimizers
 from esper.core.capture import capture_optimizer, cloned, restore_optimizer
 from esper.core.morphable import MorphableModel
 from esper.recovery import CheckpointManager
+from tests.nested_states import differences
 
 STEPS = 12
+PATHS = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+OPTIMIZERS: dict[str, Any] = {
+    f"{kind}-{path}": partial(make, **settings)
+    for kind, make in {"sgd": partial(SGD, momentum=0.9), "adamw": AdamW}.items()
+    for path, settings in PATHS.items()
+}
+INSIDE = {"_single_tensor": "loop", "_multi_tensor": "foreach", "_fused": "fused"}
+"""How torch names the functions of each path; on the CPU it takes the loop unless told otherwise."""
 
 
 def sequential(optimizer: Optimizer) -> lrs.LRScheduler:
@@ -37,6 +49,9 @@ def warm_up(optimizer: Optimizer) -> lrs.LRScheduler:
 
 
 SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
+    "constant": lambda one: lrs.ConstantLR(one, factor=0.5, total_iters=5),
+    "linear": lambda one: lrs.LinearLR(one, 0.1, total_iters=6),
+    "exponential": lambda one: lrs.ExponentialLR(one, gamma=0.9),
     "step": lambda one: lrs.StepLR(one, step_size=3, gamma=0.5),
     "multi_step": lambda one: lrs.MultiStepLR(one, [2, 5, 5], gamma=0.5),
     "cosine": lambda one: lrs.CosineAnnealingLR(one, T_max=STEPS),
@@ -61,15 +76,34 @@ def _no_advice() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def paths(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """The paths that steps have truly taken, counted."""
+    taken: Counter[str] = Counter()
+
+    def counted(path: str, function: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            taken[path] += 1
+            function(*args, **kwargs)
+
+        return run
+
+    for module, kind in ((sys.modules[SGD.__module__], "sgd"), (sys.modules[Adam.__module__], "adam")):
+        for inside, path in INSIDE.items():
+            name = f"{inside}_{kind}"
+            monkeypatch.setattr(module, name, counted(path, getattr(module, name)))
+    return taken
+
+
 class Rig:
     """A wrapped host with two groups, an optimizer and what stands around it."""
 
-    def __init__(self, schedule: str = "step", make: Any = SGD) -> None:
+    def __init__(self, schedule: str = "step", make: Any = OPTIMIZERS["sgd-loop"]) -> None:
         torch.manual_seed(0)
         self.model: MorphableModel = esper.wrap(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
         self.model(torch.zeros(1, 3))
         groups = [{"params": list(self.model[index].parameters()), "lr": lr} for index, lr in ((2, 0.1), (0, 0.2))]
-        self.optimizer: Optimizer = make(groups, **({"momentum": 0.9} if make is SGD else {}))
+        self.optimizer: Optimizer = make(groups)
         self.scheduler = SCHEDULES[schedule](self.optimizer)
 
     def step(self, number: int, clip: Callable[[Rig], object] = lambda _: None) -> None:
@@ -96,6 +130,13 @@ class Rig:
         optimizers.leave(self.optimizer, parameters)
         self.model.kasmina_layers[layer].clear_seed(index)
 
+    def host(self) -> dict[str, Any]:
+        """Give the host's parameters, their state in the optimizer and the groups' settings."""
+        parameters = {name: value for name, value in self.model.named_parameters() if "seeds" not in name}
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        state = {name: dict(self.optimizer.state[value]) for name, value in parameters.items()}
+        return {"parameters": parameters, "state": state, "settings": settings}
+
     def rates(self) -> list[float]:
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
@@ -105,10 +146,18 @@ class Rig:
         return {f"{n}.{name}": len(getattr(s, name)) for n, s in enumerate(inner) for name in names if hasattr(s, name)}
 
 
-@pytest.mark.parametrize("make", [SGD, AdamW])
+def test_no_schedule_of_torch_is_left_out() -> None:
+    made: set[type] = set()
+    for schedule in SCHEDULES:
+        outer = Rig(schedule).scheduler
+        made |= {type(one) for one in (outer, *getattr(outer, "_schedulers", []))}
+    assert made >= {getattr(lrs, name) for name in lrs.__all__} - {lrs.LRScheduler}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_schedule_is_the_same_over_coming_and_going(schedule: str, make: Any) -> None:
-    alone, grown = Rig(schedule, make), Rig(schedule, make)
+def test_a_schedule_is_the_same_over_coming_and_going(schedule: str, kind: str, paths: Counter[str]) -> None:
+    alone, grown = Rig(schedule, OPTIMIZERS[kind]), Rig(schedule, OPTIMIZERS[kind])
     guests: list[nn.Parameter] = []
     for number in range(STEPS):
         if number == 4:
@@ -124,6 +173,34 @@ def test_a_schedule_is_the_same_over_coming_and_going(schedule: str, make: Any) 
         if 4 <= number < 8 and grown.rates()[1] > 0:
             moved = [not torch.equal(guest, value) for guest, value in zip(guests, before, strict=True)]
             assert any(moved), "the seed takes the steps of its layer's group"
+    assert paths == {kind.split("-")[1]: 2 * 2 * STEPS}, "every group of both took this path at every step"
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_under_a_schedule_a_guest_leaves_the_hosts_state_alone(schedule: str, kind: str) -> None:
+    alone, grown = Rig(schedule, OPTIMIZERS[kind]), Rig(schedule, OPTIMIZERS[kind])
+    guests: list[nn.Parameter] = []
+
+    def teach(one: Rig) -> None:  # what the seed learns behind the host's back; its alpha is 0
+        for guest in guests:
+            guest.grad = torch.ones_like(guest)
+
+    for number in range(STEPS):
+        if number == 4:
+            guests = grown.grow(State.EVALUATING)
+            grown.model.kasmina_layers["0"].set_alpha(0, 0.0)
+        if number == 8:
+            grown.drop(guests)
+            guests = []
+        before = [guest.detach().clone() for guest in guests]
+        alone.step(number)
+        rate = grown.rates()[1]
+        grown.step(number, teach)
+        assert differences(alone.host(), grown.host()) == []
+        moved = [not torch.equal(guest, value) for guest, value in zip(guests, before, strict=True)]
+        assert all(moved) or rate == 0
+    assert len(alone.optimizer.state) == len(grown.optimizer.state) == 4
 
 
 def test_a_seed_is_stepped_at_its_layers_rate() -> None:
@@ -222,37 +299,94 @@ def test_clipping_by_group_takes_a_grafted_seed_with_its_layer() -> None:
     assert not torch.allclose(first.flatten()[0], second.flatten()[0]), "the other layer's group is as it was"
 
 
-@pytest.mark.parametrize("implementation", [{}, {"fused": True}], ids=["foreach", "fused"])
-def test_a_scaler_skips_and_steps_seeds_with_their_host(implementation: dict[str, Any]) -> None:
-    def run(grows: bool) -> tuple[Rig, torch.amp.GradScaler, list[nn.Parameter]]:
-        one = Rig(make=lambda groups: AdamW(groups, **implementation))
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
-        guests: list[nn.Parameter] = []
-        for number in range(8):
-            if number == 3 and grows:
-                guests = one.grow(State.EVALUATING)
-                one.model.kasmina_layers["0"].set_alpha(0, 0.0)
-            x = torch.randn(5, 3, generator=torch.Generator().manual_seed(number))
-            scaler.scale(one.model(x).square().mean()).backward()
-            for guest in guests:
-                guest.grad = torch.ones_like(guest) * scaler.get_scale()
-            if number in (2, 5):
-                one.model[0].weight.grad[0, 0] = float("inf")
-            before = [parameter.detach().clone() for parameter in one.model.parameters()]
-            scaler.unscale_(one.optimizer)
-            assert all(torch.equal(guest.grad, torch.ones_like(guest)) for guest in guests), "guests are unscaled too"
-            scaler.step(one.optimizer)
-            scaler.update()
-            one.optimizer.zero_grad()
-            after = zip(one.model.parameters(), before, strict=True)
-            assert all(torch.equal(a, b) for a, b in after) is (number in (2, 5))
-        return one, scaler, guests
+class Scaled(Rig):
+    """A rig under a gradient scaler; the gradients of its guests, which the host does not see, are ones."""
 
-    alone, grown = run(False), run(True)
-    assert alone[1].state_dict() == grown[1].state_dict()
-    grown[0].drop(grown[2])
-    for key, value in alone[0].model.state_dict().items():
-        assert torch.equal(value, grown[0].model.state_dict()[key]), key
+    def __init__(self, kind: str, way: str) -> None:
+        super().__init__(make=OPTIMIZERS[kind])
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        self.way = way
+        self.guests: list[nn.Parameter] = []
+
+    def enter(self) -> None:
+        self.guests = self.grow(State.EVALUATING)
+        self.model.kasmina_layers["0"].set_alpha(0, 0.0)
+
+    def exit(self) -> None:
+        self.drop(self.guests)
+        self.guests = []
+
+    def scaled_step(self, number: int, poisoned: torch.Tensor | None) -> None:
+        """Take one step, in which the gradient of one parameter may overflow."""
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(number))
+        self.scaler.scale(self.model(x).square().mean()).backward()
+        for guest in self.guests:
+            guest.grad = torch.ones_like(guest) * self.scaler.get_scale()
+        if poisoned is not None:
+            poisoned.grad.view(-1)[0] = float("inf")
+        if self.way == "unscaled by the user":
+            self.scaler.unscale_(self.optimizer)
+            assert all((guest.grad.view(-1)[1:] == 1).all() for guest in self.guests), "guests are unscaled too"
+        before = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        after = zip(self.model.parameters(), before, strict=True)
+        assert all(torch.equal(a, b) is (poisoned is not None) for a, b in after), "all are stepped, or none"
+
+
+OVERFLOWS = {2: "host", 4: "guest", 7: "other group", 10: "host"}
+"""Whose gradient overflows in which step, while a seed is there in steps 4 to 8."""
+
+
+@pytest.mark.parametrize("way", ["unscaled in the step", "unscaled by the user"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_scaler_skips_and_steps_seeds_with_their_host(kind: str, way: str, paths: Counter[str]) -> None:
+    alone, grown = Scaled(kind, way), Scaled(kind, way)
+    twins: list[nn.Parameter] = []
+    for number in range(STEPS):
+        before = grown.scaler.state_dict()
+        if number == 4:
+            grown.enter()
+            twins = [nn.Parameter(guest.detach().clone()) for guest in grown.guests]
+            by_itself = OPTIMIZERS[kind]([{"params": twins, "lr": grown.rates()[1]}])
+        if number == 9:
+            grown.exit()
+        assert grown.scaler.state_dict() == before, "coming and going does not touch the scale"
+        for one in (alone, grown):
+            own = {"host": one.model[0].weight, "other group": one.model[2].bias}
+            own["guest"] = one.guests[1] if one.guests else own["host"]
+            one.scaled_step(number, own.get(OVERFLOWS.get(number, "")))
+        assert differences(alone.scaler.state_dict(), grown.scaler.state_dict()) == []
+        assert differences(alone.host(), grown.host()) == []
+        if grown.guests and number not in OVERFLOWS:
+            for twin in twins:
+                twin.grad = torch.ones_like(twin)
+            by_itself.step()
+        for guest, twin in zip(grown.guests, twins, strict=False):
+            assert torch.equal(guest, twin), "it steps as it would by itself, over the steps that were not skipped"
+    assert grown.scaler.get_scale() == 512.0, "it rose and fell"
+    assert set(paths) == {kind.split("-")[1]}
+    assert len(grown.optimizer.state) == 4
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_seed_joins_between_unscaling_and_the_step(kind: str) -> None:
+    alone, grown = Scaled(kind, ""), Scaled(kind, "")
+    for number in range(6):
+        for one in (alone, grown):
+            x = torch.randn(5, 3, generator=torch.Generator().manual_seed(number))
+            one.scaler.scale(one.model(x).square().mean()).backward()
+            one.scaler.unscale_(one.optimizer)
+            if one is grown and number == 2:
+                one.enter()
+            elif one is grown and number == 4:
+                one.exit()
+            one.scaler.step(one.optimizer)
+            one.scaler.update()
+            one.optimizer.zero_grad()
+        assert differences(alone.scaler.state_dict(), grown.scaler.state_dict()) == []
+        assert differences(alone.host(), grown.host()) == []
 
 
 @pytest.mark.parametrize("learns", ["trial", "site"])

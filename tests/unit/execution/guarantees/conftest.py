@@ -76,10 +76,16 @@ class Kind:
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
+    is_halved: bool = False
+    """Whether autocast computes it in half precision."""
 
     def net(self) -> Net:
         torch.manual_seed(0)
         return Net(self.make())
+
+    def out_dtype(self, autocast: torch.dtype) -> torch.dtype:
+        """Give the type of the output under autocast."""
+        return autocast if self.is_halved else torch.float32
 
     def batch(self, seed: int = 1) -> Tensor:
         return torch.randn(self.shape, generator=torch.Generator().manual_seed(seed))
@@ -113,10 +119,10 @@ def affine() -> nn.Module:
 
 
 KINDS: dict[str, Kind] = {
-    "linear": Kind(lambda: nn.Linear(6, 4), (5, 6)),
-    "conv1d": Kind(lambda: nn.Conv1d(3, 4, 3, padding=1), (4, 3, 9)),
-    "conv2d": Kind(lambda: nn.Conv2d(3, 4, 3, padding=1), (4, 3, 6, 6)),
-    "attention": Kind(lambda: nn.MultiheadAttention(8, 2, batch_first=True), (4, 5, 8)),
+    "linear": Kind(lambda: nn.Linear(6, 4), (5, 6), is_halved=True),
+    "conv1d": Kind(lambda: nn.Conv1d(3, 4, 3, padding=1), (4, 3, 9), is_halved=True),
+    "conv2d": Kind(lambda: nn.Conv2d(3, 4, 3, padding=1), (4, 3, 6, 6), is_halved=True),
+    "attention": Kind(lambda: nn.MultiheadAttention(8, 2, batch_first=True), (4, 5, 8), is_halved=True),
     "layer_norm": Kind(lambda: nn.LayerNorm(6), (5, 6)),
     "batch_norm1d": Kind(lambda: nn.BatchNorm1d(6), (5, 6)),
     "batch_norm2d": Kind(lambda: nn.BatchNorm2d(3), (4, 3, 5, 5)),
@@ -166,6 +172,30 @@ def losses_and_state(model: nn.Module, batches: list[Tensor], optimizer: torch.o
         assert x.grad is not None
         found += [loss.detach(), x.grad]
     return [*found, *(value.detach().clone() for value in model.parameters()), *model.buffers()]
+
+
+def scaled_losses_and_state(
+    model: nn.Module, batches: list[Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> list[Tensor]:
+    """Train as :func:`losses_and_state` does, in float16 under autocast, with the loss scaled."""
+    found = []
+    for batch in batches:
+        x = batch.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.float16):
+            out = model(x)
+        loss = weighed(out.float())
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert x.grad is not None
+        found += [loss.detach(), x.grad.nan_to_num(), torch.tensor(scaler.get_scale())]
+    return [*found, *(value.detach().clone() for value in model.parameters()), *model.buffers()]
+
+
+@pytest.fixture
+def train_scaled() -> Callable[..., list[Tensor]]:
+    return scaled_losses_and_state
 
 
 @pytest.fixture

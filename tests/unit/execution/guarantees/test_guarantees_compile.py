@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from esper.contracts.lifecycle import SeedLifecycleState as State
+from esper.core.wrap import wrap
 
 # Dynamo itself makes an instance of every autograd function that it traces.
 pytestmark = [
@@ -85,3 +88,35 @@ def test_inductor_trains_a_grown_model(kinds: Any, weigh: Any) -> None:
         weigh(net(kinds["linear"].batch())).backward()
     for parameter, other in zip(model.parameters(), written.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def convolutional() -> nn.Module:
+    middle = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2)]
+    return nn.Sequential(*middle, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("make", "shape"), [(mlp, (5, 6)), (convolutional, (4, 3, 6, 6))], ids=["mlp", "conv"])
+def test_inductor_gives_a_dormant_model_the_hosts_own_bits(
+    make: Any, shape: tuple[int, ...], telemetry: Any, train: Any, same: Any
+) -> None:
+    torch.manual_seed(0)
+    host = make()
+    twin = copy.deepcopy(host)
+    model = wrap(host, telemetry=telemetry)
+    batches = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    found, counted = [], []
+    for net in (model, twin):
+        counter = CompileCounterWithBackend("inductor")
+        compiled = torch.compile(net, backend=counter, fullgraph=True)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        found.append([*train(compiled, batches, optimizer), *(parameter.grad for parameter in net.parameters())])
+        counted.append((counter.frame_count, counter.op_count))
+    assert same(*found)
+    assert counted[0] == counted[1]
+    assert counted[0][0] == 1

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from esper.core.wrap import unwrap, wrap
 from esper.execution.layers import KasminaLayer
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -43,16 +45,29 @@ class TestBits:
         model = wrap(net, telemetry=telemetry)
         assert same(train(model, batches[1:], before), train(twin, batches[1:], theirs))
 
-    def test_autocast(self, kind: Any, telemetry: Any, mode: bool, weigh: Any, same: Any) -> None:
+    @pytest.mark.parametrize("dtype", HALVES, ids=str)
+    def test_autocast(self, kind: Any, telemetry: Any, mode: bool, dtype: torch.dtype, weigh: Any, same: Any) -> None:
         model, twin = kind.wrapped(telemetry=telemetry)
         found = []
         for net in (model.train(mode), twin.train(mode)):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                out = net(kind.batch())
+            x = kind.batch().requires_grad_()
+            with torch.autocast("cpu", dtype=dtype):
+                out = net(x)
             weigh(out.float()).backward()
-            found.append([out.detach(), *(parameter.grad for parameter in net.parameters())])
-        assert found[0][0].dtype == found[1][0].dtype
+            found.append([out.detach(), x.grad, *(parameter.grad for parameter in net.parameters()), *net.buffers()])
+        assert found[0][0].dtype == found[1][0].dtype == kind.out_dtype(dtype)
         assert same(*found)
+
+    def test_a_gradient_scaler_over_autocast(
+        self, kind: Any, telemetry: Any, mode: bool, train_scaled: Any, same: Any
+    ) -> None:
+        model, twin = kind.wrapped(telemetry=telemetry)
+        batches = [kind.batch(seed) for seed in range(4)]
+        scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**16, backoff_factor=2.0**-6) for _ in range(2)]
+        ours = train_scaled(model.train(mode), batches, sgd(model), scalers[0])
+        assert same(ours, train_scaled(twin.train(mode), batches, sgd(twin), scalers[1]))
+        assert scalers[0].state_dict() == scalers[1].state_dict()
+        assert scalers[0].get_scale() == 2.0 ** (10 if kind.is_halved else 16), "float16 overflows, once"
 
     @pytest.mark.parametrize("reentrant", [True, False])
     def test_activation_checkpointing(

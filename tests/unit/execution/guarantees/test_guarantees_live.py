@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from esper.blueprints import default_registry
 from esper.contracts.lifecycle import SeedLifecycleState as State
+
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -40,15 +44,32 @@ def test_the_seed_takes_part(kind: Any) -> None:
         assert not torch.allclose(model.eval()(kind.batch()), written.eval().net(kind.batch()))
 
 
-def test_autocast(kind: Any, telemetry: Any, weigh: Any, same: Any) -> None:
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_autocast(kind: Any, telemetry: Any, dtype: torch.dtype, weigh: Any, same: Any) -> None:
     found = []
-    for net in kind.grown(telemetry=telemetry):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = net(kind.batch())
+    model, written = kind.grown(telemetry=telemetry)
+    for net in (model, written):
+        x = kind.batch().requires_grad_()
+        with torch.autocast("cpu", dtype=dtype):
+            out = net(x)
         weigh(out.float()).backward()
-        found.append([out.detach(), *gradients(net)])
-    assert found[0][0].dtype == found[1][0].dtype
+        found.append([out.detach(), x.grad, *gradients(net)])
+    assert found[0][0].dtype == found[1][0].dtype == kind.out_dtype(dtype)
     assert same(*found)
+    assert model.layer.state_layout.errors[0] == 0
+
+
+def test_a_gradient_scaler_over_autocast(kind: Any, telemetry: Any, train_scaled: Any, same: Any) -> None:
+    model, written = kind.grown(telemetry=telemetry)
+    batches = [kind.batch(seed) for seed in range(4)]
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**16, backoff_factor=2.0**-6) for _ in range(2)]
+    ours = train_scaled(model, batches, sgd(model), scalers[0])
+    theirs = train_scaled(written, batches, sgd(written), scalers[1])
+    assert same(ours[: 3 * len(batches)], theirs[: 3 * len(batches)])
+    assert same(list(model.parameters()), list(written.parameters()))
+    assert scalers[0].state_dict() == scalers[1].state_dict()
+    assert scalers[0].get_scale() == 2.0 ** (10 if kind.is_halved else 16), "float16 overflows, once"
+    assert model.layer.state_layout.errors[0] == 0, "which is no failure of the seed"
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -120,6 +141,49 @@ def test_a_delta_in_another_memory_format_does_not_change_the_hosts(kinds: Any, 
     model(x)
     plant(model.layer, Packed(), 0.5)
     assert model(x).is_contiguous(memory_format=torch.channels_last)
+
+
+LEARNS_ALONE = """
+import sys
+import torch
+from torch import nn
+from esper.blueprints import default_registry
+from esper.contracts.lifecycle import SeedLifecycleState
+from esper.core.wrap import wrap
+from esper.execution.incubation import captured, local_regression_loss, trial_backward
+from esper.execution.overrides import SeedRef
+
+torch.manual_seed(0)
+model = wrap(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3)))
+model.to(memory_format=torch.channels_last)
+x = torch.randn(2, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+with captured(model[0]) as capture:
+    model(x).square().sum().backward()
+seed = model[0].germinate(0, default_registry().create_blueprint(sys.argv[2]).ir)
+if sys.argv[1] == "frozen":
+    for parameter in (*model[0].parameters(False), *model[2].parameters(False)):
+        parameter.requires_grad_(False)
+    model[0].transition(0, SeedLifecycleState.EVALUATING)
+    model[0].set_alpha(0, 0.5)
+    for forward in (model, torch.compile(model, backend="aot_eager")):
+        forward(x).square().sum().backward()
+elif sys.argv[1] == "trial":
+    trial_backward(model, [SeedRef("0", 0)], lambda: model(x).square().sum())
+else:
+    local_regression_loss(seed.kernel, capture.sample).backward()
+assert any(parameter.grad is not None and parameter.grad.any() for parameter in seed.parameters())
+"""
+
+
+@pytest.mark.parametrize(
+    ("way", "template"),
+    [("trial", "bottleneck_adapter"), ("local", "depthwise_separable_conv"), ("frozen", "bottleneck_adapter")],
+)
+def test_a_seed_with_a_norm_learns_alone_behind_a_channels_last_host(way: str, template: str) -> None:
+    """In a process of its own, which a crash ends."""
+    command = [sys.executable, "-c", LEARNS_ALONE, way, template]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch_save"])
