@@ -6,6 +6,9 @@
 
 The seeds of a layer share one gate, so several cost hardly more than one. Where the shared gradient is spoilt and no
 kernel's own gradients say whose fault it is, the layer's later passes have a gate for each seed.
+
+Under float16 a gradient that overflows belongs to training: a gradient scaler sees it, leaves the step out, and lowers
+its scale. There the weights' gradients stay as they are, and no kernel is blamed.
 """
 
 from __future__ import annotations
@@ -29,12 +32,13 @@ _OF_PARAMETER = "gradient of a parameter holds NaN or infinity"
 
 
 class GradientGate:
-    """One pass of the kernels of one layer, or of one of them."""
+    """One pass of the kernels of one layer, or of one of them; closed once they have run."""
 
-    __slots__ = ("incoming", "is_spoilt", "layer", "seeds", "views")
+    __slots__ = ("incoming", "is_scaled", "is_spoilt", "layer", "seeds", "views")
 
-    def __init__(self, layer: SeedHolder) -> None:
+    def __init__(self, layer: SeedHolder, h: Tensor) -> None:
         self.layer = layer
+        self.is_scaled = h.dtype is torch.float16 or _autocasts_to_half(h.device.type)
         self.seeds: list[Seed] = []
         self.views: tuple[Tensor, Tensor] | None = None
         self.incoming: Tensor | None = None
@@ -47,9 +51,10 @@ class GradientGate:
             self.views = (self._on(x), self._on(h)) if h.device.type == "cpu" else (gated(x), gated(h))
         return self.views
 
-    def close(self, result: Tensor) -> None:
+    def close(self, result: Tensor | None) -> None:
         """Watch what comes back through the kernels' delta, or through the layer's output with all of them."""
-        if self.seeds and result.requires_grad:
+        self.views = None  # their hooks lead to the gate: kept, neither would ever be freed
+        if result is not None and self.seeds and result.requires_grad:
             result.register_hook(self._see_incoming)  # type: ignore[no-untyped-call]
 
     def _on(self, value: Tensor) -> Tensor:
@@ -74,6 +79,8 @@ class GradientGate:
         """Look at the kernels' own gradients, and count whose fault the pass was; when the backward pass is over."""
         incoming, self.incoming = self.incoming, None
         is_spoilt, self.is_spoilt = self.is_spoilt, False
+        if self.is_scaled:
+            return
         if incoming is not None and incoming.device.type != "cpu":
             for gradient in own_gradients(self.seeds):
                 gradient.copy_(zeroed(gradient))
@@ -92,6 +99,10 @@ class GradientGate:
             note_backward(self.layer, self.seeds[0], FailureKind.NON_FINITE, _AT_LAYER)
         else:
             self.layer.separate_gates()
+
+
+def _autocasts_to_half(device_type: str) -> bool:
+    return torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) is torch.float16
 
 
 def readable(value: Tensor) -> Tensor:

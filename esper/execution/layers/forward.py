@@ -95,7 +95,7 @@ def _sum_on_cpu(layer: KasminaLayer, x: Tensor, h: Tensor, *, sampled: bool, rec
     """
     total, is_small = h, h.numel() <= _SMALL_NUMEL
     small: list[Share] = []
-    shared = _new_gate(layer)
+    shared = _new_gate(layer, h)
     for seed in layer._kasmina.terms:
         if seed.is_silent:
             continue
@@ -113,8 +113,8 @@ def _sum_on_cpu(layer: KasminaLayer, x: Tensor, h: Tensor, *, sampled: bool, rec
             total = total + contribution
     if small:
         total = _sum_of_small(layer, h, small, recomputing=recomputing)
-    if shared is not None and total is not h:
-        shared.close(total)
+    if shared is not None:
+        shared.close(None if total is h else total)
     return total
 
 
@@ -128,10 +128,10 @@ def _sum_of_small(layer: KasminaLayer, h: Tensor, shares: Sequence[Share], *, re
     return sum((value for seed, value in each if _passes(layer, seed, value, recomputing=recomputing)), start=h)
 
 
-def _new_gate(layer: KasminaLayer) -> GradientGate | None:
+def _new_gate(layer: KasminaLayer, h: Tensor) -> GradientGate | None:
     """Give the gate that the layer's kernels share; ``None`` where each has its own, or gradients are not wanted."""
     is_wanted = torch.is_grad_enabled() and not layer._kasmina.has_separate_gates
-    return GradientGate(layer) if is_wanted else None
+    return GradientGate(layer, h) if is_wanted else None
 
 
 def _passes(layer: KasminaLayer, seed: Seed, contribution: Tensor, *, recomputing: bool) -> bool:
@@ -169,16 +169,23 @@ def _delta(
     try:
         if shared is not None:
             return run_kernel(layer, seed, x, h, shared)
-        own = GradientGate(layer) if torch.is_grad_enabled() else None
-        delta = run_kernel(layer, seed, x, h, own)
-        if own is not None:
-            own.close(delta)
-        return delta
+        return _run_behind_own_gate(layer, seed, x, h)
     except KernelFaultError as fault:
         _note_failure(layer, seed, fault.kind, fault.detail, recomputing=recomputing)
     except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the host's result is kept
         _note_failure(layer, seed, FailureKind.RAISED, f"{type(error).__name__}: {error}", recomputing=recomputing)
     return None
+
+
+def _run_behind_own_gate(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return run_kernel(layer, seed, x, h, None)
+    gate, delta = GradientGate(layer, h), None
+    try:
+        delta = run_kernel(layer, seed, x, h, gate)
+    finally:
+        gate.close(delta)
+    return delta
 
 
 def _sum_on_device(layer: KasminaLayer, x: Tensor, h: Tensor, *, recomputing: bool) -> Tensor:

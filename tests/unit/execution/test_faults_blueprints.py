@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -117,6 +118,61 @@ def test_sound_gradients_stay_to_the_bit_also_where_they_are_differentiated_agai
     F.cross_entropy(warm.model(warm.x), warm.y).backward(create_graph=True, inputs=parameters)
     torch.autograd.grad(sum(parameter.grad.square().sum() for parameter in parameters), parameters)
     assert layer.state_layout.errors[0] == 0
+
+
+def num_tensors() -> int:
+    return sum(issubclass(type(value), torch.Tensor) for value in gc.get_objects())
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+@pytest.mark.parametrize("kind", ["sound", "separate", "raising", "not finite", "no backward"])
+def test_a_pass_leaves_no_tensor_behind(warm: Any, num_seeds: int, kind: str) -> None:
+    layer = warm.model.layer1
+    for index in range(num_seeds):
+        weights = germinate(layer, index)
+        layer.find_seed(index).breaker.limit = 1 << 30
+    if kind == "not finite":
+        weights["node_up.weight"].data.fill_(torch.nan)
+    elif kind == "raising":
+        weights["node_up.weight"].data = torch.zeros(3, 3)
+    elif kind == "separate":
+        layer.separate_gates()
+    counts = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(6):
+            if kind == "no backward":
+                F.cross_entropy(warm.model(warm.x), warm.y)
+            else:
+                backward(warm, scale=1.0)
+            counts.append(num_tensors())
+    finally:
+        gc.enable()
+    assert len(set(counts[2:])) == 1, counts
+
+
+def test_under_float16_overflowing_gradients_are_left_to_the_scaler(overflowing: Any) -> None:
+    layer = overflowing.model.layer1
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**9)
+    optimizer = torch.optim.SGD(overflowing.model.parameters(), lr=0.0)
+    with torch.no_grad():
+        dict(layer.find_seed(0).kernel.named_parameters())["node_down.weight"].mul_(1e-32)
+    found = []
+    for _ in range(4 * FAILURE_LIMIT):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = F.cross_entropy(overflowing.model(overflowing.x), overflowing.y)
+        scaler.scale(loss).backward()
+        assert all(torch.isfinite(parameter.grad).all() for parameter in overflowing.model.head.parameters())
+        found.append(all(torch.isfinite(parameter.grad).all() for parameter in layer.seed_parameters(0)))
+        scaler.step(optimizer)
+        scaler.update()
+    assert found[0] is False
+    assert found[-1] is True
+    assert scaler.get_scale() < 2.0**9
+    assert layer.state_layout.errors[0] == 0
+    assert layer.state_layout.state(0) is State.EVALUATING
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
