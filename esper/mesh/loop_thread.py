@@ -59,9 +59,9 @@ class LoopThread:
             begun.append(self._loop.create_task(work))
             begun[0].add_done_callback(lambda _: ended.set())
 
-        self._loop.call_soon_threadsafe(begin)
         in_time = False
-        try:
+        try:  # an interrupt may come as soon as the work has begun
+            self._loop.call_soon_threadsafe(begin)
             in_time = ended.wait(timeout_s)
         finally:
             if not in_time:
