@@ -14,6 +14,7 @@ its scale. There the weights' gradients stay as they are, and no kernel is blame
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,14 +35,13 @@ _OF_PARAMETER = "gradient of a parameter holds NaN or infinity"
 class GradientGate:
     """One pass of the kernels of one layer, or of one of them; closed once they have run."""
 
-    __slots__ = ("incoming", "is_scaled", "is_spoilt", "layer", "seeds", "views")
+    __slots__ = ("is_scaled", "is_spoilt", "layer", "seeds", "views")
 
     def __init__(self, layer: SeedHolder, h: Tensor) -> None:
         self.layer = layer
         self.is_scaled = h.dtype is torch.float16 or _autocasts_to_half(h.device.type)
         self.seeds: list[Seed] = []
         self.views: tuple[Tensor, Tensor] | None = None
-        self.incoming: Tensor | None = None
         self.is_spoilt = False
 
     def inputs(self, seed: Seed, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,9 +64,8 @@ class GradientGate:
         view.register_hook(self._check)  # type: ignore[no-untyped-call]
         return view
 
-    def _see_incoming(self, gradient: Tensor) -> None:
-        self.incoming = gradient
-        Variable._execution_engine.queue_callback(self._settle)
+    def _see_incoming(self, incoming: Tensor) -> None:
+        Variable._execution_engine.queue_callback(partial(self._settle, incoming))
 
     def _check(self, gradient: Tensor) -> Tensor | None:
         if is_finite(gradient):
@@ -75,16 +74,18 @@ class GradientGate:
         return torch.zeros_like(gradient)
 
     @torch.no_grad()
-    def _settle(self) -> None:
-        """Look at the kernels' own gradients, and count whose fault the pass was; when the backward pass is over."""
-        incoming, self.incoming = self.incoming, None
+    def _settle(self, incoming: Tensor) -> None:
+        """Look at the kernels' own gradients, and count whose fault the pass was; when the backward pass is over.
+
+        Where what came in was not finite already, no kernel is to blame.
+        """
         is_spoilt, self.is_spoilt = self.is_spoilt, False
         if self.is_scaled:
             return
-        if incoming is not None and incoming.device.type != "cpu":
+        if incoming.device.type != "cpu":
             for gradient in own_gradients(self.seeds):
                 gradient.copy_(zeroed(gradient))
-        elif (is_spoilt or not are_finite(own_gradients(self.seeds))) and (incoming is None or is_finite(incoming)):
+        elif (is_spoilt or not are_finite(own_gradients(self.seeds))) and is_finite(incoming):
             self._blame(is_spoilt=is_spoilt)
 
     def _blame(self, *, is_spoilt: bool) -> None:
@@ -106,11 +107,12 @@ def _autocasts_to_half(device_type: str) -> bool:
 
 
 def readable(value: Tensor) -> Tensor:
-    """Give a kernel's input as it may be read: without gaps where no gradient is asked of it on the CPU.
+    """Give a kernel's input as it may be read: an image that no gradient is asked of lies without gaps on the CPU.
 
     There the backward pass of torch's GroupNorm (2.13) crashes where its channels-last input needs no gradient.
     """
-    return value if value.requires_grad or value.device.type != "cpu" else value.contiguous()
+    is_image = value.dim() >= 4
+    return value.contiguous() if is_image and not value.requires_grad and value.device.type == "cpu" else value
 
 
 def own_gradients(seeds: Iterable[Seed]) -> list[Tensor]:
