@@ -118,6 +118,7 @@ def _restore_part(part: Optimizer, saved: Mapping[str, Any], parameters: Mapping
         group.clear()
         group.update({**loaded, "params": params})
     part.param_groups[:] = groups
+    optimizers.await_momentum(part)
 
 
 def _kind(value: object) -> str:

@@ -23,6 +23,7 @@ from esper.core.morphable import MorphableModel
 from esper.execution.bulkhead import has_finite_gradients
 from esper.execution.circuit_breaker import FailureKind
 from esper.execution.incubation import Norms, SiteCapture, local_regression_loss, measure_reach, trial_backward
+from esper.execution.layers import KasminaLayer
 from esper.execution.overrides import SeedRef
 from esper.execution.random_streams import frozen_streams
 
@@ -119,9 +120,13 @@ class Incubator:
         self._way = way
         self._reach = way.reach
         self._steps = 0
-        self._capture = SiteCapture(self._layer)
+        source = self._layer.require_seed(seed_index).source
+        self._capture = SiteCapture(self._layer, reads_own_input=not source)
         self._autocast: torch.dtype | None = None
-        self._handle = self._layer.register_forward_hook(self._see, with_kwargs=True)
+        self._handles = [self._layer.register_forward_hook(self._see, with_kwargs=True)]
+        if source:
+            reads = model.kasmina_layer(source).register_forward_hook(self._see_source, with_kwargs=True)
+            self._handles.append(reads)
         self._learns_locally = way.kind == "local"
 
     def step(self, batch: Batch | None) -> bool:
@@ -163,8 +168,9 @@ class Incubator:
         return True
 
     def close(self) -> None:
-        """Stop watching the layer; idempotent."""
-        self._handle.remove()
+        """Stop watching the layers; idempotent."""
+        for handle in self._handles:
+            handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Give the optimizer's state, and what steers the next step."""
@@ -224,11 +230,20 @@ class Incubator:
             self._layer.note_failure(seed, kind, detail)
 
     def _see(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        if not (module.training and torch.is_grad_enabled()) or self._layer._kasmina.is_paused:
-            return  # an evaluation, or a trial: the host's own step is what counts
+        if not self._is_own_step(module):
+            return
         device = self._layer.seed_output(out).device.type
         short = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.bfloat16
         self._autocast = torch.bfloat16 if short else None
         # Copies are made only where they are needed: with the batch at hand the site is not looked at.
         if self._learns_locally:
             self._capture.see(module, args, kwargs, out)
+
+    def _see_source(self, module: KasminaLayer, args: tuple[Any, ...], kwargs: dict[str, Any], out: object) -> None:
+        del out
+        if self._learns_locally and self._is_own_step(module):
+            self._capture.see_input(module, args, kwargs)
+
+    def _is_own_step(self, module: torch.nn.Module) -> bool:
+        """Whether this is the host's own training step, which is what counts: no evaluation, no trial."""
+        return module.training and torch.is_grad_enabled() and not self._layer._kasmina.is_paused

@@ -107,6 +107,8 @@ def leave(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     for part in parts(optimizer):
         for parameter in gone.values():
             part.state.pop(parameter, None)
+        if isinstance(part, SGD):
+            _LateMomentum.of(part).close_if_done(part)
     refresh_mirror(optimizer)
 
 
@@ -180,14 +182,61 @@ def _begin_state(part: Optimizer, group: Group, parameter: nn.Parameter) -> None
     if isinstance(part, Adagrad):  # makes its state when it is made
         donor = Adagrad([parameter], **{name: group[name] for name in Adagrad([parameter]).defaults})
         part.state[parameter] = donor.state[parameter]
-    elif isinstance(part, SGD) and group["fused"] and _has_momentum(part, group):
-        # The fused kernel takes buffers from all or from none. A zero one gives what a first step gives, but that it
-        # is dampened where the group has dampening.
-        part.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    elif isinstance(part, SGD) and group["fused"] and group["momentum"]:
+        _LateMomentum.of(part).waiting.append((group, parameter))
 
 
-def _has_momentum(part: Optimizer, group: Group) -> bool:
-    return any(part.state.get(other, {}).get("momentum_buffer") is not None for other in group["params"])
+def await_momentum(part: Optimizer) -> None:
+    """See to it that parameters without momentum yet get theirs; for an optimizer whose state has just been loaded."""
+    for group in part.param_groups if isinstance(part, SGD) else ():
+        for parameter in group["params"] if group["fused"] and group["momentum"] else ():
+            if _momentum(part, parameter) is None:
+                _LateMomentum.of(part).waiting.append((group, parameter))
+
+
+class _LateMomentum:
+    """Gives parameters of fused SGD their momentum when their first gradient comes later than their group's first.
+
+    The fused kernel takes momentum from all parameters with a gradient, or from none; zeros give what a first step
+    gives, but that it is dampened where the group has dampening. Runs before each step, and has nothing to do once
+    nobody waits; torch lets no hook leave while hooks run, so it goes with the next surgery.
+    """
+
+    def __init__(self, part: Optimizer) -> None:
+        self.waiting: list[tuple[Group, nn.Parameter]] = []
+        self._handle = part.register_step_pre_hook(self)
+
+    @classmethod
+    def of(cls, part: Optimizer) -> _LateMomentum:
+        """Give the one of this optimizer, which is made where there is none."""
+        found = (hook for hook in part._optimizer_step_pre_hooks.values() if isinstance(hook, cls))
+        return next(found, None) or cls(part)
+
+    def __call__(self, part: Optimizer, *_: Any) -> None:
+        if self.waiting:
+            self.waiting = [(group, value) for group, value in self.waiting if not self._is_done(part, group, value)]
+
+    def close_if_done(self, part: Optimizer) -> None:
+        """Leave the optimizer where nobody waits; who is in it no longer does not."""
+        self(part)
+        if not self.waiting:
+            self._handle.remove()
+
+    @staticmethod
+    def _is_done(part: Optimizer, group: Group, parameter: nn.Parameter) -> bool:
+        if all(value is not parameter for value in group["params"]):
+            return True
+        if _momentum(part, parameter) is not None:
+            return True
+        is_due = parameter.grad is not None and any(_momentum(part, other) is not None for other in group["params"])
+        if is_due:
+            part.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return is_due
+
+
+def _momentum(part: Optimizer, parameter: nn.Parameter) -> torch.Tensor | None:
+    found: torch.Tensor | None = part.state.get(parameter, {}).get("momentum_buffer")
+    return found
 
 
 def _names(layer: nn.Module, layer_name: str) -> dict[int, str]:

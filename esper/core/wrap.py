@@ -26,6 +26,7 @@ from esper.execution.layers import (
 )
 from esper.execution.layers.pulse import Pulse
 from esper.execution.layers.record import NestedPathGuard
+from esper.execution.layers.skips import SkipInputs
 from esper.execution.state import LayerStateLayout, SeedStates
 from esper.telemetry.client import OonaClient
 
@@ -131,9 +132,10 @@ def _build(
     interval_steps = telemetry.interval_steps if telemetry else DEFAULT_TELEMETRY_INTERVAL_STEPS
     states, pulse = SeedStates(len(eligible) * seeds_per_layer), Pulse(interval_steps)
     layers: dict[str, KasminaLayer] = {}
+    skips = SkipInputs(model, layers)
     for number, (name, module) in enumerate(eligible.items()):
         layout = LayerStateLayout(states, name, number * seeds_per_layer, seeds_per_layer)
-        record = LayerRecord(layout, layer_id=number, pulse=pulse)
+        record = LayerRecord(layout, layer_id=number, pulse=pulse, skips=skips)
         if client is not None:
             record.client, record.ring = client, ring
             record.switch_telemetry(True)

@@ -32,6 +32,7 @@ class FailureKind(StrEnum):
     NON_FINITE = "non_finite"
     LEAKED = "leaked"
     SLOW = "slow"
+    NO_INPUT = "no_input"
 
 
 class KernelFaultError(Exception):

@@ -104,10 +104,13 @@ _dispatchers: dict[int, SeedDispatcher[Tensor]] = {}
 _making = threading.Lock()
 
 
-def run_side_by_side(pieces: Sequence[Callable[[], Tensor | None]], x: Tensor, h: Tensor) -> list[Tensor | None]:
-    """Give the result of each piece: on streams where there are several and the device has them, else in order."""
-    if len(pieces) > 1 and h.is_cuda and cuda_available():
-        return _dispatcher_of(h.device).run(pieces, (x, h))
+def run_side_by_side(pieces: Sequence[Callable[[], Tensor | None]], inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Give the result of each piece: on streams where there are several and the device has them, else in order.
+
+    ``inputs`` are what the pieces read, on one device.
+    """
+    if len(pieces) > 1 and inputs[0].is_cuda and cuda_available():
+        return _dispatcher_of(inputs[0].device).run(pieces, inputs)
     return [piece() for piece in pieces]
 
 

@@ -1,6 +1,7 @@
 """What stops gradients that are not finite on their way from blueprints' kernels to the host, or to an optimizer.
 
-    x, h      read by the kernels through one view each, whose gradient is zeroed where it is not finite
+    x, h      read by the kernels through one view each (a skip seed's x through its own), whose gradient is zeroed
+              where it is not finite
     weights   the kernels' own gradients are looked at when the backward pass is over: one norm over all gradients, as
               clipping takes it, would spread theirs over the host
 
@@ -35,29 +36,35 @@ _OF_PARAMETER = "gradient of a parameter holds NaN or infinity"
 class GradientGate:
     """One pass of the kernels of one layer, or of one of them; closed once they have run."""
 
-    __slots__ = ("is_scaled", "is_spoilt", "layer", "seeds", "views")
+    __slots__ = ("h_view", "is_scaled", "is_spoilt", "layer", "seeds", "views")
 
     def __init__(self, layer: SeedHolder, h: Tensor) -> None:
         self.layer = layer
         self.is_scaled = h.dtype is torch.float16 or _autocasts_to_half(h.device.type)
         self.seeds: list[Seed] = []
-        self.views: tuple[Tensor, Tensor] | None = None
+        self.views: dict[str, Tensor] = {}
+        self.h_view: Tensor | None = None
         self.is_spoilt = False
 
     def inputs(self, seed: Seed, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """Give x and h for a kernel to read."""
         self.seeds.append(seed)
-        if self.views is None:
-            self.views = (self._on(x), self._on(h)) if h.device.type == "cpu" else (gated(x), gated(h))
-        return self.views
+        view = self.views.get(seed.source)
+        if view is None:
+            view = self.views[seed.source] = self._on(x)
+        if self.h_view is None:
+            self.h_view = self._on(h)
+        return view, self.h_view
 
     def close(self, result: Tensor | None) -> None:
         """Watch what comes back through the kernels' delta, or through the layer's output with all of them."""
-        self.views = None  # their hooks lead to the gate: kept, neither would ever be freed
+        self.views, self.h_view = {}, None  # their hooks lead to the gate: kept, neither would ever be freed
         if result is not None and self.seeds and result.requires_grad:
             result.register_hook(self._see_incoming)  # type: ignore[no-untyped-call]
 
     def _on(self, value: Tensor) -> Tensor:
+        if value.device.type != "cpu":
+            return gated(value)
         if not value.requires_grad:
             return readable(value)
         view = value.view_as(value)

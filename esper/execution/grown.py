@@ -12,7 +12,9 @@ from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import SeedStatus
 from esper.contracts.wire import parse, serialize
 
-_MAGIC: Final = b"esper-seed-1\n"
+_MAGIC: Final = b"esper-seed-2\n"
+_FIRST_MAGIC: Final = b"esper-seed-1\n"
+"""Of the format without a source."""
 _LENGTH: Final = struct.Struct("<I")
 
 
@@ -38,6 +40,8 @@ class GrownSeed:
     """Kernel it was loaded from; empty where it was built in place."""
     adaptation_id: str = ""
     """Adaptation it belongs to; empty where none was named."""
+    source: str = ""
+    """Layer whose input it reads as x; empty for its own."""
 
     def blueprint_ir(self) -> BlueprintIR:
         """Give the graph.
@@ -48,7 +52,7 @@ class GrownSeed:
         return parse(self.ir, BlueprintIR)
 
     def to_bytes(self) -> bytes:
-        """Give the versioned bytes: magic, then five length-prefixed parts, the messages in deterministic form."""
+        """Give the versioned bytes: magic, then six length-prefixed parts, the messages in deterministic form."""
         status = SeedStatus(
             seed_index=self.seed_index,
             state=self.state,
@@ -56,17 +60,20 @@ class GrownSeed:
             blueprint_id=self.blueprint_id,
             adaptation_id=self.adaptation_id,
         )
-        parts = (self.layer.encode(), serialize(status), self.ir, serialize(self.site), self.artifact_id.encode())
+        site, names = serialize(self.site), (self.artifact_id.encode(), self.source.encode())
+        parts = (self.layer.encode(), serialize(status), self.ir, site, *names)
         return _MAGIC + b"".join(_LENGTH.pack(len(part)) + part for part in parts)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> GrownSeed:
-        """Read what :meth:`to_bytes` gave.
+        """Read what :meth:`to_bytes` gave, or the first format did, which knew no source.
 
         Raises:
             CorruptDataError: The bytes are cut short, of another format, or a part does not parse.
         """
-        layer, status_bytes, ir, site, artifact_id = _parts(data, 5)
+        is_first = data.startswith(_FIRST_MAGIC)
+        found = _parts(data, _FIRST_MAGIC, 5) if is_first else _parts(data, _MAGIC, 6)
+        layer, status_bytes, ir, site, artifact_id, source = (*found, b"")[:6]
         status = parse(status_bytes, SeedStatus)
         return cls(
             layer=_text(layer),
@@ -78,14 +85,15 @@ class GrownSeed:
             blueprint_id=status.blueprint_id,
             artifact_id=_text(artifact_id),
             adaptation_id=status.adaptation_id,
+            source=_text(source),
         )
 
 
-def _parts(data: bytes, count: int) -> list[bytes]:
-    if not data.startswith(_MAGIC):
-        raise CorruptDataError(f"a grown seed must begin with {_MAGIC!r}, got {data[: len(_MAGIC)]!r}")
+def _parts(data: bytes, magic: bytes, count: int) -> list[bytes]:
+    if not data.startswith(magic):
+        raise CorruptDataError(f"a grown seed must begin with {magic!r}, got {data[: len(magic)]!r}")
     parts: list[bytes] = []
-    at = len(_MAGIC)
+    at = len(magic)
     for _ in range(count):
         if at + _LENGTH.size > len(data):
             raise CorruptDataError(f"a grown seed must hold {count} parts, got {len(parts)} in {len(data)} bytes")

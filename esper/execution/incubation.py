@@ -134,10 +134,14 @@ class SiteSample:
 
 
 class SiteCapture:
-    """What passes at one layer; ``sample`` is there after the backward pass."""
+    """What passes at one layer; ``sample`` is there after the backward pass.
 
-    def __init__(self, layer: KasminaLayer) -> None:
+    For a skip seed x comes by ``see_input``, from the layer that it reads.
+    """
+
+    def __init__(self, layer: KasminaLayer, *, reads_own_input: bool = True) -> None:
         self._layer = layer
+        self._reads_own_input = reads_own_input
         self._x: Tensor | None = None
         self._h: Tensor | None = None
         self._g: Tensor | None = None
@@ -166,9 +170,14 @@ class SiteCapture:
         h = self._layer.seed_output(out)
         if not h.requires_grad:
             return
-        self._x = self._layer.to_site(self._layer.seed_input(args, dict(kwargs))).detach().clone()
+        if self._reads_own_input:
+            self.see_input(self._layer, args, kwargs)
         self._h = self._layer.to_site(h).detach().clone()
         h.register_hook(self._take)  # type: ignore[no-untyped-call]
+
+    def see_input(self, layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Keep x, the input of this layer: the source's, for a skip seed."""
+        self._x = layer.to_site(layer.seed_input(args, kwargs)).detach().clone()
 
     def _take(self, gradient: Tensor) -> None:
         self._g = self._layer.to_site(gradient).detach().clone()

@@ -1,17 +1,19 @@
 """A live seed: its kernel, its share in the layer's output, and how it fares.
 
     symbol   meaning                                 shape
-    x        the layer's input                       (batch, *site.input_shape)
+    x        the layer's input, or its source's      (batch, *site.input_shape)
     h        the output of the layer's own forward   (batch, *site.output_shape)
     d        the kernel's delta, ``kernel(x, h)``    as h
     alpha    the seed's share                        scalar tensor on the layer's device
 
-The layer gives ``h + sum_i alpha_i * d_i``. Every kernel sees the same x and h.
+The layer gives ``h + sum_i alpha_i * d_i``. Every kernel sees the same h; x is the layer's own input,
+or, for a skip seed, that of its source: another layer that runs before.
 """
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,20 @@ if TYPE_CHECKING:
 
 ParameterPlace = tuple[dict[str, nn.Parameter | None], str]
 """A module's own dictionary of parameters, and a name in it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """What a seed was made from; everything is empty for a bare module."""
+
+    ir: bytes | None = None
+    """Deterministic bytes of the blueprint's graph."""
+    blueprint_id: str = ""
+    """Content id of the blueprint."""
+    artifact_id: str = ""
+    """Kernel that it was loaded from."""
+    adaptation_id: str = ""
+    """Adaptation it belongs to."""
 
 
 class BlendMode(Enum):
@@ -61,10 +77,8 @@ class Seed(nn.Module):
         index: int,
         device: torch.device,
         site: Site | None,
-        ir: bytes | None = None,
-        blueprint_id: str = "",
-        artifact_id: str = "",
-        adaptation_id: str = "",
+        origin: Origin = Origin(),
+        source: str = "",
     ) -> None:
         super().__init__()
         self.kernel = kernel
@@ -75,10 +89,11 @@ class Seed(nn.Module):
         self.register_buffer("failures_in_row", torch.zeros((), dtype=torch.int32, device=device), persistent=False)
         self.index = index
         self.site = site
-        self.ir = ir
-        self.blueprint_id = blueprint_id
-        self.artifact_id = artifact_id
-        self.adaptation_id = adaptation_id
+        self.ir = origin.ir
+        self.blueprint_id = origin.blueprint_id
+        self.artifact_id = origin.artifact_id
+        self.adaptation_id = origin.adaptation_id
+        self.source = source
         self.mode = BlendMode.ALPHA
         self.is_silent = True
         self.breaker = CircuitBreaker()

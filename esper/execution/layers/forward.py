@@ -17,11 +17,11 @@ from esper.execution.circuit_breaker import FailureKind, KernelFaultError, is_fi
 from esper.execution.device_guard import guarded
 from esper.execution.device_probe import PendingFigures, Stopwatch
 from esper.execution.dispatch import run_side_by_side
-from esper.execution.gradient_gate import GradientGate
+from esper.execution.gradient_gate import GradientGate, note_backward
 from esper.execution.health import can_probe, is_real_tensor, probe_tensor
 from esper.execution.layers.graphs import note_frame
 from esper.execution.layers.ranks import require_synchronised
-from esper.execution.layers.recompute import is_recomputing
+from esper.execution.layers.recompute import checkpointed_part, is_recomputing
 from esper.execution.layers.record import LayerRecord, PendingSignal
 from esper.execution.seed import Seed
 from esper.execution.shares import Share, checked_sum
@@ -36,6 +36,8 @@ _SMALL_NUMEL: Final = 1 << 16
 def kasmina_forward(layer: KasminaLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Give the layer's output: its parent's, plus what its live seeds add; measure the pass where it is due."""
     record = layer._kasmina
+    if record.is_read:
+        record.skips.keep(layer.layer_name, layer.to_site(layer.seed_input(args, kwargs)))
     recomputing = bool(record.terms) and is_recomputing()
     if record.waiting_since is not None and record.is_wait_over(recomputing=recomputing):
         layer.cut_off_waiting()
@@ -79,7 +81,8 @@ def _blend(
         note_frame(layer)
         total = h_site
         for seed in layer._kasmina.terms:
-            total = total + guarded(seed, seed.kernel(*private_inputs(seed, x_site, h_site)), h_site)
+            x = _input_for(layer, seed, x_site)
+            total = total + guarded(seed, seed.kernel(*private_inputs(seed, x, h_site)), h_site)
     elif h.device.type == "cpu":
         total = _sum_on_cpu(layer, x_site, h_site, sampled=sampled, recomputing=recomputing)
     else:
@@ -167,14 +170,27 @@ def _delta(
         layer.cut_off(seed)  # it failed in a backward pass, where nothing may be moved
         return None
     try:
+        x = _input_for(layer, seed, x)
         if shared is not None:
             return run_kernel(layer, seed, x, h, shared)
         return _run_behind_own_gate(layer, seed, x, h)
     except KernelFaultError as fault:
+        if fault.kind is FailureKind.NO_INPUT and recomputing and checkpointed_part() is None:
+            # Reentrant checkpointing: its first pass had the input, so nothing has counted this yet.
+            note_backward(layer, seed, fault.kind, fault.detail)
         _note_failure(layer, seed, fault.kind, fault.detail, recomputing=recomputing)
     except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the host's result is kept
         _note_failure(layer, seed, FailureKind.RAISED, f"{type(error).__name__}: {error}", recomputing=recomputing)
     return None
+
+
+def _input_for(layer: KasminaLayer, seed: Seed, x: Tensor) -> Tensor:
+    """Give what a kernel reads as x: the layer's own input, or that of the seed's source.
+
+    Raises:
+        KernelFaultError: The source's input can't be had in this pass.
+    """
+    return layer._kasmina.skips.input_of(seed.source) if seed.source else x
 
 
 def _run_behind_own_gate(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor) -> Tensor:
@@ -192,7 +208,7 @@ def _sum_on_device(layer: KasminaLayer, x: Tensor, h: Tensor, *, recomputing: bo
     """Run the seeds side by side; whether a delta is finite is left to the device."""
     total, live = h, [seed for seed in layer._kasmina.terms if not seed.is_silent]
     pieces = [partial(_guarded_contribution, layer, seed, x, h, recomputing=recomputing) for seed in live]
-    for contribution in run_side_by_side(pieces, x, h):
+    for contribution in run_side_by_side(pieces, (x, h, *layer._kasmina.skips.on(h.device))):
         if contribution is not None:
             total = total + contribution
     return total
@@ -253,6 +269,7 @@ def _learn_site(layer: KasminaLayer, x: Tensor, out: Tensor) -> None:
             kind=type(layer).site_kind, input_shape=tuple(x.shape[1:]), output_shape=tuple(out.shape[1:])
         )
         record.batch_size = x.shape[0]
+        record.order = record.skips.next_number()
 
 
 class _GradientHook:

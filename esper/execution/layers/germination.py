@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import nn
 
-from esper.blueprints import content_id
+from esper.blueprints import canonical_bytes, content_id
 from esper.contracts.blueprint import BlueprintIR, Site
-from esper.contracts.errors import InvalidStateError
+from esper.contracts.errors import InvalidInputError, InvalidStateError, NotFoundError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.artifact import VerifiedKernel
 from esper.execution.executor import KernelExecutor, Placement, build_kernel, check_shapes, first_run
@@ -16,7 +16,7 @@ from esper.execution.layers.holder import SeedHolder, log
 from esper.execution.layers.ranks import require_whole
 from esper.execution.layers.record import KernelSource
 from esper.execution.random_streams import frozen_streams
-from esper.execution.seed import Seed
+from esper.execution.seed import Origin, Seed
 
 
 class Germination(SeedHolder):
@@ -55,12 +55,17 @@ class Germination(SeedHolder):
         self.attach_kernel(seed_idx, kernel)
         return True
 
-    def attach_kernel(self, seed_idx: int, kernel: VerifiedKernel, *, adaptation_id: str = "") -> Seed:
+    def attach_kernel(
+        self, seed_idx: int, kernel: VerifiedKernel, *, adaptation_id: str = "", source: str = ""
+    ) -> Seed:
         """Bring a verified kernel to ACTIVE at a DORMANT or LOADING seed.
 
-        On failure the seed passes through ERROR to CULLED.
+        With a ``source`` it becomes a skip seed: its x is the input of that layer, which runs before this one, and the
+        kernel must have been built for :meth:`skip_site`. On failure the seed passes through ERROR to CULLED.
 
         Raises:
+            NotFoundError: The model has no layer of the source's name.
+            InvalidInputError: The source does not run before this layer, or sees another batch.
             InvalidStateError: The site is unknown, the seed is in another state, or the layer is sharded.
             InvalidBlueprintError: The graph is not legal at the site.
             ShapeMismatchError: Weights or delta do not fit the layer.
@@ -69,16 +74,16 @@ class Germination(SeedHolder):
         manifest = kernel.manifest
 
         def prepare(site: Site, placement: Placement) -> Seed:
-            return self._new_seed(
-                seed_idx,
-                KernelExecutor().prepare(kernel, site, placement),
-                kernel.ir,
+            origin = Origin(
+                ir=canonical_bytes(kernel.ir),
                 blueprint_id=manifest.blueprint_id,
                 artifact_id=manifest.artifact_id,
                 adaptation_id=adaptation_id,
             )
+            module = KernelExecutor().prepare(kernel, site, placement)
+            return self._new_seed(seed_idx, module, origin, site, source)
 
-        return self._germinate(seed_idx, prepare)
+        return self._germinate(seed_idx, prepare, source)
 
     def germinate(
         self,
@@ -88,8 +93,11 @@ class Germination(SeedHolder):
         blueprint_id: str = "",
         random_seed: int = 0,
         adaptation_id: str = "",
+        source: str = "",
     ) -> Seed:
         """Build a blueprint in place and bring it to ACTIVE at a dormant seed, without kernel or cache.
+
+        With a ``source`` it becomes a skip seed, as in :meth:`attach_kernel`.
 
         Raises:
             As :meth:`attach_kernel`.
@@ -98,12 +106,13 @@ class Germination(SeedHolder):
         def prepare(site: Site, placement: Placement) -> Seed:
             module = build_kernel(ir, site, placement, random_seed=random_seed)
             check_shapes(module, site, placement, structure=content_id(ir))
-            return self._new_seed(seed_idx, module, ir, blueprint_id=blueprint_id, adaptation_id=adaptation_id)
+            origin = Origin(ir=canonical_bytes(ir), blueprint_id=blueprint_id, adaptation_id=adaptation_id)
+            return self._new_seed(seed_idx, module, origin, site, source)
 
-        return self._germinate(seed_idx, prepare)
+        return self._germinate(seed_idx, prepare, source)
 
-    def attach_module(self, seed_idx: int, module: nn.Module, *, adaptation_id: str = "") -> Seed:
-        """Bring any module ``delta(x, h)`` to ACTIVE at a dormant seed.
+    def attach_module(self, seed_idx: int, module: nn.Module, *, adaptation_id: str = "", source: str = "") -> Seed:
+        """Bring any module ``delta(x, h)`` to ACTIVE at a dormant seed; with a ``source`` it becomes a skip seed.
 
         Such a seed has no blueprint, so a checkpoint cannot build it again: ``grown_seed`` refuses it.
 
@@ -114,12 +123,31 @@ class Germination(SeedHolder):
         def prepare(site: Site, placement: Placement) -> Seed:
             module.to(placement.device, placement.dtype)
             check_shapes(module, site, placement)
-            return self._new_seed(seed_idx, module, None, adaptation_id=adaptation_id)
+            return self._new_seed(seed_idx, module, Origin(adaptation_id=adaptation_id), site, source)
 
-        return self._germinate(seed_idx, prepare)
+        return self._germinate(seed_idx, prepare, source)
 
-    def _germinate(self, seed_idx: int, prepare: Callable[[Site, Placement], Seed]) -> Seed:
-        site, states = self._required_site(), SeedLifecycleState
+    def skip_site(self, source: str) -> Site:
+        """Give the site of a skip seed that stands here and reads the input of the layer ``source``.
+
+        Raises:
+            NotFoundError: The model has no such layer.
+            InvalidInputError: It is this layer, runs after it, or sees another batch.
+            InvalidStateError: No forward pass has shown the shapes of both.
+        """
+        found = self._kasmina.skips.layer(source)
+        if found is None:
+            raise NotFoundError(f"source must be a layer of the model that can hold seeds, got {source!r}")
+        site, theirs = self._required_site(), found._required_site()
+        if not found._kasmina.order < self._kasmina.order:
+            raise InvalidInputError.of("source", f"run before the layer {self.layer_name!r}", source)
+        if found._kasmina.batch_size != self._kasmina.batch_size:
+            rule = f"see a batch of {self._kasmina.batch_size}, as the layer {self.layer_name!r} did"
+            raise InvalidInputError.of("source", rule, f"{source!r} with {found._kasmina.batch_size}")
+        return Site(kind=site.kind, input_shape=theirs.input_shape, output_shape=site.output_shape)
+
+    def _germinate(self, seed_idx: int, prepare: Callable[[Site, Placement], Seed], source: str) -> Seed:
+        site, states = self.skip_site(source) if source else self._required_site(), SeedLifecycleState
         require_whole(self)
         if self.state_layout.state(seed_idx) is not states.LOADING:
             self.transition(seed_idx, states.LOADING)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from esper.blueprints import canonical_bytes
-from esper.contracts.blueprint import BlueprintIR, Site, SiteKind
+from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.errors import CorruptDataError, InvalidStateError
 from esper.contracts.lifecycle import LIVE_STATES, SeedLifecycleState
 from esper.execution.circuit_breaker import FailureKind
@@ -22,7 +22,7 @@ from esper.execution.layers.graphs import structure_changed
 from esper.execution.layers.ranks import require_whole
 from esper.execution.layers.recompute import is_recomputing, may_be_recomputed
 from esper.execution.layers.record import LayerRecord
-from esper.execution.seed import BlendMode, Seed, extra_states, number_of
+from esper.execution.seed import BlendMode, Origin, Seed, extra_states, number_of
 from esper.execution.state import LayerStateLayout
 
 log = logging.getLogger(__name__)
@@ -181,14 +181,27 @@ class SeedHolder(nn.Module):
         the hook costs nothing.
         """
         self._kasmina.terms = terms
+        self._kasmina.skips.let_read(self.layer_name, frozenset(seed.source for seed in terms if seed.source))
         bank = self._modules.get("seeds")
         if bank is not None:
-            hooks = [number for number, hook in bank._forward_hooks.items() if hook is _keep_forward]
-            if terms and not hooks:
+            if not terms:
+                _drop_hook(bank)
+            elif _keep_forward not in bank._forward_hooks.values():
                 bank.register_forward_hook(_keep_forward)
-            elif not terms:
-                for number in hooks:
-                    del bank._forward_hooks[number]
+        for guard in self._kasmina.guards:
+            guard.refresh()
+        self.refresh_forward()
+
+    def set_read(self, is_read: bool) -> None:
+        """Keep the layer's input in every pass from now on, for the skip seeds that read it, or no longer.
+
+        A hook that does nothing holds fused paths back, as in ``set_terms``.
+        """
+        self._kasmina.is_read = is_read
+        if is_read:
+            self.register_forward_hook(_keep_forward)
+        else:
+            _drop_hook(self)
         for guard in self._kasmina.guards:
             guard.refresh()
         self.refresh_forward()
@@ -298,6 +311,7 @@ class SeedHolder(nn.Module):
             blueprint_id=seed.blueprint_id,
             artifact_id=seed.artifact_id,
             adaptation_id=seed.adaptation_id,
+            source=seed.source,
         )
 
     def rebuild_seed(self, grown: GrownSeed) -> Seed:
@@ -305,7 +319,7 @@ class SeedHolder(nn.Module):
 
         Raises:
             InvalidStateError: The seed is not DORMANT, or the layer is sharded.
-            CorruptDataError: The graph does not parse.
+            CorruptDataError: The graph does not parse, or the model lacks the layer whose input the seed reads.
             InvalidBlueprintError: The graph is not legal at the saved site.
         """
         index = grown.seed_index
@@ -315,19 +329,19 @@ class SeedHolder(nn.Module):
             raise InvalidStateError(
                 f"seed {index} of layer {self.layer_name!r} must be DORMANT to be rebuilt, got {name}"
             )
+        if grown.source and self._kasmina.skips.layer(grown.source) in (None, self):
+            raise CorruptDataError(f"a skip seed of {self.layer_name!r} must read another layer, got {grown.source!r}")
         ir = grown.blueprint_ir()
         module = build_kernel(ir, grown.site, self.placement())
-        seed = self._new_seed(
-            index,
-            module,
-            ir,
+        origin = Origin(
+            ir=canonical_bytes(ir),
             blueprint_id=grown.blueprint_id,
             artifact_id=grown.artifact_id,
             adaptation_id=grown.adaptation_id,
         )
-        if self._kasmina.site is None:
+        seed = self._new_seed(index, module, origin, grown.site, grown.source)
+        if self._kasmina.site is None and not grown.source:
             self._kasmina.site, self._kasmina.is_site_settled = grown.site, True
-        seed.site = grown.site
         self.transition(index, SeedLifecycleState.LOADING)
         self._plant(seed)
         for step in _ROUTE[1 : _ROUTE.index(_route_end(grown.state)) + 1]:
@@ -387,32 +401,16 @@ class SeedHolder(nn.Module):
         with self.state_layout.states.silenced():
             for index, grown in saved.items():
                 present = self.find_seed(index)
-                if present is None or present.ir != grown.ir or self.state_layout.state(index) is not grown.state:
+                is_same = present is not None and (present.ir, present.source) == (grown.ir, grown.source)
+                if not is_same or self.state_layout.state(index) is not grown.state:
                     self.clear_seed(index)
                     self.rebuild_seed(grown)
                 else:
                     self.set_alpha(index, grown.alpha)
 
-    def _new_seed(
-        self,
-        seed_idx: int,
-        module: nn.Module,
-        ir: BlueprintIR | None,
-        *,
-        blueprint_id: str = "",
-        artifact_id: str = "",
-        adaptation_id: str = "",
-    ) -> Seed:
-        seed = Seed(
-            module,
-            index=seed_idx,
-            device=self.placement().device,
-            site=self.site,
-            ir=None if ir is None else canonical_bytes(ir),
-            blueprint_id=blueprint_id,
-            artifact_id=artifact_id,
-            adaptation_id=adaptation_id,
-        )
+    def _new_seed(self, seed_idx: int, module: nn.Module, origin: Origin, site: Site, source: str) -> Seed:
+        device = self.placement().device
+        seed = Seed(module, index=seed_idx, device=device, site=site, origin=origin, source=source)
         seed._owner = (self,)
         return seed.train(self.training)
 
@@ -434,6 +432,12 @@ def _route_end(state: SeedLifecycleState) -> SeedLifecycleState:
     if state is SeedLifecycleState.CULLED:
         return SeedLifecycleState.EVALUATING
     return SeedLifecycleState.ACTIVE if state is SeedLifecycleState.ERROR else state
+
+
+def _drop_hook(module: nn.Module) -> None:
+    hooks = module._forward_hooks
+    for number in [number for number, hook in hooks.items() if hook is _keep_forward]:
+        del hooks[number]
 
 
 def _keep_forward(*_: Any) -> None:

@@ -6,7 +6,7 @@ has to be cut off is cut off only when no recomputation can ask for it any more.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch.compiler import is_compiling
@@ -27,4 +27,13 @@ def may_be_recomputed() -> bool:
     """
     if is_compiling():
         return False
-    return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return torch.is_grad_enabled() and checkpointed_part() is not None
+
+
+def checkpointed_part() -> object | None:
+    """Give what stands for the part under non-reentrant checkpointing that runs now; ``None`` outside of any.
+
+    It is the innermost hook on what autograd saves, so other watchers of saved tensors count as parts, too.
+    """
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return None if hooks is None else hooks[0]

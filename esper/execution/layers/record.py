@@ -13,6 +13,7 @@ from esper.execution._native import SignalRing
 from esper.execution.device_probe import PendingFigures, Stopwatch
 from esper.execution.health import Figures, RollingHealth
 from esper.execution.layers.pulse import Pulse
+from esper.execution.layers.skips import SkipInputs
 from esper.execution.state import LayerStateLayout
 from esper.telemetry.client import OonaClient
 
@@ -67,9 +68,9 @@ class NestedPathGuard:
         self._wanted = False
 
     def refresh(self) -> None:
-        """Switch packing off once a seed inside takes part, and back to what it was once none does."""
+        """Switch packing off once a seed inside takes part or reads from inside, and back once none does."""
         records = (vars(layer).get("_kasmina") for layer in self._inside)
-        is_live = any(record is not None and record.terms for record in records)
+        is_live = any(record is not None and (record.terms or record.is_read) for record in records)
         if is_live and not self._is_holding:
             self._wanted, self._encoder.use_nested_tensor = self._encoder.use_nested_tensor, False
         elif self._is_holding and not is_live:
@@ -83,10 +84,11 @@ class LayerRecord:
     A copy of a layer has no bus client: two models must not write into one ring.
     """
 
-    def __init__(self, state_layout: LayerStateLayout, *, layer_id: int, pulse: Pulse) -> None:
+    def __init__(self, state_layout: LayerStateLayout, *, layer_id: int, pulse: Pulse, skips: SkipInputs) -> None:
         self.state_layout = state_layout
         self.layer_id = layer_id
         self.pulse = pulse
+        self.skips = skips
         self.client: OonaClient | None = None
         self.ring: SignalRing | None = None
         self.kernel_source: KernelSource | None = None
@@ -107,6 +109,8 @@ class LayerRecord:
         self.pending: PendingSignal | None = None
         self.contributions: dict[int, Contribution] = {}
         self.num_kept = 0
+        self.is_read = False
+        self.order = 0
         self._passes_before = 0
         self._passes_at_start = 0
         self.waiting_since: int | None = None
@@ -122,7 +126,7 @@ class LayerRecord:
     @property
     def is_plain(self) -> bool:
         """Whether the layer has nothing to do but its parent's forward."""
-        return not self.terms and not self.is_armed
+        return not self.terms and not self.is_armed and not self.is_read
 
     def switch_telemetry(self, enabled: bool) -> None:
         """Start or end measuring; the next forward pass is measured where it starts."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import esper.core.export as export_module
 from esper.blueprints import default_registry
@@ -47,9 +48,10 @@ def shake(layer: Any, index: int) -> None:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def grow(model: Any, name: str, index: int, blueprint: int, *states: State) -> None:
+def grow(model: Any, name: str, index: int, blueprint: int, *states: State, source: str = "") -> None:
     layer = model.kasmina_layer(name)
-    layer.germinate(index, default_registry().for_site(layer.site)[blueprint].ir)
+    site = layer.skip_site(source) if source else layer.site
+    layer.germinate(index, default_registry().for_site(site)[blueprint].ir, source=source)
     for state in states:
         layer.transition(index, state)
     shake(layer, index)
@@ -253,16 +255,21 @@ class Row(nn.Module):
         return self.shift(self.head(F.relu(self.norm1d(mixed))))
 
 
-@pytest.fixture(params=[False, True], ids=["dormant", "grown"])
+SKIPS = {"norm2d": "conv", "norm": "attention", "head": "norm1d", "shift": "norm1d"}
+
+
+@pytest.fixture(params=["dormant", "grown", "skips"])
 def row(request: Any) -> Any:
-    """A model with every kind of layer; grown, a fossil stands at each."""
+    """A model with every kind of layer; grown, a fossil stands at each, and skip seeds at some beside it."""
     if kasmina_class_of(Shift) is None:
         register_layer(Shift, kind=SiteKind.LINEAR)
     torch.manual_seed(0)
     model = wrap(Row()).eval()
     model(X)
-    for name in model.kasmina_layers if request.param else ():
+    for name in model.kasmina_layers if request.param != "dormant" else ():
         grow(model, name, 0, 0, State.EVALUATING, State.FOSSILIZED)
+    for name, source in SKIPS.items() if request.param == "skips" else ():
+        grow(model, name, 1, 0, State.EVALUATING, State.FOSSILIZED, source=source)
     return model
 
 
@@ -270,6 +277,37 @@ def test_every_kind_is_plain_and_equal_to_the_bit(row: Any) -> None:
     plain = export(row)
     assert not [name for name, module in plain.named_modules() if type(module).__module__.startswith("esper")]
     assert torch.equal(plain(X), row(X))
+
+
+def test_every_kind_has_the_grown_models_gradients_and_copies(row: Any) -> None:
+    plain = export(row)
+    for model in (plain, copy.deepcopy(plain), row):
+        model.zero_grad()
+        model(X).square().sum().backward()
+    expected = {name: value.grad for name, value in row.named_parameters()}
+    for name, value in plain.named_parameters():
+        assert torch.equal(value.grad, expected[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_every_kind_compiles_in_one_graph(row: Any) -> None:
+    torch._dynamo.reset()
+    plain, counter = export(row), CompileCounterWithBackend("eager")
+    compiled = torch.compile(plain, fullgraph=True, backend=counter)
+    torch.testing.assert_close(compiled(X), plain(X))
+    assert counter.frame_count == 1
+
+
+def test_a_graph_that_was_compiled_for_the_host_is_not_taken_for_the_grown_model(host: Host) -> None:
+    alone = torch.compile(copy.deepcopy(host).eval(), fullgraph=True, backend="eager")
+    model = wrap(host).eval()
+    model(X)
+    before = alone(X)
+    grow(model, "head", 0, 0, State.EVALUATING, State.FOSSILIZED)
+    plain = export(model)
+    compiled = torch.compile(plain, fullgraph=True, backend="eager")(X)
+    torch.testing.assert_close(compiled, plain(X))
+    assert not torch.equal(compiled, before)
 
 
 def test_every_kind_goes_through_torch_export(row: Any) -> None:
@@ -310,16 +348,48 @@ assert not [name for name in sys.modules if name.startswith("esper.")]
 """
 
 
-def test_a_pickled_plain_model_runs_where_esper_is_not(tmp_path: Any) -> None:
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_pickled_plain_model_runs_where_esper_is_not(tmp_path: Any, skips: bool) -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(2), nn.Conv1d(4, 4, 1), nn.LayerNorm(16)]
     model = wrap(nn.Sequential(*layers, nn.Linear(16, 8), nn.Flatten(), nn.BatchNorm1d(32), nn.Linear(32, 2))).eval()
     model(X)
     for name in model.kasmina_layers:
         grow(model, name, 0, 0, State.EVALUATING, State.FOSSILIZED)
+    if skips:
+        grow(model, "6", 1, 0, State.EVALUATING, State.FOSSILIZED, source="5")
+        grow(model, "9", 1, 0, State.EVALUATING, State.FOSSILIZED, source="8")
     plain = export(model)
     torch.save(plain, tmp_path / "plain.pt")
     paths = [str(tmp_path / "plain.pt"), str(tmp_path / "out.safetensors")]
     subprocess.run([sys.executable, "-W", "ignore", "-c", PICKLED, *paths], check=True, timeout=120)
     x = torch.arange(4 * 3 * 6 * 6, dtype=torch.float32).reshape(4, 3, 6, 6) / 100
     assert torch.equal(load_file(tmp_path / "out.safetensors")["out"], model(x))
+
+
+class Tower(nn.Module):
+    """Two attentions, batch second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lower = nn.MultiheadAttention(8, 2)
+        self.upper = nn.MultiheadAttention(8, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mixed = torch.tanh(self.lower(tokens, tokens, tokens)[0])
+        return self.upper(mixed, mixed, mixed)[0]
+
+
+def test_a_skip_fossil_between_attentions_with_the_batch_second(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model, tokens = wrap(Tower()).eval(), torch.randn(7, 3, 8)
+    model(tokens)
+    host_alone = model(tokens)
+    grow(model, "upper", 0, 0, State.EVALUATING, State.FOSSILIZED, source="lower")
+    plain = export(model)
+    assert not torch.equal(plain(tokens), host_alone)
+    assert torch.equal(plain(tokens), model(tokens))
+    hooks = [hook for module in plain.modules() for hook in module._forward_pre_hooks.values()]
+    assert [kept for hook in hooks for kept in hook.args] == [{}], "nothing is kept after a pass"
+    torch.save(plain, tmp_path / "plain.pt")
+    assert torch.equal(torch.load(tmp_path / "plain.pt", weights_only=False)(tokens), model(tokens))

@@ -220,9 +220,9 @@ KEY = "conv.seeds.0._extra_state"
     ("damage", "message"),
     [
         (lambda data: b"nothing of ours" + data, "a grown seed must begin with"),
-        (lambda data: data[:-3], "must hold 5 parts, got 4"),
+        (lambda data: data[:-3], "must hold 6 parts, got 5"),
         (lambda data: data[:60], "of a grown seed must have .* bytes, got"),
-        (lambda data: data[:14], "must hold 5 parts, got 0"),
+        (lambda data: data[:14], "must hold 6 parts, got 0"),
         (lambda data: data + b"x", "must end after its parts, got 1 more bytes"),
     ],
 )

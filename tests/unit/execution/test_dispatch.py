@@ -120,6 +120,6 @@ def test_on_the_cpu_pieces_run_in_order() -> None:
 
         return run
 
-    results = run_side_by_side([piece(number) for number in range(3)], torch.zeros(1), torch.zeros(1))
+    results = run_side_by_side([piece(number) for number in range(3)], (torch.zeros(1),))
     assert order == [0, 1, 2]
     assert [float(result) for result in results if result is not None] == [0.0, 1.0, 2.0]
