@@ -181,7 +181,7 @@ def unwrap(model: MorphableModel) -> nn.Module:
 
 def _swap(module: nn.Module, record: LayerRecord) -> KasminaLayer:
     kasmina_class = require_kasmina_class(type(module))
-    module.__dict__["_kasmina"] = record
+    object.__setattr__(module, "_kasmina", record)
     module.__class__ = kasmina_class
     assert isinstance(module, KasminaLayer)
     record.state_layout.attach_owner(module)

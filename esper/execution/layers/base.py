@@ -47,7 +47,7 @@ class KasminaLayer(Germination):
         if not record.is_plain:
             if not record.is_installed or "forward" not in own:
                 record.displaced, record.is_installed = own.get("forward"), True
-                own["forward"] = self.busy_forward
+                object.__setattr__(self, "forward", self.busy_forward)  # into the dictionary itself it takes 768 bytes
         elif record.is_installed:
             self.remove_forward()
 

@@ -84,6 +84,39 @@ class LayerRecord:
     A copy of a layer has no bus client: two models must not write into one ring.
     """
 
+    __slots__ = (
+        "_health",
+        "_passes_at_start",
+        "_passes_before",
+        "batch_size",
+        "client",
+        "contributions",
+        "displaced",
+        "guards",
+        "has_separate_gates",
+        "is_armed",
+        "is_installed",
+        "is_paused",
+        "is_read",
+        "is_site_settled",
+        "kernel_source",
+        "layer_id",
+        "num_kept",
+        "num_samples",
+        "order",
+        "pending",
+        "pulse",
+        "ring",
+        "site",
+        "skips",
+        "standing",
+        "state_layout",
+        "telemetry_enabled",
+        "terms",
+        "waiting_since",
+        "was_recomputed",
+    )
+
     def __init__(self, state_layout: LayerStateLayout, *, layer_id: int, pulse: Pulse, skips: SkipInputs) -> None:
         self.state_layout = state_layout
         self.layer_id = layer_id
@@ -198,7 +231,7 @@ class LayerRecord:
         running = self.pulse.num_passes - self._passes_at_start if self.telemetry_enabled else 0
         return self._passes_before + running
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        state = {name: getattr(self, name) for name in self.__slots__}
         state.update(client=None, ring=None, pending=None)
-        return state
+        return None, state
