@@ -49,6 +49,8 @@ class Draw:
     """Kind and dims of the layer."""
     blueprint: Blueprint
     """Template."""
+    source: str = ""
+    """Layer whose input it reads; empty for its own."""
 
 
 class RandomMesh:
@@ -119,6 +121,7 @@ class RandomLink:
             created_at=datetime.now(UTC),
             blueprint=draw.blueprint,
             site=draw.site,
+            source=draw.source,
         )
         ready = KernelReady(
             adaptation_id=decision.adaptation_id,
@@ -143,8 +146,11 @@ def draws(packet: SystemStatePacket) -> list[Draw]:
         index = _free_seed(layer)
         if layer.site is None or index is None:
             continue
-        fitting = [one for one in templates if _fits(one, layer.site, packet.budget)]
-        found += [Draw(layer=layer.layer, seed_index=index, site=layer.site, blueprint=one) for one in fitting]
+        for source, site in (("", layer.site), *((skip.source, skip.site) for skip in layer.skip_sites)):
+            fitting = [one for one in templates if _fits(one, site, packet.budget)]
+            found += [
+                Draw(layer=layer.layer, seed_index=index, site=site, blueprint=one, source=source) for one in fitting
+            ]
     return found
 
 

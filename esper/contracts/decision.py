@@ -105,6 +105,8 @@ class AdaptationDecision:
     """The blueprint itself."""
     site: Site | None = None
     """Site at which it is to stand."""
+    source: str = ""
+    """Layer whose input the seed is to read; empty for its own."""
 
 
 class PlanStatus(IntEnum):

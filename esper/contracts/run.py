@@ -68,6 +68,16 @@ class SeedStatus:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SkipSite:
+    """A place for a skip seed: it stands at its layer, and reads the input of another that runs before."""
+
+    source: str
+    """Layer whose input it reads."""
+    site: Site
+    """Kind of its own layer, shape of the source's input, shape of its own layer's output."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LayerStatus:
     """One layer as a state packet shows it."""
 
@@ -79,6 +89,8 @@ class LayerStatus:
     """Rolling statistics."""
     seeds: tuple[SeedStatus, ...] = ()
     """Its seeds, in order."""
+    skip_sites: tuple[SkipSite, ...] = ()
+    """Where skip seeds may stand at it; a few, the nearest sources and the first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,6 +290,8 @@ class FieldReport:
     """When."""
     adaptation_type: str = "add_seed"
     """Type of adaptation."""
+    source: str = ""
+    """Layer whose input the seed read; empty for its own."""
 
     @property
     def reward(self) -> float | None:

@@ -113,6 +113,7 @@ class Adaptation:
             reason=self.reason,
             created_at=datetime.now(UTC),
             adaptation_type=self.decision.adaptation_type.value,
+            source=self.decision.source,
         )
 
     def summary(self, step: int) -> AdaptationSummary:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from esper.blueprints import cost as cost_of
-from esper.contracts.blueprint import BlueprintCost
+from esper.contracts.blueprint import BlueprintCost, Site
 from esper.contracts.decision import AdaptationDecision
-from esper.contracts.errors import InvalidInputError
+from esper.contracts.errors import EsperError, InvalidInputError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import GateCheck
 from esper.core.adaptation import Adaptation
@@ -51,18 +51,22 @@ def check_room(decision: AdaptationDecision, ongoing: Iterable[Adaptation], conf
     return GateCheck(name="room", passed=passed, detail=f"{len(others)} of {config.max_open} adaptations are under way")
 
 
-def check_site(decision: AdaptationDecision, layer: KasminaLayer) -> GateCheck:
-    """Check that the decision was made for the layer as it is."""
-    passed = layer.site is not None and decision.site in (None, layer.site)
-    return GateCheck(name="site", passed=passed, detail=f"layer has {layer.site}, decision names {decision.site}")
+def check_site(decision: AdaptationDecision, layer: KasminaLayer) -> tuple[Site | None, GateCheck]:
+    """Give the site the seed would have, and check that the decision was made for the layer as it is."""
+    try:
+        site = layer.skip_site(decision.source) if decision.source else layer.site
+    except EsperError as error:
+        return None, GateCheck(name="site", passed=False, detail=str(error)[:500])
+    passed = site is not None and decision.site in (None, site)
+    return site, GateCheck(name="site", passed=passed, detail=f"layer has {site}, decision names {decision.site}")
 
 
-def price_blueprint(decision: AdaptationDecision, layer: KasminaLayer) -> tuple[BlueprintCost | None, GateCheck]:
-    """Give the exact cost of the decision's blueprint at the layer, or why there is none."""
-    if decision.blueprint is None or layer.site is None:
+def price_blueprint(decision: AdaptationDecision, site: Site | None) -> tuple[BlueprintCost | None, GateCheck]:
+    """Give the exact cost of the decision's blueprint at its site, or why there is none."""
+    if decision.blueprint is None or site is None:
         return None, GateCheck(name="cost", passed=False, detail="the decision carries no blueprint")
     try:
-        cost = cost_of(decision.blueprint.ir, layer.site)
+        cost = cost_of(decision.blueprint.ir, site)
     except InvalidInputError as error:
         return None, GateCheck(name="cost", passed=False, detail=str(error)[:500])
     return cost, GateCheck(name="cost", passed=True, detail=f"{cost.parameters} parameters, {cost.flops} FLOPs")

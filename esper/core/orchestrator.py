@@ -198,7 +198,11 @@ class SeedOrchestrator:
         try:
             with self._tell.because("built in place", hoped=True):
                 layer.germinate(
-                    adaptation.seed_index, blueprint.ir, blueprint_id=blueprint.id, adaptation_id=adaptation_id
+                    adaptation.seed_index,
+                    blueprint.ir,
+                    blueprint_id=blueprint.id,
+                    adaptation_id=adaptation_id,
+                    source=adaptation.decision.source,
                 )
             self._incubate(adaptation)
         except EsperError as error:
@@ -300,12 +304,13 @@ class SeedOrchestrator:
         if not place.passed:
             return [place]
         layer = self.layers[decision.layer]
-        cost, priced = gates.price_blueprint(decision, layer)
+        site, fits = gates.check_site(decision, layer)
+        cost, priced = gates.price_blueprint(decision, site)
         checks = [
             place,
             gates.check_dormant(decision, layer),
             gates.check_room(decision, self.ongoing(), self._context.growth),
-            gates.check_site(decision, layer),
+            fits,
             priced,
         ]
         if cost is not None:
@@ -364,7 +369,9 @@ class SeedOrchestrator:
         layer = self.layers[adaptation.layer]
         with adaptation.span("germinate", context.run_id):
             with self._tell.because("kernel loaded", hoped=True):
-                layer.attach_kernel(index, arrival.kernel, adaptation_id=adaptation.id)
+                layer.attach_kernel(
+                    index, arrival.kernel, adaptation_id=adaptation.id, source=adaptation.decision.source
+                )
             adaptation.artifact_id = arrival.ready.artifact_id
         self._incubate(adaptation)
 
@@ -456,7 +463,8 @@ class SeedOrchestrator:
         check = GateCheck(name="contribution", passed=judgement is Judgement.PAYS, detail=detail)
         if judgement is Judgement.PAYS:
             self._fossilize(adaptation, check)
-        elif judgement is Judgement.DOES_NOT_PAY or last:
+        elif last or (judgement is Judgement.DOES_NOT_PAY and contribution.estimate <= 0.0):
+            # One that helps, if not yet by its price, goes on learning until its last look: it has just been grafted.
             reason = f"{judgement.value} after {adaptation.looks} looks: {detail}"
             self._remove(adaptation, AdaptationOutcome.CULLED, reason, (check,))
 

@@ -346,6 +346,34 @@ class SeedStatus(_message.Message):
 Global___SeedStatus: _TypeAlias = SeedStatus  # noqa: Y015
 
 @_typing.final
+class SkipSite(_message.Message):
+    """A place for a skip seed: it stands at its layer, and reads the input of another that runs before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    SITE_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """Layer whose input it reads."""
+    @_builtins.property
+    def site(self) -> _blueprint_pb2.Site:
+        """Kind of its own layer, shape of the source's input, shape of its own layer's output."""
+
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        site: _blueprint_pb2.Site | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["site", b"site"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["site", b"site", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SkipSite: _TypeAlias = SkipSite  # noqa: Y015
+
+@_typing.final
 class LayerStatus(_message.Message):
     """One layer as a state packet shows it."""
 
@@ -355,6 +383,7 @@ class LayerStatus(_message.Message):
     SITE_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
     SEEDS_FIELD_NUMBER: _builtins.int
+    SKIP_SITES_FIELD_NUMBER: _builtins.int
     layer: _builtins.str
     """Dotted module name."""
     @_builtins.property
@@ -369,6 +398,10 @@ class LayerStatus(_message.Message):
     def seeds(self) -> _containers.RepeatedCompositeFieldContainer[Global___SeedStatus]:
         """Its seeds, in order."""
 
+    @_builtins.property
+    def skip_sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___SkipSite]:
+        """Where skip seeds may stand at it; a few, the nearest sources and the first."""
+
     def __init__(
         self,
         *,
@@ -376,10 +409,11 @@ class LayerStatus(_message.Message):
         site: _blueprint_pb2.Site | None = ...,
         health: Global___HealthSummary | None = ...,
         seeds: _abc.Iterable[Global___SeedStatus] | None = ...,
+        skip_sites: _abc.Iterable[Global___SkipSite] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_site", b"_site", "health", b"health", "site", b"site"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_site", b"_site", "health", b"health", "layer", b"layer", "seeds", b"seeds", "site", b"site"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_site", b"_site", "health", b"health", "layer", b"layer", "seeds", b"seeds", "site", b"site", "skip_sites", b"skip_sites"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__site: _TypeAlias = _typing.Literal["site"]  # noqa: Y015
     _WhichOneofArgType__site: _TypeAlias = _typing.Literal["_site", b"_site"]  # noqa: Y015
@@ -797,6 +831,7 @@ class FieldReport(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     CREATED_AT_FIELD_NUMBER: _builtins.int
     ADAPTATION_TYPE_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     report_id: _builtins.str
     """Id of the report; a second one with the same id is ignored."""
     adaptation_id: _builtins.str
@@ -829,6 +864,8 @@ class FieldReport(_message.Message):
     """Why it ended so, in words. At most 500 characters."""
     adaptation_type: _builtins.str
     """Type of adaptation in lower case, e.g. "add_seed"."""
+    source: _builtins.str
+    """Layer whose input the seed read; empty for its own."""
     @_builtins.property
     def site(self) -> _blueprint_pb2.Site:
         """Site it stood at."""
@@ -868,10 +905,11 @@ class FieldReport(_message.Message):
         reason: _builtins.str = ...,
         created_at: _timestamp_pb2.Timestamp | None = ...,
         adaptation_type: _builtins.str = ...,
+        source: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_contribution", b"_contribution", "_cost", b"_cost", "_price", b"_price", "_run_progress", b"_run_progress", "contribution", b"contribution", "cost", b"cost", "created_at", b"created_at", "price", b"price", "run_progress", b"run_progress", "site", b"site"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_contribution", b"_contribution", "_cost", b"_cost", "_price", b"_price", "_run_progress", b"_run_progress", "adaptation_id", b"adaptation_id", "adaptation_type", b"adaptation_type", "artifact_id", b"artifact_id", "begun_epoch", b"begun_epoch", "blueprint_id", b"blueprint_id", "contribution", b"contribution", "cost", b"cost", "created_at", b"created_at", "decision_confidence", b"decision_confidence", "graft_steps", b"graft_steps", "isolated_steps", b"isolated_steps", "layer", b"layer", "outcome", b"outcome", "price", b"price", "reason", b"reason", "report_id", b"report_id", "run_id", b"run_id", "run_progress", b"run_progress", "seed_index", b"seed_index", "site", b"site"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_contribution", b"_contribution", "_cost", b"_cost", "_price", b"_price", "_run_progress", b"_run_progress", "adaptation_id", b"adaptation_id", "adaptation_type", b"adaptation_type", "artifact_id", b"artifact_id", "begun_epoch", b"begun_epoch", "blueprint_id", b"blueprint_id", "contribution", b"contribution", "cost", b"cost", "created_at", b"created_at", "decision_confidence", b"decision_confidence", "graft_steps", b"graft_steps", "isolated_steps", b"isolated_steps", "layer", b"layer", "outcome", b"outcome", "price", b"price", "reason", b"reason", "report_id", b"report_id", "run_id", b"run_id", "run_progress", b"run_progress", "seed_index", b"seed_index", "site", b"site", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__contribution: _TypeAlias = _typing.Literal["contribution"]  # noqa: Y015
     _WhichOneofArgType__contribution: _TypeAlias = _typing.Literal["_contribution", b"_contribution"]  # noqa: Y015

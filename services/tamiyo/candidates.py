@@ -46,6 +46,8 @@ class Candidate:
     """The blueprint."""
     cost: BlueprintCost
     """Exact cost at the site, for one example."""
+    source: str = ""
+    """Layer whose input it would read; empty for its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,19 +106,34 @@ class CandidateSource:
         self.failures: dict[str, int] = {"urza": 0, "karn": 0}
 
     async def candidates(self, packet: SystemStatePacket, layers: AbstractSet[str] | None = None) -> list[Candidate]:
-        """Give every legal (layer, blueprint) of a packet, by layer in the model's order, then blueprint.
+        """Give every legal (layer, source, blueprint) of a packet, by layer in the model's order, then blueprint.
 
-        ``layers`` names the layers of interest; ``None`` takes all.
+        Skip seeds are taken from the library alone: Karn designs for a layer's own site. ``layers`` names the layers of
+        interest; ``None`` takes all.
         """
         found: list[Candidate] = []
         async with self._gate:
             for layer in packet.layers:
-                if layer.site is not None and (layers is None or layer.layer in layers):
-                    for blueprint in await self._blueprints(layer.site, packet.random_seed, packet.budget):
-                        price = self._cost(blueprint, layer.site)
-                        if price is not None:
-                            found.append(Candidate(layer=layer.layer, site=layer.site, blueprint=blueprint, cost=price))
+                if layer.site is None or (layers is not None and layer.layer not in layers):
+                    continue
+                designs = await self._blueprints(layer.site, packet.random_seed, packet.budget)
+                found += self._priced(layer.layer, layer.site, designs)
+                for skip in layer.skip_sites:
+                    found += self._priced(layer.layer, skip.site, self._library_at(skip.site), skip.source)
         return found
+
+    def _library_at(self, site: Site) -> Sequence[Blueprint]:
+        """Give the library's blueprints for a kind of site, as they were answered last."""
+        held = self._library.get(site.kind)
+        return sorted(held.blueprints, key=lambda one: one.id) if held else ()
+
+    def _priced(self, layer: str, site: Site, designs: Sequence[Blueprint], source: str = "") -> list[Candidate]:
+        priced = ((one, self._cost(one, site)) for one in designs)
+        return [
+            Candidate(layer=layer, site=site, blueprint=one, cost=cost, source=source)
+            for one, cost in priced
+            if cost is not None
+        ]
 
     def name_of(self, blueprint_id: str) -> str:
         """Give the name of a blueprint that was offered before; empty for any other."""

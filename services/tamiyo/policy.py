@@ -49,6 +49,8 @@ from esper.services.tamiyo.posterior import (
     family_of,
     features_of,
     observation_of,
+    place_of,
+    reach_of,
 )
 from esper.services.tamiyo.run_memory import UNDER_WAY, RunMemory, budget_left, open_adaptations
 from esper.services.tamiyo.seed_selection import SeedSelection, SeedSelector
@@ -263,7 +265,8 @@ class Policy:
         helps = probability_positive(choice.belief.mean, choice.belief.deviation)
         reports = Evidence(name="posterior_observations", value=self.posterior.num_observations, detail="rewards known")
         chance = Evidence(name="probability_of_reward", value=helps, detail="of the candidate drawn, before the curve")
-        blueprint, layer = choice.candidate.blueprint, choice.candidate.layer
+        blueprint, layer, source = choice.candidate.blueprint, choice.candidate.layer, choice.candidate.source
+        reads = f" on the input of {source}" if source else ""
         return _Draft(
             kind=AdaptationType.ADD_SEED,
             confidence=join_evidence(helps, reading.probability * reading.capacity_lacks),
@@ -273,7 +276,7 @@ class Policy:
             choice=choice,
             evidence=(chance, reports, *self._reliability_evidence()),
             explanation=(
-                f"Plateau for {reading.stretch_epochs} epochs: germinate {blueprint.name} at {layer}, seed "
+                f"Plateau for {reading.stretch_epochs} epochs: germinate {blueprint.name} at {layer}{reads}, seed "
                 f"{choice.seed.seed_index} ({choice.candidate.cost.parameters} parameters), drawn from "
                 f"{len(open_candidates)} candidates."
             )[:500],
@@ -333,7 +336,7 @@ class Policy:
         random: np.random.Generator,
     ) -> _Choice:
         """Draw every candidate's reward from the posterior and take the best draw; then draw the seed."""
-        rows = sorted(candidates, key=lambda one: (one.layer, one.blueprint.id))
+        rows = sorted(candidates, key=lambda one: (one.layer, one.source, one.blueprint.id))
         if len(rows) > self.config.max_candidates:
             picked = random.choice(len(rows), self.config.max_candidates, replace=False)
             rows = [rows[place] for place in sorted(picked)]
@@ -344,7 +347,8 @@ class Policy:
                 parameters=one.cost.parameters,
                 progress=_progress(packet),
                 family=family_of(one.blueprint.ir),
-                place=f"{packet.run_id}/{one.layer}",
+                place=place_of(packet.run_id, one.layer, one.source),
+                reach=reach_of(one.source),
             )
             for one in rows
         ]
@@ -396,6 +400,7 @@ class Policy:
             created_at=packet.created_at,
             blueprint=choice.candidate.blueprint if choice else None,
             site=choice.candidate.site if choice else None,
+            source=choice.candidate.source if choice else "",
         )
 
 

@@ -7,11 +7,11 @@
     m(c)     prior mean of f: a level, and a lift by size                         loss
 
 The model is linear in indicator features with independent normal weights: a shared level, one weight per kind of site,
-per blueprint, per family of operators, per (kind, blueprint), per size class, per phase of the run, and per layer of
-one run. It is worked with in its dual form, so that no feature has to be known beforehand: K(c, d) is the sum of the
-variances of the features that c and d share (Rasmussen & Williams, Gaussian Processes for Machine Learning, 2006,
-sections 2.1 and 2.7). Noise is v_i plus what differs from run to run. The posterior depends on the set of reports
-alone, never on the order in which they came.
+per blueprint, per family of operators, per (kind, blueprint), per size class, per phase of the run, per reach (own
+input or another layer's), and per place in one run. It is worked with in its dual form, so that no feature has to be
+known beforehand: K(c, d) is the sum of the variances of the features that c and d share (Rasmussen & Williams, Gaussian
+Processes for Machine Learning, 2006, sections 2.1 and 2.7). Noise is v_i plus what differs from run to run. The
+posterior depends on the set of reports alone, never on the order in which they came.
 
 The prior is optimistic (mean about one standard deviation above zero) because a trial that does harm is undone: what is
 uncertain is worth trying, and a blueprint has to prove itself bad before it is left alone. It also expects a little
@@ -32,7 +32,7 @@ from esper.contracts.blueprint import BlueprintIR, Site, SiteKind
 from esper.contracts.errors import InvalidInputError
 from esper.contracts.run import AdaptationOutcome, FieldReport
 
-MODEL_VERSION: Final = 1
+MODEL_VERSION: Final = 2
 """Version of the features and the prior; reports are kept raw and learned anew when it changes."""
 
 MAX_OBSERVATIONS: Final = 1_000
@@ -64,7 +64,9 @@ class Features:
     phase: str = ""
     """Phase of the run at its beginning."""
     layer: str = ""
-    """Run and layer, for what is peculiar to one place."""
+    """Run, layer and source, for what is peculiar to one place."""
+    reach: str = ""
+    """Whether it reads its own layer's input or, as a skip seed, another's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +93,8 @@ class PosteriorConfig:
     """Of the phase of the run. > 0."""
     layer_deviation: float = 0.015
     """Of the one place. > 0."""
+    reach_deviation: float = 0.01
+    """Of reading the own layer's input, or another's. > 0."""
     noise_deviation: float = 0.02
     """From trial to trial, beyond the measured error. > 0."""
 
@@ -261,6 +265,7 @@ class RewardPosterior:
             "size_class": prior.size_deviation,
             "phase": prior.phase_deviation,
             "layer": prior.layer_deviation,
+            "reach": prior.reach_deviation,
         }
         equal: dict[str, NDArray[np.bool_]] = {}
         for name, deviation in shares.items():
@@ -269,7 +274,7 @@ class RewardPosterior:
         total += prior.pair_deviation**2 * (equal["site_kind"] & equal["blueprint_id"])
         if left is right:
             # What a candidate does not name is still part of its own uncertainty.
-            for name in ("family", "size_class", "phase", "layer"):
+            for name in ("family", "size_class", "phase", "layer", "reach"):
                 unnamed = np.array([not getattr(one, name) for one in left], dtype=np.float64)
                 total += np.diag(shares[name] ** 2 * unnamed)
         return total
@@ -284,8 +289,25 @@ class _Solved:
     weights: _Array
 
 
+def place_of(run_id: str, layer: str, source: str) -> str:
+    """Give the text that stands for one place of one run."""
+    return f"{run_id}/{layer}<{source}" if source else f"{run_id}/{layer}"
+
+
+def reach_of(source: str) -> str:
+    """Give the reach of a seed that reads the input of ``source``, or its own layer's where that is empty."""
+    return "skip" if source else "own"
+
+
 def features_of(
-    site: Site, blueprint_id: str, *, parameters: int | None, progress: float | None, family: str = "", place: str = ""
+    site: Site,
+    blueprint_id: str,
+    *,
+    parameters: int | None,
+    progress: float | None,
+    family: str = "",
+    place: str = "",
+    reach: str = "",
 ) -> Features:
     """Give the model's features of a candidate at a site; ``progress`` is the share of the plan that has passed."""
     return Features(
@@ -295,6 +317,7 @@ def features_of(
         size_class="" if parameters is None else size_class(parameters),
         phase="" if progress is None else phase_of(progress),
         layer=place,
+        reach=reach,
     )
 
 
@@ -323,7 +346,8 @@ def observation_of(
         parameters=None if report.cost is None else report.cost.parameters,
         progress=report.run_progress,
         family=family,
-        place=f"{report.run_id}/{report.layer}",
+        place=place_of(report.run_id, report.layer, report.source),
+        reach=reach_of(report.source),
     )
     return Observation(report_id=report.report_id, features=features, reward=reward, variance=variance)
 

@@ -163,6 +163,7 @@ class KasminaLayer(Germination):
             site=self.site,
             health=self.get_health_signal(),
             seeds=tuple(self._seed_status(index) for index in range(self.num_seeds)),
+            skip_sites=self.skip_sites(),
         )
 
     def _seed_status(self, index: int) -> SeedStatus:

@@ -234,7 +234,7 @@ def _measure_seed(layer: KasminaLayer, seed: Seed, delta: Tensor, latency_ms: fl
 
 def _observe(layer: KasminaLayer, x: Tensor, out: Tensor, watch: Stopwatch) -> None:
     record = layer._kasmina
-    if not record.is_site_settled:
+    if not record.is_site_settled or record.order == 0:  # a rebuilt layer knows its site, but not its place
         _learn_site(layer, x, out)
     record.end_sample()
     layer.refresh_forward()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from torch import nn
 
 from esper.blueprints import canonical_bytes, content_id
+from esper.blueprints.types import site_types
 from esper.contracts.blueprint import BlueprintIR, Site
 from esper.contracts.errors import InvalidInputError, InvalidStateError, NotFoundError
 from esper.contracts.lifecycle import SeedLifecycleState
+from esper.contracts.run import SkipSite
 from esper.execution.artifact import VerifiedKernel
 from esper.execution.executor import KernelExecutor, Placement, build_kernel, check_shapes, first_run
 from esper.execution.layers.holder import SeedHolder, log
@@ -17,6 +20,9 @@ from esper.execution.layers.ranks import require_whole
 from esper.execution.layers.record import KernelSource
 from esper.execution.random_streams import frozen_streams
 from esper.execution.seed import Origin, Seed
+
+MAX_SOURCES: Final = 4
+"""Layers whose input a skip seed at one layer may be offered to read."""
 
 
 class Germination(SeedHolder):
@@ -145,6 +151,24 @@ class Germination(SeedHolder):
             rule = f"see a batch of {self._kasmina.batch_size}, as the layer {self.layer_name!r} did"
             raise InvalidInputError.of("source", rule, f"{source!r} with {found._kasmina.batch_size}")
         return Site(kind=site.kind, input_shape=theirs.input_shape, output_shape=site.output_shape)
+
+    def skip_sites(self) -> tuple[SkipSite, ...]:
+        """Give where skip seeds may stand here: with the nearest sources that have a legal site, and the first one."""
+        record = self._kasmina
+        if record.skip_sites is None and record.site is not None and record.order > 0:
+            before = [layer for layer in record.skips.layers() if 0 < layer._kasmina.order < record.order]
+            before.sort(key=lambda layer: layer._kasmina.order)
+            found = [place for layer in before if (place := self._skip_site_of(layer)) is not None]
+            record.skip_sites = tuple(found[:1] + found[1:][-(MAX_SOURCES - 1) :])
+        return record.skip_sites or ()
+
+    def _skip_site_of(self, source: SeedHolder) -> SkipSite | None:
+        try:
+            site = self.skip_site(source.layer_name)
+            site_types(site)
+        except InvalidInputError:
+            return None
+        return SkipSite(source=source.layer_name, site=site)
 
     def _germinate(self, seed_idx: int, prepare: Callable[[Site, Placement], Seed], source: str) -> Seed:
         site, states = self.skip_site(source) if source else self._required_site(), SeedLifecycleState

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from torch import nn
 
 from esper.contracts.blueprint import Site
-from esper.contracts.run import Contribution
+from esper.contracts.run import Contribution, SkipSite
 from esper.execution._native import SignalRing
 from esper.execution.device_probe import PendingFigures, Stopwatch
 from esper.execution.health import Figures, RollingHealth
@@ -108,6 +108,7 @@ class LayerRecord:
         "pulse",
         "ring",
         "site",
+        "skip_sites",
         "skips",
         "standing",
         "state_layout",
@@ -144,6 +145,7 @@ class LayerRecord:
         self.num_kept = 0
         self.is_read = False
         self.order = 0
+        self.skip_sites: tuple[SkipSite, ...] | None = None
         self._passes_before = 0
         self._passes_at_start = 0
         self.waiting_since: int | None = None

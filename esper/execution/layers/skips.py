@@ -11,7 +11,7 @@ gone; keeping them until then would keep just what checkpointing was asked to fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +48,10 @@ class SkipInputs:
     def layer(self, name: str) -> KasminaLayer | None:
         """Give a layer of the model by its name."""
         return self._layers.get(name)
+
+    def layers(self) -> Iterable[KasminaLayer]:
+        """Give every layer of the model that can hold seeds."""
+        return self._layers.values()
 
     def let_read(self, reader: str, sources: frozenset[str]) -> None:
         """Let the seeds of a layer read exactly these layers' inputs from now on."""

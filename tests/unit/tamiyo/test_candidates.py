@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from esper.blueprints import Mixing, allowed_mixing, default_registry
+from esper.blueprints.cost import cost
 from esper.contracts.blueprint import BlueprintState, Site, SiteKind
 from esper.contracts.errors import InvalidInputError, InvalidStateError, UnavailableError
-from esper.contracts.run import BudgetStatus
+from esper.contracts.run import BudgetStatus, SkipSite
 from esper.contracts.wire import to_wire
 from esper.services.tamiyo.candidates import CandidateConfig, CandidateSource
 from esper.v1 import karn_service_pb2, urza_service_pb2
@@ -78,6 +79,24 @@ async def test_every_legal_blueprint_of_every_page_is_a_candidate(make_packet):
     assert names([one for one in found if one.layer == "hidden"]) == expected
     assert {one.layer for one in found} == {"hidden", "head"}
     assert all(one.cost.parameters > 0 for one in found)
+
+
+async def test_places_of_skip_seeds_take_the_librarys_blueprints_and_no_designs(make_packet, make_layer):
+    skip = SkipSite(source="hidden", site=Site(kind=SiteKind.LINEAR, input_shape=(64,), output_shape=(10,)))
+    layers = (make_layer("hidden"), replace(make_layer("head"), skip_sites=(skip,)))
+    lora = next(one for one in TEMPLATES if one.name == "lora")
+    designer = Designer(next(one for one in TEMPLATES if one.name == "glu"))
+    source = CandidateSource(Library([lora]), designer)
+    found = await source.candidates(make_packet(1, 1.0, layers=layers))
+    assert [(one.layer, one.source) for one in found if one.blueprint.name == "lora"] == [
+        ("hidden", ""),
+        ("head", ""),
+        ("head", "hidden"),
+    ]
+    (at_skip,) = [one for one in found if one.source]
+    assert at_skip.site == skip.site
+    assert at_skip.cost == cost(lora.ir, skip.site)
+    assert len(designer.requests) == 2, "once for each layer's own site"
 
 
 async def test_the_library_is_asked_again_only_when_its_answer_is_old(make_packet):

@@ -8,12 +8,15 @@ from itertools import pairwise
 
 import pytest
 
+from esper.blueprints.cost import cost
+from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.decision import AdaptationPlan, AdaptationType, CurveState, PlanStatus
 from esper.contracts.errors import InvalidInputError, InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import AdaptationOutcome, BudgetStatus, Contribution, RunPhase, SeedStatus
 from esper.services.tamiyo.config import TamiyoConfig
 from esper.services.tamiyo.policy import Policy, adaptation_id
+from esper.services.tamiyo.posterior import observation_of
 
 
 @pytest.fixture
@@ -54,6 +57,21 @@ def test_a_flattening_run_is_grown_a_few_epochs_in(flattening, candidates):
     assert grown.expected_reward is not None
     assert grown.exploration_bonus is not None
     assert {"cusum", "improvement_per_epoch", "probability_of_reward"} <= {one.name for one in grown.evidence}
+
+
+def test_a_skip_candidate_is_decided_on_with_its_source(flattening, make_candidates):
+    site = Site(kind=SiteKind.LINEAR, input_shape=(64,), output_shape=(10,))
+    one = next(one for one in make_candidates(["head"]) if one.blueprint.name == "glu")
+    skip = replace(one, site=site, cost=cost(one.blueprint.ir, site), source="hidden")
+    grown = first_growth(feed(Policy(), flattening, [skip]))
+    assert (grown.layer, grown.source, grown.site) == ("head", "hidden", site)
+    assert "germinate glu at head on the input of hidden" in grown.explanation
+
+
+def test_what_skip_seeds_taught_is_kept_apart_from_a_layers_own_place(make_report):
+    own, skip = (observation_of(make_report(source=source)) for source in ("", "stem"))
+    assert (own.features.reach, skip.features.reach) == ("own", "skip")
+    assert own.features.layer != skip.features.layer
 
 
 def test_an_improving_run_is_left_alone(make_packet, candidates):

@@ -25,9 +25,23 @@ from esper.services.tamiyo.posterior import (
     size_class,
 )
 
-CONV = Features(site_kind=SiteKind.LINEAR, blueprint_id="conv", family="conv", size_class="s", phase="early", layer="a")
+CONV = Features(
+    site_kind=SiteKind.LINEAR,
+    blueprint_id="conv",
+    family="conv",
+    size_class="s",
+    phase="early",
+    layer="a",
+    reach="own",
+)
 OTHER = Features(
-    site_kind=SiteKind.CONV2D, blueprint_id="mlp", family="linear", size_class="m", phase="late", layer="b"
+    site_kind=SiteKind.CONV2D,
+    blueprint_id="mlp",
+    family="linear",
+    size_class="m",
+    phase="late",
+    layer="b",
+    reach="skip",
 )
 
 
@@ -82,6 +96,7 @@ def _indicators(features, config):
         "size_class": config.size_deviation,
         "phase": config.phase_deviation,
         "layer": config.layer_deviation,
+        "reach": config.reach_deviation,
     }
     columns = [("level", None, config.level_deviation)]
     for name, deviation in named.items():
