@@ -21,6 +21,8 @@ MEASURES: Final = {
     "k6_surgery": "how long a step is held up by growing, and whether a grown model is saved to the bit",
     "c1_compile": "compiling and validating a kernel against scripting and saving alone",
     "c2_adaptation": "from a decision to an active seed, cold and with the kernel in memory",
+    "c3_library": "the library against the same SQL by hand and a bare gRPC call, and its transfers",
+    "c4_tiers": "which cache tier has the kernels of growing runs, how fast, and without the second",
     "incubation": "ways in which a seed learns alone: quality and cost of each",
     "growth": "grown networks against their controls on a sealed test",
 }

@@ -155,12 +155,21 @@ async def _open_karn(given: Surroundings) -> Node:
 
 
 async def _open_urza(given: Surroundings) -> Node:
+    from esper.services.urza.retention import RetentionPolicy
     from esper.services.urza.server import UrzaConfig, UrzaService
 
+    settings = given.settings
     config = UrzaConfig(
         database_url=given.database_of("urza"),
         rest=not given.embedded,
-        rest_port=given.settings.urza_rest_port,
+        rest_port=settings.urza_rest_port,
+        blobs_url="" if given.embedded else settings.urza_blobs_url,
+        retention=RetentionPolicy(
+            keep_unreferenced_days=settings.urza_kernel_days,
+            max_bytes=settings.urza_kernel_bytes,
+            keep_reported_days=min(30.0, settings.urza_report_days or 30.0),
+            keep_reports_days=settings.urza_report_days,
+        ),
     )
     urza = UrzaService(config, bus=given.bus, key_ring=given.ring)
     await urza.start()

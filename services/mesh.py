@@ -57,9 +57,9 @@ class LoopSource:
         """Give itself: copies of a model take their kernels from the same place."""
         return self
 
-    async def fetch(self, artifact_id: str) -> VerifiedKernel:
-        """Give a verified kernel from the nearest tier that has it."""
-        return await asyncio.wrap_future(self._home.submit(self._source.fetch(artifact_id)))
+    async def fetch(self, artifact_id: str, *, announced: bool = False) -> VerifiedKernel:
+        """Give a verified kernel from the nearest tier that has it; one just announced, whatever was found before."""
+        return await asyncio.wrap_future(self._home.submit(self._source.fetch(artifact_id, announced=announced)))
 
     def name(self, name: str, artifact_id: str) -> None:
         """Let a kernel be fetched by a name of one's own.

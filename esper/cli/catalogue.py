@@ -1,19 +1,26 @@
-"""``esper blueprints`` and ``esper kernels``: the library and the compiler."""
+"""``esper blueprints``: what the library holds."""
 
 from __future__ import annotations
 
+import sys
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
+from esper.cli.bounds import bounds_of
 from esper.cli.connection import call, pages
-from esper.cli.output import Json, Timeout, console, plain, print_json, print_rows
-from esper.contracts.blueprint import Blueprint
+from esper.cli.output import Json, Timeout, plain, print_json, print_rows
+from esper.contracts.blueprint import Blueprint, BlueprintState, SiteKind
 from esper.contracts.wire import from_wire
-from esper.v1 import blueprint_pb2, kernel_pb2, urza_service_pb2
+from esper.v1 import blueprint_pb2, urza_service_pb2
 
 blueprints_app = typer.Typer(help="Blueprints in the library.", no_args_is_help=True)
-kernels_app = typer.Typer(help="Kernels in the library.", no_args_is_help=True)
+
+StateName = StrEnum("StateName", {state.name: state.name.lower() for state in BlueprintState})  # type: ignore[misc]
+"""Names of the states of a blueprint, as they are typed."""
+KindName = StrEnum("KindName", {kind.name: kind.name.lower() for kind in SiteKind})  # type: ignore[misc]
+"""Names of the kinds of site, as they are typed."""
 
 Reference = Annotated[str, typer.Argument(help="Blueprint: id, name or name@version.")]
 
@@ -22,11 +29,32 @@ Reference = Annotated[str, typer.Argument(help="Blueprint: id, name or name@vers
 def search(
     tag: Annotated[list[str] | None, typer.Option("--tag", "-t", help="Tag it must have; may repeat.")] = None,
     without: Annotated[list[str] | None, typer.Option("--without", help="Tag it must not have; may repeat.")] = None,
+    tags: Annotated[
+        str, typer.Option("--tags", help="Expression over tags: 'validated & (conv2d | linear) & !deprecated'.")
+    ] = "",
     text: Annotated[str, typer.Option("--text", help="Text in name or description.")] = "",
+    state: Annotated[list[StateName] | None, typer.Option("--state", help="State it is in; may repeat.")] = None,
+    kind: Annotated[KindName | None, typer.Option("--kind", help="Kind of site it is meant for.")] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--where",
+            help="Bound on parameters, flops (both at a reference site), latency_ms or success_rate, "
+            "e.g. 'parameters<=5000'; may repeat.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List blueprints that match, by name."""
-    request = urza_service_pb2.SearchBlueprintsRequest(all_tags=tag or [], no_tags=without or [], text=text)
+    request = urza_service_pb2.SearchBlueprintsRequest(
+        all_tags=tag or [],
+        no_tags=without or [],
+        tag_expression=tags,
+        text=text,
+        states=[blueprint_pb2.BlueprintState.ValueType(BlueprintState[one.name]) for one in state or []],
+        site_kind=blueprint_pb2.SiteKind.ValueType(0 if kind is None else SiteKind[kind.name]),
+        bounds=bounds_of(where or []),
+    )
     found = [one for page in pages("urza", "SearchBlueprints", request) for one in page.blueprints]
     rows = [
         (
@@ -44,7 +72,10 @@ def search(
 
 @blueprints_app.command("show")
 def show(reference: Reference, as_json: Json = False, timeout: Timeout = 10.0) -> None:
-    """Print one blueprint: its graph in text form, its tags and history."""
+    """Print one blueprint: its graph in text form, its tags and history.
+
+    `esper blueprints create` reads what this prints, in both forms; all but the graph is comments in the text form.
+    """
     response = _blueprint(reference, timeout)
     if as_json:
         print_json(plain(response))
@@ -52,11 +83,14 @@ def show(reference: Reference, as_json: Json = False, timeout: Timeout = 10.0) -
     from esper.blueprints import to_text  # torch is behind it: only who needs it waits for it
 
     blueprint = from_wire(response.blueprint, Blueprint)
-    console.print(f"{blueprint.name}@{blueprint.version}  {blueprint.id}", highlight=False)
-    console.print(f"{blueprint.state.name.lower()}  tags: {' '.join(blueprint.metadata.tags)}", highlight=False)
-    if blueprint.metadata.citation:
-        console.print(blueprint.metadata.citation, highlight=False)
-    console.print(to_text(blueprint.ir), highlight=False, markup=False)
+    said = [
+        f"{blueprint.name}@{blueprint.version}  {blueprint.id}",
+        f"{blueprint.state.name.lower()}  tags: {' '.join(blueprint.metadata.tags)}",
+        *blueprint.metadata.citation.splitlines(),
+        *blueprint.metadata.description.splitlines(),
+    ]
+    comments = "".join(f"# {line}\n" for line in said)
+    sys.stdout.write(comments + to_text(blueprint.ir))  # not the console: it breaks lines at the terminal's width
 
 
 @blueprints_app.command("lineage")
@@ -78,39 +112,6 @@ def lineage(
         (entry.depth, f"{entry.blueprint.name}@{entry.blueprint.version}", entry.blueprint.id[:12]) for entry in entries
     ]
     print_rows("lineage", ("depth", "name", "id"), rows, as_json=as_json)
-
-
-@kernels_app.command("list")
-def list_kernels(
-    blueprint: Annotated[str, typer.Option("--blueprint", help="Only kernels of this blueprint.")] = "",
-    as_json: Json = False,
-    timeout: Timeout = 10.0,
-) -> None:
-    """List kernels, newest first."""
-    blueprint_id = _blueprint(blueprint, timeout).blueprint.id if blueprint else ""
-
-    request = urza_service_pb2.ListKernelsRequest(blueprint_id=blueprint_id)
-    found = [one for page in pages("urza", "ListKernels", request) for one in page.kernels]
-    rows = [
-        (
-            one.artifact_id,
-            one.blueprint_id[:12],
-            kernel_pb2.CompileTarget.Name(one.target).removeprefix("COMPILE_TARGET_").lower(),
-            one.cost.parameters,
-            f"{one.compilation_time.ToTimedelta().total_seconds():.3f}",
-            one.created_at.ToJsonString(),
-        )
-        for one in found
-    ]
-    columns = ("kernel", "blueprint", "target", "parameters", "compile_s", "created")
-    print_rows("kernels", columns, rows, as_json=as_json)
-
-
-@kernels_app.command("show")
-def show_kernel(artifact_id: Annotated[str, typer.Argument(help="Kernel.")], timeout: Timeout = 10.0) -> None:
-    """Print a kernel's manifest with its validation rows, as JSON."""
-    request = urza_service_pb2.GetKernelRequest(artifact_id=artifact_id)
-    print_json(plain(call("urza", "GetKernel", request, timeout)))
 
 
 def _blueprint(reference: str, timeout_s: float) -> Any:

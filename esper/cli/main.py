@@ -10,7 +10,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import typer
 
-from esper.cli import catalogue, demo, mesh, runs, settings
+from esper.cli import authoring, catalogue, demo, jobs, kernels, mesh, runs, settings
 from esper.cli.output import fail
 from esper.contracts.errors import EsperError, InvalidInputError
 
@@ -32,7 +32,12 @@ app.command("report")(runs.report)
 app.add_typer(runs.app, name="runs")
 app.add_typer(runs.seeds_app, name="seeds")
 app.add_typer(catalogue.blueprints_app, name="blueprints")
-app.add_typer(catalogue.kernels_app, name="kernels")
+catalogue.blueprints_app.command("create")(authoring.create)
+catalogue.blueprints_app.command("validate")(authoring.validate)
+catalogue.blueprints_app.command("cost")(authoring.cost)
+app.add_typer(kernels.app, name="kernels")
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(jobs.dead_letters_app, name="dead-letters")
 app.add_typer(settings.app, name="config")
 
 

@@ -122,6 +122,44 @@ class BlueprintStatistics:
     """Adaptations that ended FOSSILIZED."""
     mean_contribution: float | None = None
     """Mean measured contribution, in units of loss; ``None`` while nothing was measured."""
+    mean_latency_ms: float | None = None
+    """Mean latency of the kernels that stood in them, one example, in milliseconds; ``None`` while none is known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelStatistics:
+    """What field reports say of a kernel, over all runs."""
+
+    trials: int = 0
+    """Adaptations reported."""
+    kept: int = 0
+    """Adaptations that ended FOSSILIZED."""
+    mean_contribution: float | None = None
+    """Mean measured contribution, in units of loss; ``None`` while nothing was measured."""
+    mean_latency_ms: float | None = None
+    """Latency of one example as its validation measured it, in milliseconds; ``None`` where it is not known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlueprintBounds:
+    """Bounds on a blueprint's figures; ``None`` does not bind. A figure that nobody knows is within no bound."""
+
+    min_parameters: int | None = None
+    """Least trainable parameters at a reference site, >= 0."""
+    max_parameters: int | None = None
+    """Most trainable parameters at a reference site, >= 0."""
+    min_flops: int | None = None
+    """Least FLOPs of one forward pass of one example at the same reference site, >= 0."""
+    max_flops: int | None = None
+    """Most FLOPs of one forward pass of one example at the same reference site, >= 0."""
+    min_latency_ms: float | None = None
+    """Least mean latency in the statistics, in milliseconds, >= 0."""
+    max_latency_ms: float | None = None
+    """Most mean latency in the statistics, in milliseconds, >= 0."""
+    min_success_rate: float | None = None
+    """Least share of the trials that were kept, 0 to 1."""
+    max_success_rate: float | None = None
+    """Most share of the trials that were kept, 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,6 +58,10 @@ _RENAMED: Final[Mapping[type, type[Message]]] = {
     metrics.HealthReport: nissa_service_pb2.GetSystemHealthResponse,
 }
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_FIRST_SECOND: Final = -62_135_596_800
+_LAST_SECOND: Final = 253_402_300_799
+_MAX_SECONDS: Final = 315_576_000_000
+"""Bounds of protobuf's Timestamp and Duration."""
 
 
 def message_types() -> Mapping[type, type[Message]]:
@@ -190,9 +194,23 @@ def to_timestamp(moment: datetime) -> Timestamp:
     return stamp
 
 
-def from_timestamp(stamp: Timestamp) -> datetime:
-    """Give the moment of a wire timestamp, in UTC."""
+def from_timestamp(stamp: Timestamp, parameter: str = "timestamp") -> datetime:
+    """Give the moment of a wire timestamp, in UTC.
+
+    Raises:
+        InvalidInputError: It lies outside the years 1 to 9999, or its nanoseconds outside a second.
+    """
+    if not (_FIRST_SECOND <= stamp.seconds <= _LAST_SECOND and 0 <= stamp.nanos < 10**9):
+        rule = "be a moment of the years 1 to 9999"
+        raise InvalidInputError.of(parameter, rule, f"{stamp.seconds} s and {stamp.nanos} ns")
     return _EPOCH + timedelta(seconds=stamp.seconds, microseconds=stamp.nanos // 1000)
+
+
+def _from_duration(span: Duration, parameter: str) -> timedelta:
+    if not (abs(span.seconds) <= _MAX_SECONDS and abs(span.nanos) < 10**9):
+        rule = "be within 10,000 years"
+        raise InvalidInputError.of(parameter, rule, f"{span.seconds} s and {span.nanos} ns")
+    return timedelta(seconds=span.seconds, microseconds=int(span.nanos / 1000))
 
 
 @_memo
@@ -270,9 +288,9 @@ def _convert(value: Any, fld: FieldDescriptor, hint: Any, path: str) -> Any:
     if fld.message_type is None:
         return value
     if isinstance(value, Timestamp):
-        return from_timestamp(value)
+        return from_timestamp(value, path)
     if isinstance(value, Duration):
-        return value.ToTimedelta()
+        return _from_duration(value, path)
     if isinstance(value, blueprint_pb2.AttributeValue):
         return _attribute_from_wire(value, path)
     return from_wire(value, hint)

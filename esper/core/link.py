@@ -37,8 +37,8 @@ M = TypeVar("M", bound=Message)
 class TieredSource(Protocol):
     """Where kernels come from: a tiered source with statistics, used on the publisher's loop alone."""
 
-    async def fetch(self, artifact_id: str) -> VerifiedKernel:
-        """Give a verified kernel, from the nearest tier that has it."""
+    async def fetch(self, artifact_id: str, *, announced: bool = False) -> VerifiedKernel:
+        """Give a verified kernel, from the nearest tier that has it; one just announced, whatever was found before."""
 
     def stats(self) -> Sequence[CacheTierStatus]:
         """Give the statistics of every tier."""
@@ -200,7 +200,7 @@ class BusLink:
     async def _fetch_into_mailbox(self, ready: KernelReady, mail: Mail[kernel_pb2.KernelReady]) -> None:
         try:
             with adaptation_span("load", ready.adaptation_id, artifact_id=ready.artifact_id):
-                kernel = await self._source.fetch(ready.artifact_id)
+                kernel = await self._source.fetch(ready.artifact_id, announced=True)
         except EsperError as error:
             log.warning("kernel_fetch_failed", extra={"artifact_id": ready.artifact_id, "error": str(error)})
             self._fetched.append(KernelArrival(ready=ready, error=str(error)))

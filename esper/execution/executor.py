@@ -6,7 +6,7 @@ import io
 import statistics
 import time
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -50,9 +50,13 @@ def build_kernel(ir: BlueprintIR, site: Site, placement: Placement, *, random_se
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy a kernel's weights into its module.
 
+    Floating weights take the width of the module's; a whole number never becomes a weight, nor a weight one.
+
     Raises:
         ShapeMismatchError: A name or a shape differs from the module's.
+        InvalidInputError: A value is of another kind of number than the module's.
     """
+    _require_kinds(module, weights)
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if expected != found:
@@ -64,6 +68,18 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
             parameter="weights",
         )
     module.load_state_dict(dict(weights), strict=True)
+
+
+def _require_kinds(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for name, value in module.state_dict().items():
+        given = weights.get(name)
+        if given is None or given.dtype == value.dtype:
+            continue
+        if not (given.is_floating_point() and value.is_floating_point()):
+            raise InvalidInputError(
+                f"weights must be of the module's kind of number, {name!r} must be {value.dtype}, got {given.dtype}",
+                parameter="weights",
+            )
 
 
 def check_shapes(module: nn.Module, site: Site, placement: Placement, *, structure: Hashable | None = None) -> None:
@@ -78,6 +94,7 @@ def check_shapes(module: nn.Module, site: Site, placement: Placement, *, structu
 
     Raises:
         ShapeMismatchError: The delta has another shape than the layer's output, or the module does not run.
+        InvalidInputError: The delta is of another dtype than the layer's.
     """
     key = (structure, site, placement.dtype)
     if key in _passed:
@@ -96,15 +113,22 @@ def forget_passed() -> None:
 
 def _run_on_meta(module: nn.Module, site: Site, placement: Placement) -> None:
     state = {name: value.to("meta") for name, value in (*module.named_parameters(), *module.named_buffers())}
+    on_meta = Placement(device=torch.device("meta"), dtype=placement.dtype)
+    _require_fit(lambda x, h: functional_call(module, state, (x, h)), site, on_meta)
+
+
+def _require_fit(forward: Callable[[Tensor, Tensor], object], site: Site, placement: Placement) -> None:
+    """Run ``delta(x, h)`` on zeros of several batch sizes, and hold what it gives against the layer's output."""
     for batch in _BATCH_SIZES:
-        x = torch.empty((batch, *site.input_shape), device="meta", dtype=placement.dtype)
-        h = torch.empty((batch, *site.output_shape), device="meta", dtype=placement.dtype)
+        x = torch.zeros((batch, *site.input_shape), device=placement.device, dtype=placement.dtype)
+        h = torch.zeros((batch, *site.output_shape), device=placement.device, dtype=placement.dtype)
         try:
             with torch.no_grad():
-                delta = functional_call(module, state, (x, h))
+                delta = forward(x, h)
         except Exception as error:
             raise ShapeMismatchError(
-                f"kernel must run at input {site.input_shape} and output {site.output_shape}, got {error}",
+                f"kernel must run at input {site.input_shape}, output {site.output_shape} and {placement.dtype}, "
+                f"got {_last_line(error)}",
                 parameter="kernel",
             ) from error
         if not isinstance(delta, Tensor) or delta.shape != h.shape:
@@ -112,6 +136,16 @@ def _run_on_meta(module: nn.Module, site: Site, placement: Placement) -> None:
             raise ShapeMismatchError(
                 f"kernel must give a delta of shape {tuple(h.shape)}, got {shown}", parameter="kernel"
             )
+        if delta.dtype != h.dtype:
+            raise InvalidInputError(
+                f"kernel must give a delta of the layer's {h.dtype}, got {delta.dtype}", parameter="kernel"
+            )
+
+
+def _last_line(error: Exception) -> str:
+    """Give what an error comes to; TorchScript puts a listing of the code before it."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
 
 
 def first_run(module: nn.Module, site: Site, placement: Placement, *, batch_size: int) -> float:
@@ -163,6 +197,7 @@ class KernelExecutor:
         Raises:
             InvalidBlueprintError: The graph is not legal at the site.
             ShapeMismatchError: The weights or the delta do not fit the layer.
+            InvalidInputError: The weights or the delta are of another kind of number than the layer's.
         """
         module = build_kernel(kernel.ir, site, placement)
         load_weights(module, kernel.weights)
@@ -172,12 +207,15 @@ class KernelExecutor:
     def inference_form(self, kernel: VerifiedKernel, site: Site, placement: Placement) -> nn.Module:
         """Give the compiled form of a kernel, for running without gradients; the eager form where it has no binary.
 
-        The bytes are read from memory, and only here, after ``verify`` has held signature and digests against them.
+        The bytes are read from memory, and only here, after ``verify`` has held signature and digests against them;
+        then the form is run once at the layer's shapes. What was frozen into it keeps the dtype it was compiled in.
 
         Raises:
-            InvalidInputError: The target has no form that is read from memory (AOT_INDUCTOR is a shared library).
+            InvalidInputError: The target has no form that is read from memory (AOT_INDUCTOR is a shared library), or
+                the delta is of another dtype than the layer's.
             CorruptDataError: The bytes are not what the manifest says.
-            InvalidBlueprintError, ShapeMismatchError: As :meth:`prepare`, for the eager form.
+            ShapeMismatchError: The form does not run at the layer's shapes and dtype, or its delta has another shape.
+            InvalidBlueprintError: As :meth:`prepare`, for the eager form.
         """
         target = kernel.manifest.target
         if target is CompileTarget.EAGER:
@@ -187,15 +225,17 @@ class KernelExecutor:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # torch says so of TorchScript at every load
-                return _read_binary(kernel.binary, target, placement.device)
+                form = _read_binary(kernel.binary, target, placement)
         except Exception as error:
             raise CorruptDataError(
                 f"binary of {kernel.artifact_id} must be a {target.name} archive: {error}"
             ) from error
+        _require_fit(form, site, placement)
+        return form
 
 
-def _read_binary(binary: bytes, target: CompileTarget, device: torch.device) -> nn.Module:
+def _read_binary(binary: bytes, target: CompileTarget, placement: Placement) -> nn.Module:
     if target is CompileTarget.TORCHSCRIPT:
-        script: nn.Module = torch.jit.load(io.BytesIO(binary), map_location=device)  # type: ignore[no-untyped-call]
-        return script
-    return torch.export.load(io.BytesIO(binary)).module().to(device)
+        script: nn.Module = torch.jit.load(io.BytesIO(binary), map_location=placement.device)  # type: ignore[no-untyped-call]
+        return script.to(placement.dtype).eval()
+    return torch.export.load(io.BytesIO(binary)).module().to(placement.device, placement.dtype)

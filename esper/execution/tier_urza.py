@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import AsyncIterator
 from typing import Any, Final, Protocol
@@ -13,7 +14,9 @@ from esper.contracts.errors import (
     CapacityExceededError,
     CorruptDataError,
     DeadlineExceededError,
+    EsperError,
     InvalidInputError,
+    InvalidStateError,
     UnavailableError,
 )
 from esper.execution.artifact import MAX_ARTIFACT_BYTES, require_artifact_id
@@ -29,6 +32,10 @@ class KernelTransfer(Protocol):
     @property
     def UploadKernel(self) -> Any:  # noqa: N802 - the rpc's name
         """Call with a stream of chunks and one response."""
+
+    @property
+    def GetKernelUpload(self) -> Any:  # noqa: N802 - the rpc's name
+        """Call with one request and one response."""
 
     @property
     def DownloadKernel(self) -> Any:  # noqa: N802 - the rpc's name
@@ -98,13 +105,71 @@ class UrzaTier:
 async def upload_kernel(stub: KernelTransfer, data: bytes, *, timeout_s: float = 60.0) -> tuple[str, bool]:
     """Send a serialised artefact to the library; give its id and whether it was new there. Idempotent.
 
+    One of more than 1 MiB goes on where an earlier attempt broke, be it of this call, of an earlier one or of another
+    process: as long as an attempt brings the library further, another one follows. An error means that the last one
+    brought nothing; call again after a pause.
+
+    Args:
+        stub: ``UrzaServiceStub`` on an async channel, one of ``esper.mesh`` or a plain one.
+        data: The serialised artefact.
+        timeout_s: Longest time for one attempt, in seconds.
+
     Raises:
         CorruptDataError: The library does not trust the signature, or a digest does not hold.
         UnavailableError: The library cannot be reached.
-        DeadlineExceededError: It took longer than ``timeout_s`` seconds.
+        DeadlineExceededError: An attempt took longer than ``timeout_s`` seconds and brought nothing.
     """
+    failure: EsperError | None = None
+    reached = -1
+    goes_on = True
+    while True:
+        kept = await _kept(stub, data, timeout_s)
+        if kept.artifact_id:
+            return kept.artifact_id, False
+        offset = kept.offset if goes_on else 0
+        if failure is not None:
+            if offset <= reached:
+                raise failure
+            log.info("kernel_upload_resumed", extra={"offset_bytes": offset, "error": str(failure)})
+        reached = offset
+        try:
+            return await _send(stub, data, offset, timeout_s)
+        except (UnavailableError, DeadlineExceededError, InvalidStateError) as error:
+            failure = error
+        except CorruptDataError as error:
+            if offset == 0:
+                raise
+            # What was kept of another attempt may not have been ours: now ours is judged alone.
+            failure, reached, goes_on = error, -1, False
+
+
+async def _kept(stub: KernelTransfer, data: bytes, timeout_s: float) -> pb.GetKernelUploadResponse:
+    """Ask how far the upload got; what fits one chunk is not worth the question."""
+    if len(data) <= MAX_CHUNK_BYTES:
+        return pb.GetKernelUploadResponse()
+    request = pb.GetKernelUploadRequest(sha256=hashlib.sha256(data).digest(), total_bytes=len(data))
     try:
-        response = await stub.UploadKernel(_requests(data), timeout=timeout_s)
+        response = await _ask(stub, request, timeout_s)
+    except InvalidStateError:  # a library that does not know the question (UNIMPLEMENTED) keeps nothing
+        return pb.GetKernelUploadResponse()
+    if not 0 <= response.offset <= len(data):
+        raise CorruptDataError(f"offset of an upload must be within [0, {len(data)}] bytes, got {response.offset}")
+    return response
+
+
+async def _ask(
+    stub: KernelTransfer, request: pb.GetKernelUploadRequest, timeout_s: float
+) -> pb.GetKernelUploadResponse:
+    try:
+        response: pb.GetKernelUploadResponse = await stub.GetKernelUpload(request, timeout=timeout_s)
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, method="UrzaService/GetKernelUpload") from error
+    return response
+
+
+async def _send(stub: KernelTransfer, data: bytes, offset: int, timeout_s: float) -> tuple[str, bool]:
+    try:
+        response = await stub.UploadKernel(_requests(data, offset), timeout=timeout_s)
     except grpc.RpcError as error:
         raise from_rpc_error(error, method="UrzaService/UploadKernel") from error
     return response.artifact_id, response.created
@@ -117,8 +182,8 @@ def _add(assembler: Assembler, chunk: pb.DownloadKernelResponse, artifact_id: st
         raise CorruptDataError(f"kernel {artifact_id} arrived damaged: {error}") from error
 
 
-async def _requests(data: bytes) -> AsyncIterator[pb.UploadKernelRequest]:
-    for chunk in split(data, chunk_bytes=MAX_CHUNK_BYTES):
+async def _requests(data: bytes, offset: int) -> AsyncIterator[pb.UploadKernelRequest]:
+    for chunk in split(data, chunk_bytes=MAX_CHUNK_BYTES, offset=offset):
         yield pb.UploadKernelRequest(
             total_bytes=chunk.total_bytes, sha256=chunk.sha256, offset=chunk.offset, data=chunk.data, crc32=chunk.crc32
         )

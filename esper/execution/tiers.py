@@ -1,11 +1,12 @@
 """Kernels from the nearest cache tier that has them, verified on the way, and kept nearer for the next time.
 
-    l1   native cache of verified kernels in this process
+    l1   native cache of proven kernels in this process, as bytes (see ``tier_memory``)
     l2   directory or Redis of signed artefact bytes
     l3   the library (Urza)
 
-What comes from a tier is proven before anyone sees it. Trouble with a tier is counted, held off by a breaker and makes
-a fetch slower; the training step asks `TieredKernelSource.cached` alone, which never waits and never raises.
+What comes from a tier is proven before anyone sees it, and every caller gets a copy of its own. What does not verify is
+counted, dropped where this process may (the first two tiers; the library's copy is the library's) and fetched anew.
+Trouble with a tier is held off by a breaker and makes a fetch slower, and nothing here runs in a training step.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from esper.contracts.errors import (
 )
 from esper.contracts.run import CacheTierStatus
 from esper.execution._native import KernelCache
-from esper.execution.artifact import ARTIFACT_ID, VerifiedKernel, require_artifact_id, verify
+from esper.execution.artifact import ARTIFACT_ID, VerifiedKernel, require_artifact_id
 from esper.execution.keys import KeyRing
 from esper.execution.tier_guard import GuardedTier, TierCounts
+from esper.execution.tier_memory import HeldKernel
 from esper.execution.tier_port import BreakerState, CircuitBreaker, KernelReader, KernelTier
 
 log = logging.getLogger(__name__)
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,127}")
+_AT_ONCE_S: Final = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +55,7 @@ class TierConfig:
     max_open_s: float = 30.0
     """Longest time that a breaker stays open, in seconds."""
     negative_ttl_s: float = 2.0
-    """How long a kernel that no tier has is not asked for again, in seconds."""
+    """How long a kernel that no tier has is not asked for again, in seconds; an announcement ends it."""
     warm_concurrency: int = 4
     """Kernels fetched at once while warming."""
 
@@ -79,7 +82,7 @@ class TieredKernelSource:
         """Join the tiers.
 
         Args:
-            l1: Cache of ``VerifiedKernel`` values.
+            l1: Cache of ``HeldKernel`` values.
             l2: Directory or Redis; ``None`` goes without.
             l3: The library; ``None`` goes without.
             ring: Keys whose kernels are trusted.
@@ -92,7 +95,7 @@ class TieredKernelSource:
         self._l3 = None if l3 is None else GuardedTier("l3", l3, self._config.l3_timeout_s, self._breaker())
         self._l2_writer = l2
         self._l1_counts = TierCounts()
-        self._flights: dict[str, asyncio.Task[VerifiedKernel]] = {}
+        self._flights: dict[str, asyncio.Task[HeldKernel]] = {}
         self._names: dict[str, str] = {}
 
     def name(self, name: str, artifact_id: str) -> None:
@@ -106,16 +109,32 @@ class TieredKernelSource:
         self._names[name] = require_artifact_id(artifact_id)
 
     def cached(self, artifact_id: str) -> VerifiedKernel | None:
-        """Give a kernel that is in the first tier now; neither waits nor raises for one that is not."""
-        found: VerifiedKernel | None = self._l1.get(self._names.get(artifact_id, artifact_id))
-        if found is None:
-            self._l1_counts.misses += 1
-        else:
-            self._l1_counts.hits += 1
-        return found
+        """Give a kernel that is in the first tier now, ``None`` for one that is not; takes 1 ms for each MB.
 
-    async def fetch(self, artifact_id: str) -> VerifiedKernel:
+        An entry that has changed in memory is dropped and counted, and not given.
+        """
+        artifact_id = self._names.get(artifact_id, artifact_id)
+        held: HeldKernel | None = self._l1.get(artifact_id)
+        if held is None:
+            self._l1_counts.misses += 1
+            return None
+        try:
+            kernel = held.take()
+        except CorruptDataError as error:
+            self._l1_counts.corrupt += 1
+            log.warning("cache_entry_corrupt", extra={"artifact_id": artifact_id, "tier": "l1", "error": str(error)})
+            self._l1.erase(artifact_id)
+            return None
+        self._l1_counts.hits += 1
+        return kernel
+
+    async def fetch(self, artifact_id: str, *, announced: bool = False) -> VerifiedKernel:
         """Give a kernel from the nearest tier that has it; callers that ask at once share one fetch.
+
+        Args:
+            artifact_id: The kernel, or a name given to it.
+            announced: Whether it was just said to be in the library: then what was found missing before is asked for
+                again, also where a fetch that began before the announcement still runs.
 
         Raises:
             InvalidInputError: The id is not well formed.
@@ -124,12 +143,16 @@ class TieredKernelSource:
             UnavailableError: The tiers that may have it cannot be reached.
         """
         artifact_id = self._resolve(artifact_id)
-        found = self.cached(artifact_id)
+        found = await asyncio.to_thread(self.cached, artifact_id)
         if found is not None:
             return found
-        if self._l1.is_negative(artifact_id):
+        if announced:
+            held = await self._announced(artifact_id)
+        elif self._l1.is_negative(artifact_id):
             raise NotFoundError(f"no cache tier has kernel {artifact_id}", parameter="artifact_id")
-        return await self._shared(artifact_id)
+        else:
+            held = await self._shared(artifact_id)
+        return await asyncio.to_thread(held.take)
 
     async def warm(self, artifact_ids: Iterable[str]) -> tuple[str, ...]:
         """Bring kernels into the first tier; give the ids that are there now. Failures are logged, never raised."""
@@ -155,10 +178,10 @@ class TieredKernelSource:
         Raises:
             CorruptDataError: It does not verify; nothing was kept.
         """
-        kernel = await asyncio.to_thread(verify, data, self._ring)
-        self._keep_in_l1(kernel)
-        await self._write_l2(kernel.artifact_id, data)
-        return kernel
+        held = await asyncio.to_thread(HeldKernel.proven, data, self._ring)
+        self._keep_in_l1(held)
+        await self._write_l2(held.manifest.artifact_id, data)
+        return await asyncio.to_thread(held.take)
 
     def stats(self) -> tuple[CacheTierStatus, ...]:
         """Give the counts of every tier there is, nearest first."""
@@ -197,7 +220,19 @@ class TieredKernelSource:
             raise NotFoundError(f"no kernel is named {artifact_id}", parameter="artifact_id")
         return require_artifact_id(artifact_id)
 
-    async def _shared(self, artifact_id: str) -> VerifiedKernel:
+    async def _announced(self, artifact_id: str) -> HeldKernel:
+        """Fetch what the library has by now, whatever was found before."""
+        running = self._flights.get(artifact_id)
+        if running is not None:
+            try:
+                return await asyncio.shield(running)
+            except (NotFoundError, CorruptDataError) as error:  # it may have looked before the kernel was there
+                log.debug("kernel_fetched_again", extra={"artifact_id": artifact_id, "error": str(error)})
+        if self._l1.is_negative(artifact_id):
+            self._note_absent(artifact_id, _AT_ONCE_S)  # the cache's notes end by time alone
+        return await self._shared(artifact_id)
+
+    async def _shared(self, artifact_id: str) -> HeldKernel:
         """Join the fetch that runs for this id, or begin one; a caller that goes away does not end it."""
         flight = self._flights.get(artifact_id)
         if flight is None:
@@ -206,65 +241,67 @@ class TieredKernelSource:
             flight.add_done_callback(lambda done: self._landed(artifact_id, done))
         return await asyncio.shield(flight)
 
-    def _landed(self, artifact_id: str, flight: asyncio.Task[VerifiedKernel]) -> None:
+    def _landed(self, artifact_id: str, flight: asyncio.Task[HeldKernel]) -> None:
         del self._flights[artifact_id]
         if not flight.cancelled():
             flight.exception()  # seen here, so that a fetch whose callers all left does not complain
 
-    async def _load(self, artifact_id: str) -> VerifiedKernel:
+    async def _load(self, artifact_id: str) -> HeldKernel:
         trouble: EsperError | None = None
         for tier in self._slower():
             try:
-                data, kernel = await self._take(tier, artifact_id)
+                data, held = await self._take(tier, artifact_id)
             except NotFoundError:
                 trouble = None if tier is self._l3 else trouble
             except EsperError as error:
                 trouble = error
             else:
-                self._keep_in_l1(kernel)
+                self._keep_in_l1(held)
                 if tier is self._l3:
                     await self._write_l2(artifact_id, data)
-                return kernel
+                return held
         if trouble is not None:
             raise trouble
-        self._note_absent(artifact_id)
+        self._note_absent(artifact_id, self._config.negative_ttl_s)
         raise NotFoundError(f"no cache tier has kernel {artifact_id}", parameter="artifact_id")
 
-    async def _take(self, tier: GuardedTier, artifact_id: str) -> tuple[bytes, VerifiedKernel]:
+    async def _take(self, tier: GuardedTier, artifact_id: str) -> tuple[bytes, HeldKernel]:
         """Read and verify; a damaged entry of the second tier is dropped, one of the library is read once more."""
         try:
             return await self._read_verified(tier, artifact_id)
         except CorruptDataError as error:
-            log.warning("cache_entry_corrupt", extra={"artifact_id": artifact_id, "tier": tier.name})
+            extra = {"artifact_id": artifact_id, "tier": tier.name, "error": str(error)}
+            log.warning("cache_entry_corrupt", extra=extra)
             if tier is self._l3:
                 return await self._read_verified(tier, artifact_id)
             await self._erase_l2(artifact_id)
             raise NotFoundError(f"the entry of {artifact_id} was damaged and is gone") from error
 
-    async def _read_verified(self, tier: GuardedTier, artifact_id: str) -> tuple[bytes, VerifiedKernel]:
+    async def _read_verified(self, tier: GuardedTier, artifact_id: str) -> tuple[bytes, HeldKernel]:
         try:
             data = await tier.read(artifact_id)
-            kernel = await asyncio.to_thread(verify, data, self._ring, artifact_id=artifact_id)
+            held = await asyncio.to_thread(HeldKernel.proven, data, self._ring, artifact_id=artifact_id)
         except (CorruptDataError, CapacityExceededError) as error:
             tier.counts.corrupt += 1
             if isinstance(error, CorruptDataError):
                 raise
             raise CorruptDataError(f"kernel {artifact_id} does not verify: {error}") from error
         tier.counts.hits += 1
-        return data, kernel
+        return data, held
 
-    def _keep_in_l1(self, kernel: VerifiedKernel) -> None:
+    def _keep_in_l1(self, held: HeldKernel) -> None:
+        artifact_id = held.manifest.artifact_id
         try:
-            kept = self._l1.put(kernel.artifact_id, kernel, kernel.size_bytes)
+            kept = self._l1.put(artifact_id, held, held.size_bytes)
         except CapacityExceededError:
             kept = False
         if not kept:
-            extra = {"artifact_id": kernel.artifact_id, "size_bytes": kernel.size_bytes}
+            extra = {"artifact_id": artifact_id, "size_bytes": held.size_bytes}
             log.warning("kernel_does_not_fit_l1", extra=extra)
 
-    def _note_absent(self, artifact_id: str) -> None:
+    def _note_absent(self, artifact_id: str, ttl_s: float) -> None:
         try:
-            self._l1.put_negative(artifact_id, self._config.negative_ttl_s)
+            self._l1.put_negative(artifact_id, ttl_s)
         except InvalidStateError:
             log.debug("kernel_arrived_meanwhile", extra={"artifact_id": artifact_id})
 

@@ -40,8 +40,8 @@ _BY_SERVICE: Final[Mapping[str, Mapping[Role, tuple[str, ...]]]] = {
             *("GetBlueprint", "SearchBlueprints", "GetLineage"),
             *("GetKernel", "ListKernels", "DownloadKernel"),
         ),
-        Role.OPERATOR: ("CreateBlueprint", "SetBlueprintState"),
-        Role.SERVICE: ("UploadKernel", "RecordFieldReport"),
+        Role.OPERATOR: ("CreateBlueprint", "SetBlueprintState", "PinKernel", "SweepLibrary"),
+        Role.SERVICE: ("UploadKernel", "GetKernelUpload", "RecordFieldReport"),
     },
     "Tezzeret": {
         Role.VIEWER: ("GetJob", "WatchJob", "ListJobs", "ListDeadLetters"),

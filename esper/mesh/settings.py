@@ -71,6 +71,16 @@ class MeshSettings(BaseSettings):
     nissa_address: str = Field("127.0.0.1:50056", description="Where Nissa listens.")
     nissa_http_port: int = Field(8080, ge=0, le=65535, description="Port of Nissa's /metrics and health; 0 picks one.")
     urza_rest_port: int = Field(8081, ge=0, le=65535, description="Port of Urza's REST face; 0 picks one.")
+    urza_blobs_url: str = Field(
+        "", description="Where kernels' bytes rest, as a URL of fsspec (file:///dir, s3://bucket); empty: its database."
+    )
+    urza_kernel_days: float = Field(90.0, ge=0, description="Age at which kernels go that nobody refers to; 0: never.")
+    urza_kernel_bytes: int = Field(
+        0, ge=0, description="Bytes of kernels above which those nobody refers to go, oldest first; 0: no bound."
+    )
+    urza_report_days: float = Field(
+        365.0, ge=0, description="Age at which details of field reports go, counted as they stay; 0: never."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

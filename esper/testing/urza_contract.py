@@ -458,7 +458,9 @@ class MigrationContract:
         record, _ = await store.kernels.put(kernel_bytes(KEY))
         await store.reports.record(field_report("r1", blueprint_id=child.id))
         await migrate(database, "r0002")
+        await store.migrate()
         assert (await store.kernels.get(artifact_id=record.artifact_id)) == record
+        assert await content(store, record.artifact_id) == kernel_bytes(KEY)
         await migrate(database, "r0001")
         assert await current_revision(database) == "r0001"
         await store.migrate()

@@ -410,28 +410,163 @@ class BlueprintStatistics(_message.Message):
     TRIALS_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
     MEAN_CONTRIBUTION_FIELD_NUMBER: _builtins.int
+    MEAN_LATENCY_MS_FIELD_NUMBER: _builtins.int
     trials: _builtins.int
     """Adaptations reported."""
     kept: _builtins.int
     """Adaptations that ended FOSSILIZED."""
     mean_contribution: _builtins.float
     """Mean measured contribution (control loss off minus on). Absent while none was measured."""
+    mean_latency_ms: _builtins.float
+    """Mean latency of the kernels that stood in them, one forward pass of one example, in milliseconds, as the kernels'
+    validation measured it. Absent while no report named a kernel that the library held.
+    """
     def __init__(
         self,
         *,
         trials: _builtins.int = ...,
         kept: _builtins.int = ...,
         mean_contribution: _builtins.float | None = ...,
+        mean_latency_ms: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_mean_contribution", b"_mean_contribution", "mean_contribution", b"mean_contribution"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mean_contribution", b"_mean_contribution", "_mean_latency_ms", b"_mean_latency_ms", "mean_contribution", b"mean_contribution", "mean_latency_ms", b"mean_latency_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_contribution", b"_mean_contribution", "kept", b"kept", "mean_contribution", b"mean_contribution", "trials", b"trials"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_contribution", b"_mean_contribution", "_mean_latency_ms", b"_mean_latency_ms", "kept", b"kept", "mean_contribution", b"mean_contribution", "mean_latency_ms", b"mean_latency_ms", "trials", b"trials"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__mean_contribution: _TypeAlias = _typing.Literal["mean_contribution"]  # noqa: Y015
     _WhichOneofArgType__mean_contribution: _TypeAlias = _typing.Literal["_mean_contribution", b"_mean_contribution"]  # noqa: Y015
+    _WhichOneofReturnType__mean_latency_ms: _TypeAlias = _typing.Literal["mean_latency_ms"]  # noqa: Y015
+    _WhichOneofArgType__mean_latency_ms: _TypeAlias = _typing.Literal["_mean_latency_ms", b"_mean_latency_ms"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_contribution) -> _WhichOneofReturnType__mean_contribution | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_latency_ms) -> _WhichOneofReturnType__mean_latency_ms | None: ...
 
 Global___BlueprintStatistics: _TypeAlias = BlueprintStatistics  # noqa: Y015
+
+@_typing.final
+class KernelStatistics(_message.Message):
+    """What field reports say of a kernel, over all runs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRIALS_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    MEAN_CONTRIBUTION_FIELD_NUMBER: _builtins.int
+    MEAN_LATENCY_MS_FIELD_NUMBER: _builtins.int
+    trials: _builtins.int
+    """Adaptations reported."""
+    kept: _builtins.int
+    """Adaptations that ended FOSSILIZED."""
+    mean_contribution: _builtins.float
+    """Mean measured contribution (control loss off minus on). Absent while none was measured."""
+    mean_latency_ms: _builtins.float
+    """Latency of one forward pass of one example, in milliseconds, as its validation measured it. Absent where the library
+    did not hold the kernel when it was reported, or its validation has no such row.
+    """
+    def __init__(
+        self,
+        *,
+        trials: _builtins.int = ...,
+        kept: _builtins.int = ...,
+        mean_contribution: _builtins.float | None = ...,
+        mean_latency_ms: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mean_contribution", b"_mean_contribution", "_mean_latency_ms", b"_mean_latency_ms", "mean_contribution", b"mean_contribution", "mean_latency_ms", b"mean_latency_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_contribution", b"_mean_contribution", "_mean_latency_ms", b"_mean_latency_ms", "kept", b"kept", "mean_contribution", b"mean_contribution", "mean_latency_ms", b"mean_latency_ms", "trials", b"trials"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__mean_contribution: _TypeAlias = _typing.Literal["mean_contribution"]  # noqa: Y015
+    _WhichOneofArgType__mean_contribution: _TypeAlias = _typing.Literal["_mean_contribution", b"_mean_contribution"]  # noqa: Y015
+    _WhichOneofReturnType__mean_latency_ms: _TypeAlias = _typing.Literal["mean_latency_ms"]  # noqa: Y015
+    _WhichOneofArgType__mean_latency_ms: _TypeAlias = _typing.Literal["_mean_latency_ms", b"_mean_latency_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_contribution) -> _WhichOneofReturnType__mean_contribution | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_latency_ms) -> _WhichOneofReturnType__mean_latency_ms | None: ...
+
+Global___KernelStatistics: _TypeAlias = KernelStatistics  # noqa: Y015
+
+@_typing.final
+class BlueprintBounds(_message.Message):
+    """Bounds on a blueprint's figures; one that is absent does not bind. A figure that nobody knows is within no bound."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIN_PARAMETERS_FIELD_NUMBER: _builtins.int
+    MAX_PARAMETERS_FIELD_NUMBER: _builtins.int
+    MIN_FLOPS_FIELD_NUMBER: _builtins.int
+    MAX_FLOPS_FIELD_NUMBER: _builtins.int
+    MIN_LATENCY_MS_FIELD_NUMBER: _builtins.int
+    MAX_LATENCY_MS_FIELD_NUMBER: _builtins.int
+    MIN_SUCCESS_RATE_FIELD_NUMBER: _builtins.int
+    MAX_SUCCESS_RATE_FIELD_NUMBER: _builtins.int
+    min_parameters: _builtins.int
+    """Least trainable parameters at a reference site. >= 0."""
+    max_parameters: _builtins.int
+    """Most trainable parameters at a reference site. >= 0."""
+    min_flops: _builtins.int
+    """Least floating-point operations of one forward pass of one example, at the same reference site. >= 0."""
+    max_flops: _builtins.int
+    """Most floating-point operations of one forward pass of one example, at the same reference site. >= 0."""
+    min_latency_ms: _builtins.float
+    """Least mean latency in the statistics, in milliseconds. >= 0, finite."""
+    max_latency_ms: _builtins.float
+    """Most mean latency in the statistics, in milliseconds. >= 0, finite."""
+    min_success_rate: _builtins.float
+    """Least share of the trials that were kept, 0 to 1."""
+    max_success_rate: _builtins.float
+    """Most share of the trials that were kept, 0 to 1."""
+    def __init__(
+        self,
+        *,
+        min_parameters: _builtins.int | None = ...,
+        max_parameters: _builtins.int | None = ...,
+        min_flops: _builtins.int | None = ...,
+        max_flops: _builtins.int | None = ...,
+        min_latency_ms: _builtins.float | None = ...,
+        max_latency_ms: _builtins.float | None = ...,
+        min_success_rate: _builtins.float | None = ...,
+        max_success_rate: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_flops", b"_max_flops", "_max_latency_ms", b"_max_latency_ms", "_max_parameters", b"_max_parameters", "_max_success_rate", b"_max_success_rate", "_min_flops", b"_min_flops", "_min_latency_ms", b"_min_latency_ms", "_min_parameters", b"_min_parameters", "_min_success_rate", b"_min_success_rate", "max_flops", b"max_flops", "max_latency_ms", b"max_latency_ms", "max_parameters", b"max_parameters", "max_success_rate", b"max_success_rate", "min_flops", b"min_flops", "min_latency_ms", b"min_latency_ms", "min_parameters", b"min_parameters", "min_success_rate", b"min_success_rate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_flops", b"_max_flops", "_max_latency_ms", b"_max_latency_ms", "_max_parameters", b"_max_parameters", "_max_success_rate", b"_max_success_rate", "_min_flops", b"_min_flops", "_min_latency_ms", b"_min_latency_ms", "_min_parameters", b"_min_parameters", "_min_success_rate", b"_min_success_rate", "max_flops", b"max_flops", "max_latency_ms", b"max_latency_ms", "max_parameters", b"max_parameters", "max_success_rate", b"max_success_rate", "min_flops", b"min_flops", "min_latency_ms", b"min_latency_ms", "min_parameters", b"min_parameters", "min_success_rate", b"min_success_rate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_flops: _TypeAlias = _typing.Literal["max_flops"]  # noqa: Y015
+    _WhichOneofArgType__max_flops: _TypeAlias = _typing.Literal["_max_flops", b"_max_flops"]  # noqa: Y015
+    _WhichOneofReturnType__max_latency_ms: _TypeAlias = _typing.Literal["max_latency_ms"]  # noqa: Y015
+    _WhichOneofArgType__max_latency_ms: _TypeAlias = _typing.Literal["_max_latency_ms", b"_max_latency_ms"]  # noqa: Y015
+    _WhichOneofReturnType__max_parameters: _TypeAlias = _typing.Literal["max_parameters"]  # noqa: Y015
+    _WhichOneofArgType__max_parameters: _TypeAlias = _typing.Literal["_max_parameters", b"_max_parameters"]  # noqa: Y015
+    _WhichOneofReturnType__max_success_rate: _TypeAlias = _typing.Literal["max_success_rate"]  # noqa: Y015
+    _WhichOneofArgType__max_success_rate: _TypeAlias = _typing.Literal["_max_success_rate", b"_max_success_rate"]  # noqa: Y015
+    _WhichOneofReturnType__min_flops: _TypeAlias = _typing.Literal["min_flops"]  # noqa: Y015
+    _WhichOneofArgType__min_flops: _TypeAlias = _typing.Literal["_min_flops", b"_min_flops"]  # noqa: Y015
+    _WhichOneofReturnType__min_latency_ms: _TypeAlias = _typing.Literal["min_latency_ms"]  # noqa: Y015
+    _WhichOneofArgType__min_latency_ms: _TypeAlias = _typing.Literal["_min_latency_ms", b"_min_latency_ms"]  # noqa: Y015
+    _WhichOneofReturnType__min_parameters: _TypeAlias = _typing.Literal["min_parameters"]  # noqa: Y015
+    _WhichOneofArgType__min_parameters: _TypeAlias = _typing.Literal["_min_parameters", b"_min_parameters"]  # noqa: Y015
+    _WhichOneofReturnType__min_success_rate: _TypeAlias = _typing.Literal["min_success_rate"]  # noqa: Y015
+    _WhichOneofArgType__min_success_rate: _TypeAlias = _typing.Literal["_min_success_rate", b"_min_success_rate"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_flops) -> _WhichOneofReturnType__max_flops | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_latency_ms) -> _WhichOneofReturnType__max_latency_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_parameters) -> _WhichOneofReturnType__max_parameters | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_success_rate) -> _WhichOneofReturnType__max_success_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_flops) -> _WhichOneofReturnType__min_flops | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_latency_ms) -> _WhichOneofReturnType__min_latency_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_parameters) -> _WhichOneofReturnType__min_parameters | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_success_rate) -> _WhichOneofReturnType__min_success_rate | None: ...
+
+Global___BlueprintBounds: _TypeAlias = BlueprintBounds  # noqa: Y015
 
 @_typing.final
 class BlueprintStateChange(_message.Message):

@@ -42,9 +42,9 @@ class _JobPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobPhase.Val
     JOB_PHASE_SUCCEEDED: _JobPhase.ValueType  # 5
     """Done; the kernel is in the library."""
     JOB_PHASE_FAILED: _JobPhase.ValueType  # 6
-    """Failed for good by its own fault (the blueprint does not validate or compile)."""
+    """Failed by its own fault (the blueprint does not validate or compile). Equal requests get the same answer until it is requeued, or forgotten 30 days after it was asked for."""
     JOB_PHASE_DEAD: _JobPhase.ValueType  # 7
-    """Failed every delivery (workers died under it)."""
+    """Given up for no fault of its own: workers died under every delivery, the library refused every upload, or its kernel was damaged while it waited. Listed until it is requeued."""
 
 class JobPhase(_JobPhase, metaclass=_JobPhaseEnumTypeWrapper):
     """Phase of a compile job."""
@@ -62,9 +62,9 @@ JOB_PHASE_PACKAGING: JobPhase.ValueType  # 4
 JOB_PHASE_SUCCEEDED: JobPhase.ValueType  # 5
 """Done; the kernel is in the library."""
 JOB_PHASE_FAILED: JobPhase.ValueType  # 6
-"""Failed for good by its own fault (the blueprint does not validate or compile)."""
+"""Failed by its own fault (the blueprint does not validate or compile). Equal requests get the same answer until it is requeued, or forgotten 30 days after it was asked for."""
 JOB_PHASE_DEAD: JobPhase.ValueType  # 7
-"""Failed every delivery (workers died under it)."""
+"""Given up for no fault of its own: workers died under every delivery, the library refused every upload, or its kernel was damaged while it waited. Listed until it is requeued."""
 Global___JobPhase: _TypeAlias = JobPhase  # noqa: Y015
 
 @_typing.final
@@ -494,7 +494,7 @@ class RequeueDeadLetterRequest(_message.Message):
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
-    """Id of the job."""
+    """Id of the job, DEAD or FAILED."""
     def __init__(
         self,
         *,

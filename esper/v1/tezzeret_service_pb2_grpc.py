@@ -102,14 +102,14 @@ class TezzeretServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListDeadLetters(self, request, context):
-        """Give jobs that failed every delivery, oldest first.
+        """Give the jobs that are DEAD, oldest first. A FAILED one is found by ListJobs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RequeueDeadLetter(self, request, context):
-        """Put a dead job back on the queue. NOT_FOUND when it is not dead.
+        """Put a DEAD or FAILED job back on the queue, to be compiled anew. NOT_FOUND when it is neither.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -44,9 +44,9 @@ class TezzeretServiceStub:
     ListJobs: _grpc.UnaryUnaryMultiCallable[_tezzeret_service_pb2.ListJobsRequest, _tezzeret_service_pb2.ListJobsResponse]
     """Give jobs, newest first, page by page."""
     ListDeadLetters: _grpc.UnaryUnaryMultiCallable[_tezzeret_service_pb2.ListDeadLettersRequest, _tezzeret_service_pb2.ListDeadLettersResponse]
-    """Give jobs that failed every delivery, oldest first."""
+    """Give the jobs that are DEAD, oldest first. A FAILED one is found by ListJobs."""
     RequeueDeadLetter: _grpc.UnaryUnaryMultiCallable[_tezzeret_service_pb2.RequeueDeadLetterRequest, _tezzeret_service_pb2.RequeueDeadLetterResponse]
-    """Put a dead job back on the queue. NOT_FOUND when it is not dead."""
+    """Put a DEAD or FAILED job back on the queue, to be compiled anew. NOT_FOUND when it is neither."""
 
 @_typing.type_check_only
 class TezzeretServiceAsyncStub(TezzeretServiceStub):
@@ -64,9 +64,9 @@ class TezzeretServiceAsyncStub(TezzeretServiceStub):
     ListJobs: _aio.UnaryUnaryMultiCallable[_tezzeret_service_pb2.ListJobsRequest, _tezzeret_service_pb2.ListJobsResponse]  # type: ignore[assignment]
     """Give jobs, newest first, page by page."""
     ListDeadLetters: _aio.UnaryUnaryMultiCallable[_tezzeret_service_pb2.ListDeadLettersRequest, _tezzeret_service_pb2.ListDeadLettersResponse]  # type: ignore[assignment]
-    """Give jobs that failed every delivery, oldest first."""
+    """Give the jobs that are DEAD, oldest first. A FAILED one is found by ListJobs."""
     RequeueDeadLetter: _aio.UnaryUnaryMultiCallable[_tezzeret_service_pb2.RequeueDeadLetterRequest, _tezzeret_service_pb2.RequeueDeadLetterResponse]  # type: ignore[assignment]
-    """Put a dead job back on the queue. NOT_FOUND when it is not dead."""
+    """Put a DEAD or FAILED job back on the queue, to be compiled anew. NOT_FOUND when it is neither."""
 
 class TezzeretServiceServicer(metaclass=_abc_1.ABCMeta):
     """Turns blueprints into kernels in worker processes fed by a durable work queue.
@@ -111,7 +111,7 @@ class TezzeretServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tezzeret_service_pb2.ListDeadLettersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tezzeret_service_pb2.ListDeadLettersResponse, _abc.Awaitable[_tezzeret_service_pb2.ListDeadLettersResponse]]:
-        """Give jobs that failed every delivery, oldest first."""
+        """Give the jobs that are DEAD, oldest first. A FAILED one is found by ListJobs."""
 
     @_abc_1.abstractmethod
     def RequeueDeadLetter(
@@ -119,6 +119,6 @@ class TezzeretServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tezzeret_service_pb2.RequeueDeadLetterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tezzeret_service_pb2.RequeueDeadLetterResponse, _abc.Awaitable[_tezzeret_service_pb2.RequeueDeadLetterResponse]]:
-        """Put a dead job back on the queue. NOT_FOUND when it is not dead."""
+        """Put a DEAD or FAILED job back on the queue, to be compiled anew. NOT_FOUND when it is neither."""
 
 def add_TezzeretServiceServicer_to_server(servicer: TezzeretServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -184,6 +184,8 @@ class SearchBlueprintsRequest(_message.Message):
     SITE_KIND_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TAG_EXPRESSION_FIELD_NUMBER: _builtins.int
+    BOUNDS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text that name or description must contain, in any case. At most 128 characters."""
     site_kind: _blueprint_pb2.SiteKind.ValueType
@@ -192,6 +194,10 @@ class SearchBlueprintsRequest(_message.Message):
     """Entries a page, 1 to 500. 0 means 50."""
     page_token: _builtins.str
     """Token of the page, from the answer before; empty means the first."""
+    tag_expression: _builtins.str
+    """Expression over tags that must hold, e.g. "validated & conv2d & !deprecated"; "|" and parentheses may be used, "!"
+    binds closest, then "&". At most 1,024 characters, 32 tags and 16 levels. Empty always holds.
+    """
     @_builtins.property
     def all_tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Tags that must all be there. At most 32."""
@@ -208,6 +214,12 @@ class SearchBlueprintsRequest(_message.Message):
     def states(self) -> _containers.RepeatedScalarFieldContainer[_blueprint_pb2.BlueprintState.ValueType]:
         """States of which one must hold."""
 
+    @_builtins.property
+    def bounds(self) -> _blueprint_pb2.BlueprintBounds:
+        """Bounds on figures. Parameters and FLOPs are those at the reference site of site_kind, or, where it is UNSPECIFIED, of
+        any one kind that the blueprint is meant for. Absent bounds nothing.
+        """
+
     def __init__(
         self,
         *,
@@ -219,10 +231,12 @@ class SearchBlueprintsRequest(_message.Message):
         site_kind: _blueprint_pb2.SiteKind.ValueType = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        tag_expression: _builtins.str = ...,
+        bounds: _blueprint_pb2.BlueprintBounds | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bounds", b"bounds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_tags", b"all_tags", "any_tags", b"any_tags", "no_tags", b"no_tags", "page_size", b"page_size", "page_token", b"page_token", "site_kind", b"site_kind", "states", b"states", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_tags", b"all_tags", "any_tags", b"any_tags", "bounds", b"bounds", "no_tags", b"no_tags", "page_size", b"page_size", "page_token", b"page_token", "site_kind", b"site_kind", "states", b"states", "tag_expression", b"tag_expression", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -412,7 +426,7 @@ class UploadKernelRequest(_message.Message):
     sha256: _builtins.bytes
     """SHA-256 of the serialised KernelArtifact, 32 bytes. Required in the first chunk, ignored later."""
     offset: _builtins.int
-    """Position of this chunk, in bytes; equals the bytes sent before it."""
+    """Position of this chunk, in bytes; equals the bytes sent before it. In the first chunk 0, or what GetKernelUpload gave."""
     data: _builtins.bytes
     """The bytes, at most 1 MiB."""
     crc32: _builtins.int
@@ -459,6 +473,176 @@ class UploadKernelResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UploadKernelResponse: _TypeAlias = UploadKernelResponse  # noqa: Y015
+
+@_typing.final
+class GetKernelUploadRequest(_message.Message):
+    """Request of GetKernelUpload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.bytes
+    """SHA-256 of the serialised KernelArtifact, 32 bytes."""
+    total_bytes: _builtins.int
+    """Its size, in bytes. Must be > 0."""
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.bytes = ...,
+        total_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetKernelUploadRequest: _TypeAlias = GetKernelUploadRequest  # noqa: Y015
+
+@_typing.final
+class GetKernelUploadResponse(_message.Message):
+    """Response of GetKernelUpload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    ARTIFACT_ID_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """Bytes kept from the start; where the upload may go on. 0 when it has to begin anew."""
+    artifact_id: _builtins.str
+    """Id of the kernel when all of it is stored; then nothing is left to send. Else empty."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        artifact_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetKernelUploadResponse: _TypeAlias = GetKernelUploadResponse  # noqa: Y015
+
+@_typing.final
+class PinKernelRequest(_message.Message):
+    """Request of PinKernel."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARTIFACT_ID_FIELD_NUMBER: _builtins.int
+    UNPIN_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    artifact_id: _builtins.str
+    """Id of the kernel."""
+    unpin: _builtins.bool
+    """True to let sweeps judge it again."""
+    actor: _builtins.str
+    """Who asks. At most 128 characters."""
+    reason: _builtins.str
+    """Why. At most 500 characters."""
+    def __init__(
+        self,
+        *,
+        artifact_id: _builtins.str = ...,
+        unpin: _builtins.bool = ...,
+        actor: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "artifact_id", b"artifact_id", "reason", b"reason", "unpin", b"unpin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinKernelRequest: _TypeAlias = PinKernelRequest  # noqa: Y015
+
+@_typing.final
+class PinKernelResponse(_message.Message):
+    """Response of PinKernel."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGED_FIELD_NUMBER: _builtins.int
+    changed: _builtins.bool
+    """False when it was so already."""
+    def __init__(
+        self,
+        *,
+        changed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinKernelResponse: _TypeAlias = PinKernelResponse  # noqa: Y015
+
+@_typing.final
+class SweepLibraryRequest(_message.Message):
+    """Request of SweepLibrary."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    dry_run: _builtins.bool
+    """True to change nothing, and only say which kernels would go."""
+    def __init__(
+        self,
+        *,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SweepLibraryRequest: _TypeAlias = SweepLibraryRequest  # noqa: Y015
+
+@_typing.final
+class SweepLibraryResponse(_message.Message):
+    """Response of SweepLibrary."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARTIFACT_IDS_FIELD_NUMBER: _builtins.int
+    KERNEL_BYTES_FIELD_NUMBER: _builtins.int
+    HELD_BYTES_FIELD_NUMBER: _builtins.int
+    REPORTS_FIELD_NUMBER: _builtins.int
+    UPLOADS_FIELD_NUMBER: _builtins.int
+    kernel_bytes: _builtins.int
+    """Bytes that those kernels held."""
+    held_bytes: _builtins.int
+    """Bytes of kernels that the library holds after it."""
+    reports: _builtins.int
+    """Field reports whose details went; they stay counted. 0 in a dry run."""
+    uploads: _builtins.int
+    """Incomplete uploads that were dropped. 0 in a dry run."""
+    @_builtins.property
+    def artifact_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of the kernels that went, in the order they went. At most 2,000 a sweep."""
+
+    def __init__(
+        self,
+        *,
+        artifact_ids: _abc.Iterable[_builtins.str] | None = ...,
+        kernel_bytes: _builtins.int = ...,
+        held_bytes: _builtins.int = ...,
+        reports: _builtins.int = ...,
+        uploads: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_ids", b"artifact_ids", "held_bytes", b"held_bytes", "kernel_bytes", b"kernel_bytes", "reports", b"reports", "uploads", b"uploads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SweepLibraryResponse: _TypeAlias = SweepLibraryResponse  # noqa: Y015
 
 @_typing.final
 class DownloadKernelRequest(_message.Message):
@@ -560,23 +744,31 @@ class GetKernelResponse(_message.Message):
 
     MANIFEST_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    STATISTICS_FIELD_NUMBER: _builtins.int
     size_bytes: _builtins.int
     """Size of the serialised KernelArtifact, in bytes."""
     @_builtins.property
     def manifest(self) -> _kernel_pb2.KernelManifest:
         """The manifest."""
 
+    @_builtins.property
+    def statistics(self) -> _blueprint_pb2.KernelStatistics:
+        """What runs reported of it. Absent while no report came."""
+
     def __init__(
         self,
         *,
         manifest: _kernel_pb2.KernelManifest | None = ...,
         size_bytes: _builtins.int = ...,
+        statistics: _blueprint_pb2.KernelStatistics | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_statistics", b"_statistics", "manifest", b"manifest", "statistics", b"statistics"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_statistics", b"_statistics", "manifest", b"manifest", "size_bytes", b"size_bytes", "statistics", b"statistics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__statistics: _TypeAlias = _typing.Literal["statistics"]  # noqa: Y015
+    _WhichOneofArgType__statistics: _TypeAlias = _typing.Literal["_statistics", b"_statistics"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__statistics) -> _WhichOneofReturnType__statistics | None: ...
 
 Global___GetKernelResponse: _TypeAlias = GetKernelResponse  # noqa: Y015
 

@@ -66,6 +66,11 @@ class UrzaServiceStub:
                 request_serializer=esper_dot_v1_dot_urza__service__pb2.UploadKernelRequest.SerializeToString,
                 response_deserializer=esper_dot_v1_dot_urza__service__pb2.UploadKernelResponse.FromString,
                 _registered_method=True)
+        self.GetKernelUpload = channel.unary_unary(
+                '/esper.v1.UrzaService/GetKernelUpload',
+                request_serializer=esper_dot_v1_dot_urza__service__pb2.GetKernelUploadRequest.SerializeToString,
+                response_deserializer=esper_dot_v1_dot_urza__service__pb2.GetKernelUploadResponse.FromString,
+                _registered_method=True)
         self.DownloadKernel = channel.unary_stream(
                 '/esper.v1.UrzaService/DownloadKernel',
                 request_serializer=esper_dot_v1_dot_urza__service__pb2.DownloadKernelRequest.SerializeToString,
@@ -75,6 +80,16 @@ class UrzaServiceStub:
                 '/esper.v1.UrzaService/GetKernel',
                 request_serializer=esper_dot_v1_dot_urza__service__pb2.GetKernelRequest.SerializeToString,
                 response_deserializer=esper_dot_v1_dot_urza__service__pb2.GetKernelResponse.FromString,
+                _registered_method=True)
+        self.PinKernel = channel.unary_unary(
+                '/esper.v1.UrzaService/PinKernel',
+                request_serializer=esper_dot_v1_dot_urza__service__pb2.PinKernelRequest.SerializeToString,
+                response_deserializer=esper_dot_v1_dot_urza__service__pb2.PinKernelResponse.FromString,
+                _registered_method=True)
+        self.SweepLibrary = channel.unary_unary(
+                '/esper.v1.UrzaService/SweepLibrary',
+                request_serializer=esper_dot_v1_dot_urza__service__pb2.SweepLibraryRequest.SerializeToString,
+                response_deserializer=esper_dot_v1_dot_urza__service__pb2.SweepLibraryResponse.FromString,
                 _registered_method=True)
         self.ListKernels = channel.unary_unary(
                 '/esper.v1.UrzaService/ListKernels',
@@ -130,27 +145,50 @@ class UrzaServiceServicer:
 
     def UploadKernel(self, request_iterator, context):
         """Store a kernel sent in chunks, in order. DATA_LOSS when the digest or signature does not hold; then nothing is stored. Idempotent.
+        One that broke goes on from the offset that GetKernelUpload gives; FAILED_PRECONDITION when so much is not kept: ask again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetKernelUpload(self, request, context):
+        """Say how far the upload of a kernel got. Changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DownloadKernel(self, request, context):
-        """Give a kernel in chunks, in order, from an offset. NOT_FOUND when there is none.
+        """Give a kernel in chunks, in order, from an offset. NOT_FOUND when there is none, DATA_LOSS when it is damaged; then it was removed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetKernel(self, request, context):
-        """Give a kernel's manifest by id or content key. NOT_FOUND when there is none.
+        """Give a kernel's manifest by id or content key. NOT_FOUND when there is none, DATA_LOSS when it is damaged; then it was removed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinKernel(self, request, context):
+        """Keep a kernel from every sweep, or no longer. NOT_FOUND when one that is to be pinned is not there. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SweepLibrary(self, request, context):
+        """Let go of what the library need not keep, now: kernels nobody refers to, details of old reports, uploads that never went on.
+        It happens now and then by itself. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListKernels(self, request, context):
-        """Give kernels, newest first, page by page.
+        """Give kernels, newest first, page by page. DATA_LOSS when one of the page is damaged; then it was removed, and the page can be asked for again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -196,6 +234,11 @@ def add_UrzaServiceServicer_to_server(servicer, server):
                     request_deserializer=esper_dot_v1_dot_urza__service__pb2.UploadKernelRequest.FromString,
                     response_serializer=esper_dot_v1_dot_urza__service__pb2.UploadKernelResponse.SerializeToString,
             ),
+            'GetKernelUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetKernelUpload,
+                    request_deserializer=esper_dot_v1_dot_urza__service__pb2.GetKernelUploadRequest.FromString,
+                    response_serializer=esper_dot_v1_dot_urza__service__pb2.GetKernelUploadResponse.SerializeToString,
+            ),
             'DownloadKernel': grpc.unary_stream_rpc_method_handler(
                     servicer.DownloadKernel,
                     request_deserializer=esper_dot_v1_dot_urza__service__pb2.DownloadKernelRequest.FromString,
@@ -205,6 +248,16 @@ def add_UrzaServiceServicer_to_server(servicer, server):
                     servicer.GetKernel,
                     request_deserializer=esper_dot_v1_dot_urza__service__pb2.GetKernelRequest.FromString,
                     response_serializer=esper_dot_v1_dot_urza__service__pb2.GetKernelResponse.SerializeToString,
+            ),
+            'PinKernel': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinKernel,
+                    request_deserializer=esper_dot_v1_dot_urza__service__pb2.PinKernelRequest.FromString,
+                    response_serializer=esper_dot_v1_dot_urza__service__pb2.PinKernelResponse.SerializeToString,
+            ),
+            'SweepLibrary': grpc.unary_unary_rpc_method_handler(
+                    servicer.SweepLibrary,
+                    request_deserializer=esper_dot_v1_dot_urza__service__pb2.SweepLibraryRequest.FromString,
+                    response_serializer=esper_dot_v1_dot_urza__service__pb2.SweepLibraryResponse.SerializeToString,
             ),
             'ListKernels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListKernels,
@@ -392,6 +445,33 @@ class UrzaService:
             _registered_method=True)
 
     @staticmethod
+    def GetKernelUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/esper.v1.UrzaService/GetKernelUpload',
+            esper_dot_v1_dot_urza__service__pb2.GetKernelUploadRequest.SerializeToString,
+            esper_dot_v1_dot_urza__service__pb2.GetKernelUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def DownloadKernel(request,
             target,
             options=(),
@@ -435,6 +515,60 @@ class UrzaService:
             '/esper.v1.UrzaService/GetKernel',
             esper_dot_v1_dot_urza__service__pb2.GetKernelRequest.SerializeToString,
             esper_dot_v1_dot_urza__service__pb2.GetKernelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinKernel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/esper.v1.UrzaService/PinKernel',
+            esper_dot_v1_dot_urza__service__pb2.PinKernelRequest.SerializeToString,
+            esper_dot_v1_dot_urza__service__pb2.PinKernelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SweepLibrary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/esper.v1.UrzaService/SweepLibrary',
+            esper_dot_v1_dot_urza__service__pb2.SweepLibraryRequest.SerializeToString,
+            esper_dot_v1_dot_urza__service__pb2.SweepLibraryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,13 +46,23 @@ class UrzaServiceStub:
     SetBlueprintState: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.SetBlueprintStateRequest, _urza_service_pb2.SetBlueprintStateResponse]
     """Move a blueprint through its life cycle. FAILED_PRECONDITION when the step is not allowed, NOT_FOUND when it is unknown."""
     UploadKernel: _grpc.StreamUnaryMultiCallable[_urza_service_pb2.UploadKernelRequest, _urza_service_pb2.UploadKernelResponse]
-    """Store a kernel sent in chunks, in order. DATA_LOSS when the digest or signature does not hold; then nothing is stored. Idempotent."""
+    """Store a kernel sent in chunks, in order. DATA_LOSS when the digest or signature does not hold; then nothing is stored. Idempotent.
+    One that broke goes on from the offset that GetKernelUpload gives; FAILED_PRECONDITION when so much is not kept: ask again.
+    """
+    GetKernelUpload: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.GetKernelUploadRequest, _urza_service_pb2.GetKernelUploadResponse]
+    """Say how far the upload of a kernel got. Changes nothing."""
     DownloadKernel: _grpc.UnaryStreamMultiCallable[_urza_service_pb2.DownloadKernelRequest, _urza_service_pb2.DownloadKernelResponse]
-    """Give a kernel in chunks, in order, from an offset. NOT_FOUND when there is none."""
+    """Give a kernel in chunks, in order, from an offset. NOT_FOUND when there is none, DATA_LOSS when it is damaged; then it was removed."""
     GetKernel: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.GetKernelRequest, _urza_service_pb2.GetKernelResponse]
-    """Give a kernel's manifest by id or content key. NOT_FOUND when there is none."""
+    """Give a kernel's manifest by id or content key. NOT_FOUND when there is none, DATA_LOSS when it is damaged; then it was removed."""
+    PinKernel: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.PinKernelRequest, _urza_service_pb2.PinKernelResponse]
+    """Keep a kernel from every sweep, or no longer. NOT_FOUND when one that is to be pinned is not there. Idempotent."""
+    SweepLibrary: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.SweepLibraryRequest, _urza_service_pb2.SweepLibraryResponse]
+    """Let go of what the library need not keep, now: kernels nobody refers to, details of old reports, uploads that never went on.
+    It happens now and then by itself. Idempotent.
+    """
     ListKernels: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.ListKernelsRequest, _urza_service_pb2.ListKernelsResponse]
-    """Give kernels, newest first, page by page."""
+    """Give kernels, newest first, page by page. DATA_LOSS when one of the page is damaged; then it was removed, and the page can be asked for again."""
     RecordFieldReport: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.RecordFieldReportRequest, _urza_service_pb2.RecordFieldReportResponse]
     """Count a field report in the statistics of its blueprint. Idempotent by report id."""
 
@@ -74,13 +84,23 @@ class UrzaServiceAsyncStub(UrzaServiceStub):
     SetBlueprintState: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.SetBlueprintStateRequest, _urza_service_pb2.SetBlueprintStateResponse]  # type: ignore[assignment]
     """Move a blueprint through its life cycle. FAILED_PRECONDITION when the step is not allowed, NOT_FOUND when it is unknown."""
     UploadKernel: _aio.StreamUnaryMultiCallable[_urza_service_pb2.UploadKernelRequest, _urza_service_pb2.UploadKernelResponse]  # type: ignore[assignment]
-    """Store a kernel sent in chunks, in order. DATA_LOSS when the digest or signature does not hold; then nothing is stored. Idempotent."""
+    """Store a kernel sent in chunks, in order. DATA_LOSS when the digest or signature does not hold; then nothing is stored. Idempotent.
+    One that broke goes on from the offset that GetKernelUpload gives; FAILED_PRECONDITION when so much is not kept: ask again.
+    """
+    GetKernelUpload: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.GetKernelUploadRequest, _urza_service_pb2.GetKernelUploadResponse]  # type: ignore[assignment]
+    """Say how far the upload of a kernel got. Changes nothing."""
     DownloadKernel: _aio.UnaryStreamMultiCallable[_urza_service_pb2.DownloadKernelRequest, _urza_service_pb2.DownloadKernelResponse]  # type: ignore[assignment]
-    """Give a kernel in chunks, in order, from an offset. NOT_FOUND when there is none."""
+    """Give a kernel in chunks, in order, from an offset. NOT_FOUND when there is none, DATA_LOSS when it is damaged; then it was removed."""
     GetKernel: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.GetKernelRequest, _urza_service_pb2.GetKernelResponse]  # type: ignore[assignment]
-    """Give a kernel's manifest by id or content key. NOT_FOUND when there is none."""
+    """Give a kernel's manifest by id or content key. NOT_FOUND when there is none, DATA_LOSS when it is damaged; then it was removed."""
+    PinKernel: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.PinKernelRequest, _urza_service_pb2.PinKernelResponse]  # type: ignore[assignment]
+    """Keep a kernel from every sweep, or no longer. NOT_FOUND when one that is to be pinned is not there. Idempotent."""
+    SweepLibrary: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.SweepLibraryRequest, _urza_service_pb2.SweepLibraryResponse]  # type: ignore[assignment]
+    """Let go of what the library need not keep, now: kernels nobody refers to, details of old reports, uploads that never went on.
+    It happens now and then by itself. Idempotent.
+    """
     ListKernels: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.ListKernelsRequest, _urza_service_pb2.ListKernelsResponse]  # type: ignore[assignment]
-    """Give kernels, newest first, page by page."""
+    """Give kernels, newest first, page by page. DATA_LOSS when one of the page is damaged; then it was removed, and the page can be asked for again."""
     RecordFieldReport: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.RecordFieldReportRequest, _urza_service_pb2.RecordFieldReportResponse]  # type: ignore[assignment]
     """Count a field report in the statistics of its blueprint. Idempotent by report id."""
 
@@ -135,7 +155,17 @@ class UrzaServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_urza_service_pb2.UploadKernelRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_urza_service_pb2.UploadKernelResponse, _abc.Awaitable[_urza_service_pb2.UploadKernelResponse]]:
-        """Store a kernel sent in chunks, in order. DATA_LOSS when the digest or signature does not hold; then nothing is stored. Idempotent."""
+        """Store a kernel sent in chunks, in order. DATA_LOSS when the digest or signature does not hold; then nothing is stored. Idempotent.
+        One that broke goes on from the offset that GetKernelUpload gives; FAILED_PRECONDITION when so much is not kept: ask again.
+        """
+
+    @_abc_1.abstractmethod
+    def GetKernelUpload(
+        self,
+        request: _urza_service_pb2.GetKernelUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_urza_service_pb2.GetKernelUploadResponse, _abc.Awaitable[_urza_service_pb2.GetKernelUploadResponse]]:
+        """Say how far the upload of a kernel got. Changes nothing."""
 
     @_abc_1.abstractmethod
     def DownloadKernel(
@@ -143,7 +173,7 @@ class UrzaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _urza_service_pb2.DownloadKernelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_urza_service_pb2.DownloadKernelResponse], _abc.AsyncIterator[_urza_service_pb2.DownloadKernelResponse]]:
-        """Give a kernel in chunks, in order, from an offset. NOT_FOUND when there is none."""
+        """Give a kernel in chunks, in order, from an offset. NOT_FOUND when there is none, DATA_LOSS when it is damaged; then it was removed."""
 
     @_abc_1.abstractmethod
     def GetKernel(
@@ -151,7 +181,25 @@ class UrzaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _urza_service_pb2.GetKernelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_urza_service_pb2.GetKernelResponse, _abc.Awaitable[_urza_service_pb2.GetKernelResponse]]:
-        """Give a kernel's manifest by id or content key. NOT_FOUND when there is none."""
+        """Give a kernel's manifest by id or content key. NOT_FOUND when there is none, DATA_LOSS when it is damaged; then it was removed."""
+
+    @_abc_1.abstractmethod
+    def PinKernel(
+        self,
+        request: _urza_service_pb2.PinKernelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_urza_service_pb2.PinKernelResponse, _abc.Awaitable[_urza_service_pb2.PinKernelResponse]]:
+        """Keep a kernel from every sweep, or no longer. NOT_FOUND when one that is to be pinned is not there. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def SweepLibrary(
+        self,
+        request: _urza_service_pb2.SweepLibraryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_urza_service_pb2.SweepLibraryResponse, _abc.Awaitable[_urza_service_pb2.SweepLibraryResponse]]:
+        """Let go of what the library need not keep, now: kernels nobody refers to, details of old reports, uploads that never went on.
+        It happens now and then by itself. Idempotent.
+        """
 
     @_abc_1.abstractmethod
     def ListKernels(
@@ -159,7 +207,7 @@ class UrzaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _urza_service_pb2.ListKernelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_urza_service_pb2.ListKernelsResponse, _abc.Awaitable[_urza_service_pb2.ListKernelsResponse]]:
-        """Give kernels, newest first, page by page."""
+        """Give kernels, newest first, page by page. DATA_LOSS when one of the page is damaged; then it was removed, and the page can be asked for again."""
 
     @_abc_1.abstractmethod
     def RecordFieldReport(

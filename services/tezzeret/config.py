@@ -100,6 +100,8 @@ class TezzeretConfig:
     """Pause before a job goes to another worker, in seconds."""
     upload_timeout_s: float = 60.0
     """Wall time of one upload, in seconds."""
+    max_refusals: int = 6
+    """Uploads of one kernel that the library may refuse before its job is dead; an outage does not count."""
     min_backoff_s: float = 0.2
     """First pause after an upload or announcement failed, in seconds; doubles."""
     max_backoff_s: float = 30.0
@@ -117,4 +119,5 @@ class TezzeretConfig:
         if not self.durable_name:
             raise InvalidInputError.of("durable_name", "not be empty", self.durable_name)
         _positive(self, "max_deliver", "ack_wait_s", "retry_delay_s", "upload_timeout_s", "max_error_chars")
+        _positive(self, "max_refusals")
         _positive(self, "min_backoff_s", "max_backoff_s", "poll_interval_s", "drain_s", "keep_jobs_s")

@@ -2,6 +2,7 @@
 
 fault of the job      (does not validate or compile)        FAILED, acknowledged: another worker would find the same
 fault of the worker   (died, killed, out of time)           redelivered; after ``max_deliver`` of them DEAD
+fault of the way out  (see ``outbox``)                      tried again there; never FAILED
 fault of the store    (cannot be written)                   redelivered, the job stays as it is
 """
 

@@ -17,11 +17,14 @@ from esper.contracts.errors import InvalidStateError, NotFoundError
 from esper.contracts.kernel import ENDED_PHASES, CompileJob, JobPhase
 from esper.contracts.wire import parse, serialize
 from esper.mesh.database import Database
-from esper.services.tezzeret.models import AskerRow, Base, JobRow, OutboxRow
+from esper.services.tezzeret.models import AskerRow, Base, JobRow, OutboxRow, RefusalRow
 
 _MAX_UNFINISHED: Final = 10_000
 _MAX_FORGOTTEN: Final = 500
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+_GIVEN_UP: Final = frozenset({JobPhase.DEAD, JobPhase.FAILED})
+"""Phases out of which an operator may put a job back on the queue."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,27 +196,49 @@ class JobStore:
                 finished_at=datetime.now(UTC),
             )
             _put(row, job)
-            await session.execute(delete(OutboxRow).where(OutboxRow.job_id == job_id))
+            await _drop_kept(session, job_id)
             return job
 
-    async def fail_upload(self, job_id: str, error: tuple[str, str]) -> CompileJob:
-        """Note that the library refuses the kernel for good."""
-        async with self._database.session() as session:
-            await session.execute(delete(OutboxRow).where(OutboxRow.job_id == job_id))
-        return await self.advance(job_id, JobPhase.FAILED, error=error)
+    async def refuse_upload(self, job_id: str, error: tuple[str, str], *, max_refusals: int) -> CompileJob:
+        """Count that a kept kernel was refused; at the last refusal it goes, and a job that has not ended is DEAD.
 
-    async def requeue(self, job_id: str, *, dead_only: bool = True) -> tuple[CompileJob, int]:
+        Args:
+            job_id: The job; nothing happens where no kernel is kept for it any more.
+            error: Text and reason of the refusal.
+            max_refusals: Refusals that end it.
+
+        Raises:
+            NotFoundError: There is none of this id.
+        """
+        async with self._database.session() as session:
+            row = await _row(session, job_id, lock=True)
+            job = _job(row)
+            if await session.scalar(select(OutboxRow.job_id).where(OutboxRow.job_id == job_id)) is None:
+                return job
+            known = await session.scalar(select(RefusalRow.refusals).where(RefusalRow.job_id == job_id))
+            refusals = (known or 0) + 1
+            if refusals < max_refusals:
+                await session.merge(RefusalRow(job_id=job_id, refusals=refusals))
+                return job
+            await _drop_kept(session, job_id)
+            if job.phase not in ENDED_PHASES:
+                text, reason = error
+                job = replace(job, phase=JobPhase.DEAD, error=text, error_reason=reason, finished_at=datetime.now(UTC))
+                _put(row, job)
+            return job
+
+    async def requeue(self, job_id: str, *, given_up_only: bool = True) -> tuple[CompileJob, int]:
         """Put an ended job back to QUEUED; give it with its new generation.
 
         Raises:
-            NotFoundError: There is none of this id, or it is not dead.
+            NotFoundError: There is none of this id, or it is neither dead nor failed.
             InvalidStateError: It has not ended.
         """
         async with self._database.session() as session:
             row = await _row(session, job_id, lock=True)
             job = _job(row)
-            if dead_only and job.phase is not JobPhase.DEAD:
-                raise NotFoundError(f"job {job_id} must be dead to be requeued, it is {job.phase.name}")
+            if given_up_only and job.phase not in _GIVEN_UP:
+                raise NotFoundError(f"job {job_id} must be dead or failed to be requeued, it is {job.phase.name}")
             if job.phase not in ENDED_PHASES:
                 raise InvalidStateError(f"job {job_id} must have ended to be requeued, it is {job.phase.name}")
             row.generation += 1
@@ -276,6 +301,11 @@ async def _row(session: AsyncSession, job_id: str, *, lock: bool = False) -> Job
 
 def _job(row: JobRow) -> CompileJob:
     return parse(row.body, CompileJob)
+
+
+async def _drop_kept(session: AsyncSession, job_id: str) -> None:
+    await session.execute(delete(OutboxRow).where(OutboxRow.job_id == job_id))
+    await session.execute(delete(RefusalRow).where(RefusalRow.job_id == job_id))
 
 
 def _put(row: JobRow, job: CompileJob) -> None:

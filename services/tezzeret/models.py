@@ -46,3 +46,12 @@ class OutboxRow(Base):
 
     job_id: Mapped[str] = mapped_column(ForeignKey("tezzeret_jobs.job_id"), primary_key=True)
     artifact: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class RefusalRow(Base):
+    """How often the library refused a kernel that is kept for it; a table of its own, so that old stores open."""
+
+    __tablename__ = "tezzeret_refusals"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("tezzeret_jobs.job_id"), primary_key=True)
+    refusals: Mapped[int] = mapped_column(Integer)

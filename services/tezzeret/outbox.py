@@ -2,6 +2,14 @@
 
 Both rest in the store until they are through, so that neither an outage nor a restart loses one; both are harmless to
 repeat. While the library or the bus is away, the pauses between attempts grow.
+
+    the library is away, full or slow    tried again for as long as it takes
+    the library refuses the kernel       (damaged on the way, not trusted, not allowed) tried again, ``max_refusals``
+                                         times in all; then the kernel goes and the job is DEAD
+    the kernel was damaged in the store  not sent; the job is DEAD at once
+
+A DEAD job is listed and can be requeued, and is then compiled anew. None of this is the blueprint's fault, so none of
+it makes a job FAILED.
 """
 
 from __future__ import annotations
@@ -11,7 +19,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from opentelemetry.context import Context
 
@@ -20,13 +28,15 @@ from esper.contracts.errors import (
     CorruptDataError,
     EsperError,
     InvalidInputError,
+    NotFoundError,
     PermissionDeniedError,
 )
-from esper.contracts.kernel import CompileJob, JobPhase, KernelReady
+from esper.contracts.kernel import ENDED_PHASES, CompileJob, JobPhase, KernelManifest, KernelReady
 from esper.contracts.wire import serialize
-from esper.execution.tier_urza import KernelTransfer, upload_kernel
+from esper.execution.tier_urza import upload_kernel
 from esper.services.tezzeret.config import TezzeretConfig
 from esper.services.tezzeret.job_store import Asker, JobStore
+from esper.services.tezzeret.library import StoredKernel, check_kept, find_kernel
 from esper.telemetry.bus import CONTENT_TYPE_HEADER, Bus
 from esper.telemetry.consumer import content_type
 from esper.telemetry.subjects import Kind, build_subject
@@ -38,7 +48,7 @@ log = logging.getLogger(__name__)
 _MAX_TRACES: Final = 4096
 
 _REFUSED = (CorruptDataError, InvalidInputError, PermissionDeniedError)
-"""What the library says of a kernel that it will never take."""
+"""What the library says of a kernel that it does not take; waiting alone does not mend it."""
 
 
 class Outbox:
@@ -48,7 +58,7 @@ class Outbox:
         self,
         store: JobStore,
         bus: Bus,
-        urza: KernelTransfer,
+        urza: Any,
         config: TezzeretConfig,
         on_change: Callable[[CompileJob], None],
     ) -> None:
@@ -129,16 +139,45 @@ class Outbox:
             return
         job = await self._store.get(job_id)
         try:
+            manifest = await asyncio.to_thread(check_kept, data)
+        except (CorruptDataError, CapacityExceededError) as error:
+            await self._refused(job_id, CorruptDataError(f"kernel was damaged in the store: {error}"), max_refusals=1)
+            return
+        try:
             parent = self._trace_of(job_id, job.adaptation_id)
             with adaptation_span("store", job.adaptation_id, parent=parent, job_id=job_id, size_bytes=len(data)):
-                artifact_id, _ = await upload_kernel(self._urza, data, timeout_s=self._config.upload_timeout_s)
+                stored = await self._send(job, manifest, data)
         except _REFUSED as error:
-            refused = str(error)[: self._config.max_error_chars]
-            log.error("kernel_refused_by_library", extra={"job_id": job_id, "error": refused})
-            self._on_change(await self._store.fail_upload(job_id, (refused, error.reason)))
-            return
-        self._on_change(await self._store.succeed(job_id, artifact_id, len(data)))
-        log.info("kernel_stored", extra={"job_id": job_id, "artifact_id": artifact_id, "size_bytes": len(data)})
+            if await self._refused(job_id, error, max_refusals=self._config.max_refusals):
+                return
+            raise
+        self._on_change(await self._store.succeed(job_id, stored.artifact_id, stored.size_bytes))
+        extra = {"job_id": job_id, "artifact_id": stored.artifact_id, "size_bytes": stored.size_bytes}
+        log.info("kernel_stored", extra=extra)
+
+    async def _send(self, job: CompileJob, manifest: KernelManifest, data: bytes) -> StoredKernel:
+        """Upload; give what the library has now: this kernel, or the one it had for the request before."""
+        named, _ = await upload_kernel(self._urza, data, timeout_s=self._config.upload_timeout_s)
+        if named == manifest.artifact_id:
+            return StoredKernel(artifact_id=named, size_bytes=len(data))
+        try:
+            found = await find_kernel(self._urza, job.spec, manifest.content_key)
+        except NotFoundError as error:
+            raise CorruptDataError(f"library must have the kernel it names, got {named}: {error}") from error
+        if found.artifact_id != named:
+            raise CorruptDataError(f"library must name one kernel of the request, got {named} and {found.artifact_id}")
+        return found
+
+    async def _refused(self, job_id: str, error: EsperError, *, max_refusals: int) -> bool:
+        """Count a refusal; say whether it was the last."""
+        text = str(error)[: self._config.max_error_chars]
+        job = await self._store.refuse_upload(job_id, (text, error.reason), max_refusals=max_refusals)
+        given_up = job.phase in ENDED_PHASES
+        extra = {"job_id": job_id, "error": text, "given_up": given_up}
+        log.error("kernel_refused_by_library", extra=extra)
+        if given_up:
+            self._on_change(job)
+        return given_up
 
     async def _announce(self, job: CompileJob, asker: Asker) -> None:
         ready = KernelReady(

@@ -12,12 +12,11 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
-import grpc
-
 from esper.blueprints.cost import cost
 from esper.blueprints.ir import content_id
 from esper.contracts.errors import (
     CapacityExceededError,
+    CorruptDataError,
     EsperError,
     InvalidInputError,
     InvalidStateError,
@@ -28,23 +27,21 @@ from esper.contracts.kernel import ENDED_PHASES, CompileJob, CompileSpec, JobPha
 from esper.contracts.wire import serialize
 from esper.execution.keys import SigningKey
 from esper.mesh import remaining_s
-from esper.mesh.status import from_rpc_error
 from esper.services.tezzeret.config import TezzeretConfig
 from esper.services.tezzeret.content_key import content_key, job_id_of
 from esper.services.tezzeret.job_changes import JobChanges
 from esper.services.tezzeret.job_runner import GENERATION_HEADER, JobRunner
 from esper.services.tezzeret.job_store import Asker, JobStore
+from esper.services.tezzeret.library import StoredKernel, find_kernel
 from esper.services.tezzeret.outbox import Outbox
 from esper.services.tezzeret.pool import WorkerPool
 from esper.telemetry.bus import Bus
 from esper.telemetry.subjects import check_run_id, compile_job_subject
 from esper.telemetry.tracing import inject_headers
-from esper.v1 import urza_service_pb2
 
 log = logging.getLogger(__name__)
 
 _ANSWER_MARGIN_S: Final = 0.25
-_LOOKUP_TIMEOUT_S: Final = 2.0
 _MAX_SEED: Final = 2**63 - 1
 _MAX_ADAPTATION_CHARS: Final = 128
 
@@ -190,16 +187,16 @@ class TezzeretService:
         return await self._store.page([JobPhase.DEAD], limit, after, oldest_first=True)
 
     async def requeue(self, job_id: str) -> CompileJob:
-        """Put a dead job back on the queue.
+        """Put a dead or failed job back on the queue; all who asked for it are told again how it ends.
 
         Raises:
-            NotFoundError: It is unknown or not dead.
+            NotFoundError: It is unknown, or neither dead nor failed.
             UnavailableError: The queue cannot be reached; the job is queued again at the next start or request.
         """
         job, generation = await self._store.requeue(job_id)
         self._changed(job)
         await self._publish(job, generation)
-        log.info("dead_job_requeued", extra={"job_id": job_id, "generation": generation})
+        log.info("job_requeued", extra={"job_id": job_id, "generation": generation})
         return job
 
     def _check(self, spec: CompileSpec, run_id: str, adaptation_id: str) -> None:
@@ -219,7 +216,7 @@ class TezzeretService:
     ) -> tuple[CompileJob, bool]:
         """Find the job or make it; a kernel that the library has needs none of the work."""
         known = await self._store.find(job_id_of(key))
-        stored = await self._in_library(key) if known is None or known.phase is JobPhase.SUCCEEDED else None
+        stored = await self._in_library(spec, key) if known is None or known.phase in ENDED_PHASES else None
         fresh = CompileJob(
             job_id=job_id_of(key),
             content_key=key,
@@ -231,30 +228,36 @@ class TezzeretService:
             created_at=datetime.now(UTC),
         )
         job, created = await self._store.add(fresh, asker)
-        if isinstance(stored, urza_service_pb2.GetKernelResponse):
-            if job.phase is not JobPhase.SUCCEEDED:
-                job = await self._store.succeed(job.job_id, stored.manifest.artifact_id, stored.size_bytes)
+        if isinstance(stored, StoredKernel):
+            if job.phase is not JobPhase.SUCCEEDED or job.artifact_id != stored.artifact_id:
+                job = await self._store.succeed(job.job_id, stored.artifact_id, stored.size_bytes)
                 self._changed(job)
             return job, True
         if job.phase is JobPhase.SUCCEEDED and isinstance(stored, NotFoundError):
             log.warning("kernel_lost_by_library", extra={"job_id": job.job_id})
-            job, generation = await self._store.requeue(job.job_id, dead_only=False)
+            job, generation = await self._store.requeue(job.job_id, given_up_only=False)
             await self._publish(job, generation)
             return job, False
         if created or job.phase is JobPhase.QUEUED:
             await self._enqueue(job)
         return job, job.phase is JobPhase.SUCCEEDED
 
-    async def _in_library(self, key: str) -> Any:
-        """Ask the library for the kernel of a content key; an error that says nothing about it is ``None``."""
-        request = urza_service_pb2.GetKernelRequest(content_key=key)
+    async def _in_library(self, spec: CompileSpec, key: str) -> StoredKernel | NotFoundError | None:
+        """Ask the library for the kernel of a content key; an error that says nothing about it is ``None``.
+
+        A library that found its copy damaged has removed it, and says so when it is asked once more.
+        """
         try:
             try:
-                return await self._urza.GetKernel(request, timeout=_LOOKUP_TIMEOUT_S)
-            except grpc.RpcError as error:
-                raise from_rpc_error(error, method="UrzaService/GetKernel") from error
+                return await find_kernel(self._urza, spec, key)
+            except CorruptDataError as error:
+                log.warning("library_asked_again", extra={"content_key": key, "error": str(error)})
+                return await find_kernel(self._urza, spec, key)
         except NotFoundError as error:
             return error
+        except CorruptDataError as error:
+            log.error("library_not_believed", extra={"content_key": key, "error": str(error)})
+            return None
         except EsperError as error:
             log.warning("library_not_asked", extra={"content_key": key, "error": str(error)})
             return None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 from typing import Any, Final
 
-from sqlalchemy import Select, exists, func, literal, or_, select, tuple_, update
+from sqlalchemy import Select, func, literal, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -17,6 +19,7 @@ from esper.blueprints.ir import canonical_bytes
 from esper.contracts import wire
 from esper.contracts.blueprint import (
     Blueprint,
+    BlueprintCost,
     BlueprintIR,
     BlueprintMetadata,
     BlueprintState,
@@ -36,13 +39,18 @@ from esper.mesh.database import Database
 from esper.mesh.page_token import decode_page_token, encode_page_token
 from esper.services.urza.clock import moment_of, now_us
 from esper.services.urza.models import (
+    BLUEPRINTS,
     BlueprintNameRow,
     BlueprintRow,
+    CostRow,
     LineageRow,
     StateChangeRow,
     StatisticsRow,
     TagRow,
+    TotalRow,
 )
+from esper.services.urza.queries import matching, with_statistics
+from esper.services.urza.reference_costs import reference_costs
 from esper.services.urza.rules import (
     CONTENT_ID,
     MAX_ACTOR_CHARS,
@@ -109,8 +117,10 @@ class BlueprintStore:
             known = await _find(session, BlueprintRow.id == blueprint_id)
         if known is not None:
             return _same_name(_blueprint(known), draft.name), False
+        # Laying the graph out at every reference site takes milliseconds that would hold up every other call.
+        costs = await asyncio.to_thread(reference_costs, draft.ir, draft.metadata)
         try:
-            return await self._insert(draft, blueprint_id, ir_bytes)
+            return await self._insert(draft, blueprint_id, ir_bytes, costs)
         except IntegrityError:
             # Another writer stored the same graph under another name in between: now it is there to be found.
             async with self._database.reading() as session:
@@ -147,13 +157,14 @@ class BlueprintStore:
         Raises:
             InvalidInputError: The page token is not one that the same query gave.
         """
-        statement = _matching(query).order_by(BlueprintRow.name, BlueprintRow.version).limit(page.limit + 1)
         after = decode_page_token(page.token, scope=query.scope, arity=2, key=self._token_key)
-        if after is not None:
-            place = tuple_(literal(str(after[0])), literal(int(after[1] or 0)))
-            statement = statement.where(tuple_(BlueprintRow.name, BlueprintRow.version) > place)
         async with self._database.reading() as session:
-            found = [tuple(row) for row in (await session.execute(statement)).all()]
+            statement = await matching(session, query)
+            if after is not None:
+                place = tuple_(literal(str(after[0])), literal(int(after[1] or 0)))
+                statement = statement.where(tuple_(BlueprintRow.name, BlueprintRow.version) > place)
+            ordered = statement.order_by(BlueprintRow.name, BlueprintRow.version).limit(page.limit + 1)
+            found = [tuple(row) for row in (await session.execute(ordered)).all()]
         shown = found[: fitting([len(row[0].ir) for row in found[: page.limit]])]
         items = tuple(_blueprint(row) for row in shown)
         more = len(found) > len(items)
@@ -210,13 +221,14 @@ class BlueprintStore:
             log.info("blueprint_state", extra={"blueprint_id": blueprint_id, "state": state.name, "actor": actor})
         return _blueprint((row, statistics))
 
-    async def _insert(self, draft: BlueprintDraft, blueprint_id: str, ir_bytes: bytes) -> tuple[Blueprint, bool]:
+    async def _insert(
+        self, draft: BlueprintDraft, blueprint_id: str, ir_bytes: bytes, costs: Mapping[SiteKind, BlueprintCost]
+    ) -> tuple[Blueprint, bool]:
         async with self._database.session() as session:
             name_row = await self._lock_name(session, draft.name)
             known = await _find(session, BlueprintRow.id == blueprint_id)
             if known is not None:
                 return _same_name(_blueprint(known), draft.name), False
-            await self._check_room(session)
             await _check_parents(session, draft.lineage.parent_ids)
             version = name_row.newest_version + 1
             await session.execute(
@@ -227,11 +239,13 @@ class BlueprintStore:
             await session.flush()
             session.add_all(TagRow(blueprint_id=blueprint_id, tag=tag) for tag in draft.metadata.tags)
             session.add_all(LineageRow(child_id=blueprint_id, parent_id=parent) for parent in draft.lineage.parent_ids)
+            session.add_all(_cost_row(blueprint_id, kind, cost) for kind, cost in costs.items())
             actor = draft.lineage.author or "unknown"
             await _add_change(session, blueprint_id, None, draft.state, actor=actor, reason="stored")
             await session.flush()
             found = await _find(session, BlueprintRow.id == blueprint_id)
             assert found is not None
+            await self._take_room(session)
         log.info("blueprint_stored", extra={"blueprint_id": blueprint_id, "blueprint": f"{draft.name}@{version}"})
         return _blueprint(found), True
 
@@ -242,9 +256,11 @@ class BlueprintStore:
         locked = select(BlueprintNameRow).where(BlueprintNameRow.name == name).with_for_update()
         return (await session.scalars(locked)).one()
 
-    async def _check_room(self, session: AsyncSession) -> None:
-        count = await session.scalar(select(func.count()).select_from(BlueprintRow))
-        if (count or 0) >= self._max_blueprints:
+    async def _take_room(self, session: AsyncSession) -> None:
+        """Count one blueprint more; the last thing a writer does, since all of them wait for this row in line."""
+        counted = update(TotalRow).where(TotalRow.name == BLUEPRINTS, TotalRow.total < self._max_blueprints)
+        taken = await session.execute(counted.values(total=TotalRow.total + 1).returning(TotalRow.total))
+        if taken.first() is None:
             raise CapacityExceededError(
                 f"the library must hold at most {self._max_blueprints} blueprints, got one more",
                 parameter="max_blueprints",
@@ -274,12 +290,17 @@ def _blueprint(found: _Found | tuple[Any, ...]) -> Blueprint:
 
 def statistics_of(row: StatisticsRow) -> BlueprintStatistics:
     """Give the statistics that a row stands for."""
-    measured = row.contribution_count > 0
     return BlueprintStatistics(
         trials=row.trials,
         kept=row.kept,
-        mean_contribution=row.contribution_sum / row.contribution_count if measured else None,
+        mean_contribution=mean(row.contribution_sum, row.contribution_count),
+        mean_latency_ms=mean(row.latency_ms_sum, row.latency_count),
     )
+
+
+def mean(total: float, count: int) -> float | None:
+    """Give the mean of ``count`` figures that add up to ``total``; ``None`` of none."""
+    return total / count if count else None
 
 
 def _row(draft: BlueprintDraft, blueprint_id: str, ir_bytes: bytes, version: int) -> BlueprintRow:
@@ -297,6 +318,10 @@ def _row(draft: BlueprintDraft, blueprint_id: str, ir_bytes: bytes, version: int
     )
 
 
+def _cost_row(blueprint_id: str, kind: SiteKind, cost: BlueprintCost) -> CostRow:
+    return CostRow(blueprint_id=blueprint_id, site_kind=int(kind), parameters=cost.parameters, flops=cost.flops)
+
+
 def _change(row: StateChangeRow) -> BlueprintStateChange:
     return BlueprintStateChange(
         from_state=None if row.from_state is None else BlueprintState(row.from_state),
@@ -309,11 +334,6 @@ def _change(row: StateChangeRow) -> BlueprintStateChange:
 
 def _mask(kinds: tuple[SiteKind, ...]) -> int:
     return sum(1 << kind for kind in kinds)
-
-
-def _with_statistics() -> Select[*tuple[Any, ...]]:
-    joined = select(BlueprintRow, StatisticsRow)
-    return joined.outerjoin(StatisticsRow, StatisticsRow.blueprint_id == BlueprintRow.id)
 
 
 def _condition_of(reference: str) -> Any:
@@ -330,7 +350,7 @@ def _condition_of(reference: str) -> Any:
 
 
 async def _find(session: AsyncSession, condition: Any, *, lock: bool = False) -> _Found | None:
-    statement = _with_statistics().where(condition)
+    statement = with_statistics().where(condition)
     if lock:
         statement = statement.with_for_update(of=BlueprintRow)
     row = (await session.execute(statement)).one_or_none()
@@ -398,28 +418,6 @@ async def _add_change(
     )
 
 
-def _matching(query: BlueprintQuery) -> Select[*tuple[Any, ...]]:
-    statement = _with_statistics()
-    for tag in query.all_tags:
-        statement = statement.where(_tagged((tag,)))
-    if query.any_tags:
-        statement = statement.where(_tagged(query.any_tags))
-    if query.no_tags:
-        statement = statement.where(~_tagged(query.no_tags))
-    if query.states:
-        statement = statement.where(BlueprintRow.state.in_([int(state) for state in query.states]))
-    if query.text:
-        statement = statement.where(BlueprintRow.searchable.contains(query.text.casefold(), autoescape=True))
-    if query.site_kind is not None:
-        meant = BlueprintRow.site_kinds.bitwise_and(1 << query.site_kind) != 0
-        statement = statement.where(or_(BlueprintRow.site_kinds == 0, meant))
-    return statement
-
-
-def _tagged(tags: tuple[str, ...]) -> Any:
-    return exists().where(TagRow.blueprint_id == BlueprintRow.id, TagRow.tag.in_(tags))
-
-
 def _relatives(blueprint_id: str, direction: LineageDirection, max_depth: int) -> Select[*tuple[Any, ...]]:
     """Give the query that walks the edges; UNION keeps one row per relative and depth, however many ways lead there."""
     from_column, to_column = LineageRow.child_id, LineageRow.parent_id
@@ -434,7 +432,7 @@ def _relatives(blueprint_id: str, direction: LineageDirection, max_depth: int) -
     walk = walk.union(step)
     nearest = select(walk.c.id, func.min(walk.c.depth).label("depth")).group_by(walk.c.id).subquery()
     return (
-        _with_statistics()
+        with_statistics()
         .add_columns(nearest.c.depth)
         .join(nearest, nearest.c.id == BlueprintRow.id)
         .order_by(nearest.c.depth, BlueprintRow.name, BlueprintRow.version)

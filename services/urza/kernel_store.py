@@ -1,14 +1,19 @@
-"""Kernels at rest: proven before they are stored, cut into checksummed pieces, all of one kernel or nothing."""
+"""Kernels at rest: proven before they are stored, checked whenever they are read, all of one kernel or nothing.
+
+A row lies under a digest of its own columns and every piece of the bytes under a CRC-32. What does not hold is
+reported as `CorruptDataError` and removed, so that it can be built and stored again; only the very copy that was read
+is removed, never one that took its place meanwhile.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import logging
+import secrets
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import Select, delete, func, insert, literal, select, tuple_
@@ -16,41 +21,57 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from esper.contracts.chunks import DOWNLOAD_CHUNK_BYTES, Chunk, split
-from esper.contracts.errors import CapacityExceededError, CorruptDataError, InvalidInputError, NotFoundError
+from esper.contracts.errors import (
+    CapacityExceededError,
+    CorruptDataError,
+    EsperError,
+    InvalidInputError,
+    NotFoundError,
+    UnavailableError,
+)
 from esper.execution.keys import KeyRing
 from esper.mesh.database import Database
 from esper.mesh.page_token import decode_page_token, encode_page_token
-from esper.services.urza.clock import moment_of, now_us
-from esper.services.urza.models import KernelChunkRow, KernelRow
-from esper.services.urza.rules import Page, PageRequest, fitting, require_artifact_id, require_content_id
+from esper.services.urza.blobs import Blobs
+from esper.services.urza.clock import now_us
+from esper.services.urza.kernel_rows import (
+    COPY_ID,
+    KernelRecord,
+    delete_copy,
+    is_sound,
+    record_of,
+    row_digest,
+    this_copy,
+    use_key,
+)
+from esper.services.urza.models import KernelChunkRow, KernelPinRow, KernelRow, LooseBlobRow
+from esper.services.urza.rules import (
+    MAX_ACTOR_CHARS,
+    MAX_REASON_CHARS,
+    Page,
+    PageRequest,
+    fitting,
+    require_artifact_id,
+    require_content_id,
+    require_text,
+)
 from esper.services.urza.verification import ProvenKernel, prove_kernel
 
 log = logging.getLogger(__name__)
 
 _CHUNK_BYTES: Final = DOWNLOAD_CHUNK_BYTES
 _ROWS_PER_INSERT: Final = 16
+_CRC_BYTES: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KernelRecord:
-    """What the library says of a stored kernel."""
+class KernelLimits:
+    """How much the library takes."""
 
-    artifact_id: str
-    """Id of the kernel."""
-    content_key: str
-    """Content key of the compile request."""
-    blueprint_id: str
-    """Content id of the blueprint."""
-    manifest: bytes
-    """Serialised manifest, as signed."""
-    key_id: str
-    """Id of the signing key."""
-    size_bytes: int
-    """Size of the serialised artefact, in bytes."""
-    sha256: bytes
-    """Digest of the serialised artefact."""
-    stored_at: datetime
-    """When the library took it."""
+    max_kernel_bytes: int
+    """Largest serialised artefact, in bytes."""
+    max_stored_bytes: int
+    """Most bytes of kernels altogether."""
 
 
 class KernelStore:
@@ -61,27 +82,34 @@ class KernelStore:
         database: Database,
         *,
         key_ring: KeyRing | None,
-        max_kernel_bytes: int,
-        max_stored_bytes: int,
+        limits: KernelLimits,
         token_key: bytes = b"",
+        blobs: Blobs | None = None,
+        clock: Callable[[], int] = now_us,
     ) -> None:
         self._database = database
         self._key_ring = key_ring
         self._token_key = token_key
-        self._max_stored_bytes = max_stored_bytes
-        self.max_kernel_bytes = max_kernel_bytes
+        self._limits = limits
+        self._blobs = blobs
+        self._clock = clock
+
+    @property
+    def max_kernel_bytes(self) -> int:
         """Largest serialised artefact taken, in bytes."""
+        return self._limits.max_kernel_bytes
 
     async def put(self, payload: bytes) -> tuple[KernelRecord, bool]:
         """Store a serialised artefact, or give the kernel that is there for its content key; say which.
 
         Equal content keys mean equal requests, so the first kernel of a key stays, unless the key that signed it is no
-        longer trusted: then the new one takes its place.
+        longer trusted or its row is damaged: then the new one takes its place.
 
         Raises:
             CorruptDataError: It is no artefact, or a digest does not hold. Nothing is stored.
             SignatureError: There is a key ring and the signature does not hold. Nothing is stored.
             CapacityExceededError: It is too large, or the library holds as many bytes as it may.
+            UnavailableError: The database or the place for bytes outside cannot be reached.
         """
         if len(payload) > self.max_kernel_bytes:
             raise CapacityExceededError(
@@ -92,8 +120,11 @@ class KernelStore:
         known = await self._known(proven)
         if known is not None:
             return known, False
+        row = _row(proven, payload, outside=self._blobs is not None, stored_at_us=self._clock())
         try:
-            return await self._insert(proven, payload)
+            if self._blobs is None:
+                return await self._insert(proven, row, payload)
+            return await self._write_and_insert(self._blobs, proven, row, payload)
         except IntegrityError:
             known = await self._known(proven)
             if known is None:
@@ -106,27 +137,22 @@ class KernelStore:
         Raises:
             InvalidInputError: Not exactly one of the two is given, or it breaks its rule.
             NotFoundError: There is no such kernel.
+            CorruptDataError: What is said of it is damaged; the kernel was removed.
         """
-        if bool(artifact_id) == bool(content_key):
-            raise InvalidInputError.of("key", "be exactly one of artifact_id and content_key", "both or neither")
-        if artifact_id:
-            condition = KernelRow.artifact_id == require_artifact_id("artifact_id", artifact_id)
-        else:
-            condition = KernelRow.content_key == require_content_id("content_key", content_key)
+        return record_of(await self._get(artifact_id, content_key))
+
+    async def complete(self, sha256: bytes) -> KernelRecord | None:
+        """Give the stored and trusted kernel whose serialised artefact has a digest; ``None`` where there is none."""
         async with self._database.reading() as session:
-            row = await session.scalar(select(KernelRow).where(condition))
-        if row is None:
-            parameter = "artifact_id" if artifact_id else "content_key"
-            raise NotFoundError(
-                f"{parameter} must name a stored kernel, got {artifact_id or content_key!r}", parameter=parameter
-            )
-        return _record(row)
+            rows = (await session.scalars(select(KernelRow).where(KernelRow.sha256 == sha256))).all()
+        return next((record_of(row) for row in rows if is_sound(row) and not self._outdated(row)), None)
 
     async def list(self, page: PageRequest, *, blueprint_id: str = "") -> Page[KernelRecord]:
         """Give one page of kernels, newest first; all, or those of one blueprint.
 
         Raises:
             InvalidInputError: The blueprint id is none, or the page token is not one that the same listing gave.
+            CorruptDataError: What is said of a kernel on the page is damaged; all such were removed.
         """
         if blueprint_id:
             require_content_id("blueprint_id", blueprint_id)
@@ -138,12 +164,13 @@ class KernelStore:
             statement = statement.where(tuple_(KernelRow.stored_at_us, KernelRow.artifact_id) < place)
         async with self._database.reading() as session:
             rows = (await session.scalars(statement)).all()
+        await self._require_sound(*rows)
         shown = rows[: fitting([len(row.manifest) for row in rows[: page.limit]])]
         token = ""
         if len(rows) > len(shown):
             key = (shown[-1].stored_at_us, shown[-1].artifact_id)
             token = encode_page_token(key, scope=scope, key=self._token_key)
-        return Page(items=tuple(_record(row) for row in shown), next_token=token)
+        return Page(items=tuple(record_of(row) for row in shown), next_token=token)
 
     async def open(self, artifact_id: str, *, offset: int = 0) -> tuple[KernelRecord, AsyncIterator[Chunk]]:
         """Give a kernel's record and its bytes from ``offset`` on, as checksummed chunks of at most 256 KiB.
@@ -152,79 +179,236 @@ class KernelStore:
 
         Raises:
             InvalidInputError: The id is none, or the offset lies beyond the kernel.
-            NotFoundError: There is no such kernel.
-            CorruptDataError: While iterating: a stored piece is damaged; the kernel is removed.
+            NotFoundError: There is no such kernel; while iterating: it was removed or replaced meanwhile.
+            CorruptDataError: What is said of it or, while iterating, a stored piece is damaged; the kernel was removed.
+            UnavailableError: While iterating: the place for bytes outside cannot be reached.
         """
-        record = await self.get(artifact_id=require_artifact_id("artifact_id", artifact_id))
-        if not 0 <= offset <= record.size_bytes:
-            raise InvalidInputError.of("offset", f"be within [0, {record.size_bytes}] bytes", offset)
-        return record, self._chunks(record, offset)
+        row = await self._get(require_artifact_id("artifact_id", artifact_id), "")
+        if not 0 <= offset <= row.size_bytes:
+            raise InvalidInputError.of("offset", f"be within [0, {row.size_bytes}] bytes", offset)
+        return record_of(row), self._chunks(row, offset)
 
     async def remove(self, artifact_id: str) -> bool:
         """Remove a kernel; say whether it was there."""
         require_artifact_id("artifact_id", artifact_id)
-        async with self._database.session() as session:
-            return await _delete(session, artifact_id)
+        async with self._database.reading() as session:
+            row = await session.get(KernelRow, artifact_id)
+        return row is not None and await self.remove_copy(row)
 
-    async def _chunks(self, record: KernelRecord, offset: int) -> AsyncIterator[Chunk]:
-        place = offset
-        while place < record.size_bytes or place == offset:
-            data = await self._piece(record, place) if place < record.size_bytes else b""
-            yield Chunk(
-                total_bytes=record.size_bytes, sha256=record.sha256, offset=place, data=data, crc32=zlib.crc32(data)
+    async def remove_copy(self, row: KernelRow) -> bool:
+        """Remove the very copy that a row spoke of when it was read; say whether it was there."""
+        async with self._database.session() as session:
+            gone = await delete_copy(session, row, now_us=self._clock())
+        if gone and row.outside:
+            await self.discard(row.copy_id)
+        return gone
+
+    async def discard(self, copy_id: str) -> bool:
+        """Delete bytes outside that no row names; say whether it is done. Where the place is away, a sweep will."""
+        if not COPY_ID.fullmatch(copy_id):  # the row's own rot; no name to delete by is left
+            log.error("blob_left_behind", extra={"copy_id": repr(copy_id)})
+            return False
+        try:
+            await self._outside().delete(copy_id)
+        except EsperError as error:
+            log.warning("blob_not_deleted", extra={"copy_id": copy_id, "error": str(error)})
+            return False
+        async with self._database.session() as session:
+            await session.execute(delete(LooseBlobRow).where(LooseBlobRow.copy_id == copy_id))
+        return True
+
+    async def pin(self, artifact_id: str, *, actor: str, reason: str) -> bool:
+        """Keep a kernel from every sweep; say whether it was not before. It stays so if it is built again.
+
+        Raises:
+            InvalidInputError: The id, the actor or the reason breaks its rule.
+            NotFoundError: There is no such kernel.
+        """
+        require_text("actor", actor, max_chars=MAX_ACTOR_CHARS)
+        require_text("reason", reason, max_chars=MAX_REASON_CHARS)
+        await self.get(artifact_id=artifact_id)
+        values = {"actor": actor, "reason": reason, "pinned_at_us": self._clock()}
+        fresh = self._database.insert(KernelPinRow).values(artifact_id=artifact_id, **values)
+        async with self._database.session() as session:
+            # Until we are done no sweep may take it, and one that has it already makes us wait.
+            there = select(KernelRow.size_bytes).where(KernelRow.artifact_id == artifact_id).with_for_update()
+            if await session.scalar(there) is None:
+                raise _unknown("artifact_id", artifact_id)
+            done = await session.execute(fresh.on_conflict_do_nothing().returning(KernelPinRow.artifact_id))
+            pinned = done.first() is not None
+        if pinned:
+            log.info("kernel_pinned", extra={"artifact_id": artifact_id, "actor": actor, "reason": reason})
+        return pinned
+
+    async def unpin(self, artifact_id: str, *, actor: str, reason: str) -> bool:
+        """Let sweeps judge a kernel again; say whether it was pinned."""
+        require_text("actor", actor, max_chars=MAX_ACTOR_CHARS)
+        require_text("reason", reason, max_chars=MAX_REASON_CHARS)
+        require_artifact_id("artifact_id", artifact_id)
+        this = delete(KernelPinRow).where(KernelPinRow.artifact_id == artifact_id)
+        async with self._database.session() as session:
+            unpinned = (await session.execute(this.returning(KernelPinRow.artifact_id))).first() is not None
+        if unpinned:
+            log.info("kernel_unpinned", extra={"artifact_id": artifact_id, "actor": actor, "reason": reason})
+        return unpinned
+
+    async def _get(self, artifact_id: str, content_key: str) -> KernelRow:
+        if bool(artifact_id) == bool(content_key):
+            raise InvalidInputError.of("key", "be exactly one of artifact_id and content_key", "both or neither")
+        if artifact_id:
+            condition = KernelRow.artifact_id == require_artifact_id("artifact_id", artifact_id)
+        else:
+            condition = KernelRow.content_key == require_content_id("content_key", content_key)
+        async with self._database.reading() as session:
+            row = await session.scalar(select(KernelRow).where(condition))
+        if row is None:
+            raise _unknown("artifact_id" if artifact_id else "content_key", artifact_id or content_key)
+        await self._require_sound(row)
+        return row
+
+    async def _require_sound(self, *rows: KernelRow) -> None:
+        """Remove the damaged ones of some rows, and say so of the first."""
+        damaged = [row for row in rows if not is_sound(row)]
+        for row in damaged:
+            await self.remove_copy(row)
+            log.error("kernel_row_corrupt", extra={"artifact_id": repr(row.artifact_id)})
+        if damaged:
+            raise CorruptDataError(
+                f"kernel {damaged[0].artifact_id!r} must match the digest of what is said of it, it does not; it was "
+                "removed",
+                parameter="artifact_id",
             )
+
+    async def _chunks(self, row: KernelRow, offset: int) -> AsyncIterator[Chunk]:
+        place = offset
+        while place < row.size_bytes or place == offset:
+            data = await self._piece(row, place) if place < row.size_bytes else b""
+            yield Chunk(total_bytes=row.size_bytes, sha256=row.sha256, offset=place, data=data, crc32=zlib.crc32(data))
             place += len(data)
             if not data:
                 return
 
-    async def _piece(self, record: KernelRecord, place: int) -> bytes:
+    async def _piece(self, row: KernelRow, place: int) -> bytes:
         """Give the bytes from ``place`` to the end of the stored piece it lies in."""
         index, within = divmod(place, _CHUNK_BYTES)
-        async with self._database.reading() as session:
-            row = await session.get(KernelChunkRow, (record.artifact_id, index))
-        length = min(_CHUNK_BYTES, record.size_bytes - index * _CHUNK_BYTES)
-        if row is not None and len(row.data) == length and zlib.crc32(row.data) == row.crc32:
-            return row.data[within:]
-        await self.remove(record.artifact_id)
-        log.error("kernel_corrupt", extra={"artifact_id": record.artifact_id, "chunk_index": index})
+        length = min(_CHUNK_BYTES, row.size_bytes - index * _CHUNK_BYTES)
+        data, crc32 = await (self._outside_piece if row.outside else self._inside_piece)(row, index, length)
+        if data is not None and len(data) == length and zlib.crc32(data) == crc32:
+            return data[within:]
+        if not await self.remove_copy(row):
+            raise _gone(row)
+        log.error("kernel_corrupt", extra={"artifact_id": row.artifact_id, "chunk_index": index})
         raise CorruptDataError(
-            f"kernel {record.artifact_id} must match its checksums, piece {index} does not; it was removed",
+            f"kernel {row.artifact_id} must match its checksums, piece {index} does not; it was removed",
             parameter="artifact_id",
         )
 
-    async def _known(self, proven: ProvenKernel) -> KernelRecord | None:
-        """Give the kernel that stands for the same request; one whose signer is no longer trusted does not."""
+    async def _inside_piece(self, row: KernelRow, index: int, length: int) -> tuple[bytes | None, int]:  # noqa: ARG002
+        """Give a piece and its checksum as of this copy: pieces of another one must not be mixed in."""
         async with self._database.reading() as session:
-            row = await session.scalar(_same_request(proven))
-        return None if row is None or self._outdated(row) else _record(row)
+            if await session.scalar(select(KernelRow.size_bytes).where(this_copy(row))) is None:
+                raise _gone(row)
+            chunk = await session.get(KernelChunkRow, (row.artifact_id, index))
+        return (None, 0) if chunk is None else (chunk.data, chunk.crc32)
+
+    async def _outside_piece(self, row: KernelRow, index: int, length: int) -> tuple[bytes | None, int]:
+        start = index * _CHUNK_BYTES
+        data = await self._outside().read(row.copy_id, start, start + length)
+        return data, int.from_bytes(row.piece_crcs[index * _CRC_BYTES : (index + 1) * _CRC_BYTES], "big")
+
+    def _outside(self) -> Blobs:
+        if self._blobs is None:
+            raise UnavailableError(
+                "blobs_url must name the place where kernels of this library rest outside its database, it is not set",
+                parameter="blobs_url",
+            )
+        return self._blobs
+
+    async def _known(self, proven: ProvenKernel) -> KernelRecord | None:
+        """Give the kernel that stands for the same request, unless a new one may take its place."""
+        async with self._database.reading() as session:
+            rows = (await session.scalars(_same_request(proven))).all()
+        return next((record_of(row) for row in rows if not self._replaceable(row)), None)
+
+    def _replaceable(self, row: KernelRow) -> bool:
+        return not is_sound(row) or self._outdated(row)
 
     def _outdated(self, row: KernelRow) -> bool:
         return self._key_ring is not None and row.key_id not in self._key_ring
 
-    async def _insert(self, proven: ProvenKernel, payload: bytes) -> tuple[KernelRecord, bool]:
+    async def _write_and_insert(
+        self, blobs: Blobs, proven: ProvenKernel, row: KernelRow, payload: bytes
+    ) -> tuple[KernelRecord, bool]:
+        """Write the bytes outside before any row names them; until then they are loose, and swept if we die."""
         async with self._database.session() as session:
-            for row in (await session.scalars(_same_request(proven))).all():
-                if not self._outdated(row):
-                    return _record(row), False
-                await _delete(session, row.artifact_id)
-                session.expunge(row)
-            held = await session.scalar(select(func.coalesce(func.sum(KernelRow.size_bytes), 0)))
-            if int(held or 0) + len(payload) > self._max_stored_bytes:
-                raise CapacityExceededError(
-                    f"the library must hold at most {self._max_stored_bytes} bytes of kernels, got {len(payload)} "
-                    f"bytes beyond the {held} it holds",
-                    parameter="max_stored_bytes",
-                )
-            row = _row(proven, payload)
+            await self._require_room(session, len(payload))
+            session.add(LooseBlobRow(copy_id=row.copy_id, loose_since_us=self._clock()))
+        try:
+            await blobs.write(row.copy_id, payload)
+            record, created = await self._insert(proven, row, payload)
+        except Exception:
+            await self.discard(row.copy_id)
+            raise
+        if not created:
+            await self.discard(row.copy_id)
+        return record, created
+
+    async def _insert(self, proven: ProvenKernel, row: KernelRow, payload: bytes) -> tuple[KernelRecord, bool]:
+        replaced: list[KernelRow] = []
+        async with self._database.session() as session:
+            for old in (await session.scalars(_same_request(proven))).all():
+                if not self._replaceable(old):
+                    return record_of(old), False
+                await delete_copy(session, old, now_us=self._clock())
+                replaced.append(old)
+            await self._require_room(session, len(payload))
             session.add(row)
             await session.flush()
-            await _write_chunks(session, row.artifact_id, payload)
-            record = _record(row)
+            if row.outside:
+                await _claim(session, row.copy_id)
+            else:
+                await _write_chunks(session, row.artifact_id, payload)
+            record = record_of(row)
+        for old in replaced:
+            log.warning("kernel_replaced", extra={"artifact_id": repr(old.artifact_id), "sound": is_sound(old)})
+            if old.outside:
+                await self.discard(old.copy_id)
         log.info("kernel_stored", extra={"artifact_id": record.artifact_id, "size_bytes": record.size_bytes})
         return record, True
 
+    async def _require_room(self, session: AsyncSession, num_bytes: int) -> None:
+        held = await session.scalar(select(func.coalesce(func.sum(KernelRow.size_bytes), 0)))
+        if int(held or 0) + num_bytes > self._limits.max_stored_bytes:
+            raise CapacityExceededError(
+                f"the library must hold at most {self._limits.max_stored_bytes} bytes of kernels, got {num_bytes} "
+                f"bytes beyond the {held} it holds",
+                parameter="max_stored_bytes",
+            )
+
+
+def _unknown(parameter: str, value: str) -> NotFoundError:
+    return NotFoundError(f"{parameter} must name a stored kernel, got {value!r}", parameter=parameter)
+
+
+def _gone(row: KernelRow) -> NotFoundError:
+    return NotFoundError(
+        f"artifact_id must name a stored kernel, {row.artifact_id} was removed or replaced while it was read",
+        parameter="artifact_id",
+    )
+
+
+async def _claim(session: AsyncSession, copy_id: str) -> None:
+    """Have a row name bytes outside that were loose until now."""
+    claimed = await session.execute(
+        delete(LooseBlobRow).where(LooseBlobRow.copy_id == copy_id).returning(LooseBlobRow.copy_id)
+    )
+    if claimed.first() is None:
+        raise UnavailableError("writing a kernel's bytes outside took so long that a sweep took them; try again")
+
 
 async def _write_chunks(session: AsyncSession, artifact_id: str, payload: bytes) -> None:
+    # Pieces of a row whose id has rotted are still there under the right one.
+    await session.execute(delete(KernelChunkRow).where(KernelChunkRow.artifact_id == artifact_id))
     batch: list[dict[str, Any]] = []
     for index, chunk in enumerate(split(payload, chunk_bytes=_CHUNK_BYTES)):
         batch.append({"artifact_id": artifact_id, "index": index, "data": chunk.data, "crc32": chunk.crc32})
@@ -233,14 +417,6 @@ async def _write_chunks(session: AsyncSession, artifact_id: str, payload: bytes)
             batch = []
     if batch:
         await session.execute(insert(KernelChunkRow), batch)
-
-
-async def _delete(session: AsyncSession, artifact_id: str) -> bool:
-    await session.execute(delete(KernelChunkRow).where(KernelChunkRow.artifact_id == artifact_id))
-    gone = await session.execute(
-        delete(KernelRow).where(KernelRow.artifact_id == artifact_id).returning(KernelRow.artifact_id)
-    )
-    return gone.first() is not None
 
 
 def _same_request(proven: ProvenKernel) -> Select[KernelRow]:
@@ -256,9 +432,12 @@ def _newest_first(blueprint_id: str) -> Select[KernelRow]:
     return statement.order_by(KernelRow.stored_at_us.desc(), KernelRow.artifact_id.desc())
 
 
-def _row(proven: ProvenKernel, payload: bytes) -> KernelRow:
+def _row(proven: ProvenKernel, payload: bytes, *, outside: bool, stored_at_us: int) -> KernelRow:
     manifest = proven.manifest
-    return KernelRow(
+    crcs = b""
+    if outside:
+        crcs = b"".join(chunk.crc32.to_bytes(_CRC_BYTES, "big") for chunk in split(payload, chunk_bytes=_CHUNK_BYTES))
+    row = KernelRow(
         artifact_id=manifest.artifact_id,
         content_key=manifest.content_key,
         blueprint_id=manifest.blueprint_id,
@@ -266,18 +445,11 @@ def _row(proven: ProvenKernel, payload: bytes) -> KernelRow:
         key_id=proven.artifact.key_id,
         size_bytes=len(payload),
         sha256=hashlib.sha256(payload).digest(),
-        stored_at_us=now_us(),
+        stored_at_us=stored_at_us,
+        copy_id=secrets.token_hex(16),
+        outside=int(outside),
+        piece_crcs=crcs,
+        use_key=use_key(proven.artifact.manifest),
     )
-
-
-def _record(row: KernelRow) -> KernelRecord:
-    return KernelRecord(
-        artifact_id=row.artifact_id,
-        content_key=row.content_key,
-        blueprint_id=row.blueprint_id,
-        manifest=row.manifest,
-        key_id=row.key_id,
-        size_bytes=row.size_bytes,
-        sha256=row.sha256,
-        stored_at=moment_of(row.stored_at_us),
-    )
+    row.row_sha256 = row_digest(row)
+    return row

@@ -17,12 +17,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from esper.contracts import wire
-from esper.contracts.blueprint import BlueprintState, SiteKind
+from esper.contracts.blueprint import BlueprintState
 from esper.contracts.chunks import Chunk
 from esper.contracts.errors import PermissionDeniedError
 from esper.contracts.kernel import KernelManifest
 from esper.services.urza.blueprint_store import LineageDirection
-from esper.services.urza.kernel_store import KernelRecord
+from esper.services.urza.kernel_rows import KernelRecord
 from esper.services.urza.rest_body_limit import BodyLimit
 from esper.services.urza.rest_errors import PROBLEM_RESPONSES, install_error_handlers
 from esper.services.urza.rest_models import (
@@ -34,14 +34,15 @@ from esper.services.urza.rest_models import (
     HealthAnswer,
     KernelBody,
     KernelPage,
-    Kind,
+    KernelStatisticsAnswer,
     LineageAnswer,
     RelativeBody,
+    SearchParameters,
     SetStateBody,
-    State,
     StateChangeBody,
+    StatisticsBody,
 )
-from esper.services.urza.rules import BlueprintQuery, PageRequest
+from esper.services.urza.rules import PageRequest
 from esper.services.urza.store import UrzaStore
 
 MAX_BODY_BYTES = 256 * 1024
@@ -113,26 +114,10 @@ def _reading_routes(store: UrzaStore) -> APIRouter:
     router = APIRouter(prefix="/v1/blueprints", tags=["blueprints"])
 
     @router.get("")
-    async def search_blueprints(
-        all_tags: Annotated[list[str], Query(description="Tags that must all be there")] = [],  # noqa: B006
-        any_tags: Annotated[list[str], Query(description="Tags of which one must be there")] = [],  # noqa: B006
-        no_tags: Annotated[list[str], Query(description="Tags that must not be there")] = [],  # noqa: B006
-        states: Annotated[list[State], Query(description="States of which one must hold")] = [],  # noqa: B006
-        text: Annotated[str, Query(description="Text in name or description, in any case")] = "",
-        site_kind: Annotated[Kind | None, Query(description="Kind of site it is meant for")] = None,
-        page_size: _PageSize = 0,
-        page_token: _PageToken = "",
-    ) -> BlueprintPage:
+    async def search_blueprints(asked: Annotated[SearchParameters, Query()]) -> BlueprintPage:
         """Give one page of the blueprints that meet every condition, by name and version."""
-        query = BlueprintQuery(
-            all_tags=tuple(all_tags),
-            any_tags=tuple(any_tags),
-            no_tags=tuple(no_tags),
-            states=tuple(BlueprintState[state.value] for state in states),
-            text=text,
-            site_kind=None if site_kind is None else SiteKind[site_kind.value],
-        )
-        page = await store.blueprints.search(query, PageRequest(size=page_size, token=page_token))
+        request = PageRequest(size=asked.page_size, token=asked.page_token)
+        page = await store.blueprints.search(asked.to_query(), request)
         return BlueprintPage(
             blueprints=[BlueprintBody.of(item) for item in page.items], next_page_token=page.next_token
         )
@@ -200,6 +185,14 @@ def _kernel_routes(store: UrzaStore) -> APIRouter:
     async def get_kernel(artifact_id: str) -> KernelBody:
         """Give what is said of a kernel."""
         return _kernel_body(await store.kernels.get(artifact_id=artifact_id))
+
+    @router.get("/{artifact_id}/statistics")
+    async def get_kernel_statistics(artifact_id: str) -> KernelStatisticsAnswer:
+        """Give what field reports say of a kernel; it may be gone by now."""
+        counted = await store.reports.kernel_statistics(artifact_id)
+        if counted is None:
+            await store.kernels.get(artifact_id=artifact_id)  # nobody reported it: it is known, or it is an error
+        return KernelStatisticsAnswer(statistics=None if counted is None else StatisticsBody.of(counted))
 
     @router.get("/{artifact_id}/content", response_class=Response)
     async def get_kernel_content(artifact_id: str, request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated
@@ -11,18 +12,22 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 from esper.contracts.blueprint import (
     AttributeValue,
     Blueprint,
+    BlueprintBounds,
     BlueprintIR,
     BlueprintMetadata,
     BlueprintState,
     BlueprintStateChange,
+    BlueprintStatistics,
     Expression,
     IRNode,
+    KernelStatistics,
     Lineage,
     SiteKind,
 )
 from esper.contracts.kernel import KernelManifest
-from esper.services.urza.kernel_store import KernelRecord
-from esper.services.urza.rules import MAX_TAGS, BlueprintDraft
+from esper.services.urza.kernel_rows import KernelRecord
+from esper.services.urza.rules import MAX_TAGS, BlueprintDraft, BlueprintQuery
+from esper.services.urza.tag_expression import parse_tags
 
 State = StrEnum("State", {state.name: state.name for state in BlueprintState})  # type: ignore[misc]
 """Names of the states of a blueprint."""
@@ -107,11 +112,17 @@ class LineageBody(Body):
 
 
 class StatisticsBody(Body):
-    """What field reports say of a blueprint, over all runs."""
+    """What field reports say of a blueprint or kernel, over all runs; latency is that of one example."""
 
     trials: int
     kept: int
     mean_contribution: float | None
+    mean_latency_ms: float | None
+
+    @classmethod
+    def of(cls, counted: BlueprintStatistics | KernelStatistics) -> StatisticsBody:
+        """Give the body of a domain value."""
+        return cls(**dataclasses.asdict(counted))
 
 
 class BlueprintBody(Body):
@@ -145,9 +156,7 @@ class BlueprintBody(Body):
             ),
             lineage=LineageBody(parent_ids=list(made.parent_ids), operator=made.operator, author=made.author),
             created_at=blueprint.created_at,
-            statistics=None
-            if counted is None
-            else StatisticsBody(trials=counted.trials, kept=counted.kept, mean_contribution=counted.mean_contribution),
+            statistics=None if counted is None else StatisticsBody.of(counted),
         )
 
 
@@ -184,6 +193,43 @@ class BlueprintPage(Body):
 
     blueprints: list[BlueprintBody]
     next_page_token: str
+
+
+class SearchParameters(Body):
+    """Conditions of a search, all of which must hold, and which page of what is found."""
+
+    tags: str = Field("", description="Expression over tags, e.g. ``validated & conv2d & !deprecated``")
+    all_tags: list[str] = Field([], description="Tags that must all be there")
+    any_tags: list[str] = Field([], description="Tags of which one must be there")
+    no_tags: list[str] = Field([], description="Tags that must not be there")
+    states: list[State] = Field([], description="States of which one must hold")
+    text: str = Field("", description="Text in name or description, in any case")
+    site_kind: Kind | None = Field(None, description="Kind of site it is meant for")
+    min_parameters: int | None = Field(None, description="Least parameters at a reference site")
+    max_parameters: int | None = Field(None, description="Most parameters at a reference site")
+    min_flops: int | None = Field(None, description="Least FLOPs of one example at the same reference site")
+    max_flops: int | None = Field(None, description="Most FLOPs of one example at the same reference site")
+    min_latency_ms: float | None = Field(None, description="Least mean latency of its kernels, in milliseconds")
+    max_latency_ms: float | None = Field(None, description="Most mean latency of its kernels, in milliseconds")
+    min_success_rate: float | None = Field(None, description="Least share of trials that were kept, 0 to 1")
+    max_success_rate: float | None = Field(None, description="Most share of trials that were kept, 0 to 1")
+    page_size: int = Field(0, description="Entries a page, 1 to 500; 0 means 50")
+    page_token: str = Field("", description="Token of the page before; empty for the first")
+
+    def to_query(self) -> BlueprintQuery:
+        """Give the query; its rules are checked here."""
+        return BlueprintQuery(
+            tags=parse_tags(self.tags, parameter="tags"),
+            all_tags=tuple(self.all_tags),
+            any_tags=tuple(self.any_tags),
+            no_tags=tuple(self.no_tags),
+            states=tuple(BlueprintState[state.value] for state in self.states),
+            text=self.text,
+            site_kind=None if self.site_kind is None else SiteKind[self.site_kind.value],
+            bounds=BlueprintBounds(
+                **{bound.name: getattr(self, bound.name) for bound in dataclasses.fields(BlueprintBounds)}
+            ),
+        )
 
 
 class CreateBlueprintBody(Body):
@@ -318,6 +364,12 @@ class KernelPage(Body):
 
     kernels: list[KernelBody]
     next_page_token: str
+
+
+class KernelStatisticsAnswer(Body):
+    """What field reports say of a kernel; ``null`` while none came."""
+
+    statistics: StatisticsBody | None
 
 
 class HealthAnswer(Body):

@@ -5,12 +5,20 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Final, Generic, TypeVar
 
-from esper.contracts.blueprint import BlueprintIR, BlueprintMetadata, BlueprintState, Lineage, SiteKind
+from esper.contracts.blueprint import (
+    BlueprintBounds,
+    BlueprintIR,
+    BlueprintMetadata,
+    BlueprintState,
+    Lineage,
+    SiteKind,
+)
 from esper.contracts.errors import InvalidInputError
-from esper.mesh.validation import require_name
+from esper.mesh.validation import require_name, require_range
+from esper.services.urza.tag_expression import TagExpression
 
 T = TypeVar("T")
 
@@ -23,6 +31,8 @@ MAX_LINEAGE_DEPTH: Final = 100
 MAX_PARENTS: Final = 16
 MAX_ACTOR_CHARS: Final = 128
 MAX_REASON_CHARS: Final = 500
+MAX_FIGURE: Final = 2**63 - 1
+"""Largest whole number that bounds a figure."""
 _ENTRY_OVERHEAD_BYTES: Final = 8 * 1024
 """Allowance for what an entry holds beside its largest part, in bytes."""
 
@@ -81,12 +91,16 @@ class BlueprintQuery:
     """Tags of which one must be there."""
     no_tags: tuple[str, ...] = ()
     """Tags that must not be there."""
+    tags: TagExpression | None = None
+    """Expression over tags that must hold."""
     states: tuple[BlueprintState, ...] = ()
     """States of which one must hold."""
     text: str = ""
     """Text that name or description must contain, in any case."""
     site_kind: SiteKind | None = None
     """Kind it must be meant for; a blueprint meant for every kind is meant for this one."""
+    bounds: BlueprintBounds = field(default_factory=BlueprintBounds)
+    """Bounds on figures; parameters and FLOPs at the reference site of ``site_kind``, or of any one kind without it."""
 
     def __post_init__(self) -> None:
         for name in ("all_tags", "any_tags", "no_tags"):
@@ -94,6 +108,7 @@ class BlueprintQuery:
         require_text("text", self.text, max_chars=128)
         if len(self.states) > len(BlueprintState):
             raise InvalidInputError.of("states", f"be at most {len(BlueprintState)}", len(self.states))
+        _check_bounds(self.bounds)
 
     @property
     def scope(self) -> str:
@@ -105,6 +120,8 @@ class BlueprintQuery:
             sorted({int(state) for state in self.states}),
             self.text.casefold(),
             int(self.site_kind or 0),
+            str(self.tags or ""),
+            [value if value is None else float(value) for value in astuple(self.bounds)],
         )
         return f"SearchBlueprints|{hashlib.sha256(repr(parts).encode()).hexdigest()}"
 
@@ -201,6 +218,16 @@ def _check_metadata(metadata: BlueprintMetadata) -> None:
     require_text("metadata.citation", metadata.citation, max_chars=500)
     if len(set(metadata.site_kinds)) != len(metadata.site_kinds):
         raise InvalidInputError.of("metadata.site_kinds", "name every kind once", metadata.site_kinds)
+
+
+def _check_bounds(bounds: BlueprintBounds) -> None:
+    for figure, most in (("parameters", MAX_FIGURE), ("flops", MAX_FIGURE), ("latency_ms", None), ("success_rate", 1)):
+        low, high = getattr(bounds, f"min_{figure}"), getattr(bounds, f"max_{figure}")
+        for end, value in (("min", low), ("max", high)):
+            if value is not None:
+                require_range(f"bounds.{end}_{figure}", value, low=0, high=most)
+        if low is not None and high is not None and low > high:
+            raise InvalidInputError.of(f"bounds.min_{figure}", f"be at most bounds.max_{figure} ({high})", low)
 
 
 def _check_lineage(lineage: Lineage) -> None:

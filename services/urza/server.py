@@ -17,8 +17,10 @@ from esper.mesh.http_server import HttpServer
 from esper.mesh.in_process import InProcessChannel
 from esper.mesh.ports import LOOPBACK, is_loopback
 from esper.mesh.server import MeshServer
+from esper.services.urza.blobs import Blobs
 from esper.services.urza.report_consumer import ReportConsumer
 from esper.services.urza.rest import build_app
+from esper.services.urza.retention import RetentionPolicy, Sweeper
 from esper.services.urza.seeding import seed_library
 from esper.services.urza.service import UrzaServicer
 from esper.services.urza.store import StoreLimits, UrzaStore
@@ -52,6 +54,12 @@ class UrzaConfig:
     """Most bytes that uploads under way hold together. At least ``limits.max_kernel_bytes``."""
     limits: StoreLimits = field(default_factory=StoreLimits)
     """How much the library may hold."""
+    blobs_url: str = field(default="", repr=False)
+    """Where the bytes of new kernels rest, as a URL of ``fsspec``; empty for the database."""
+    retention: RetentionPolicy = field(default_factory=RetentionPolicy)
+    """What sweeps let go of."""
+    sweep_interval_s: float = 3600.0
+    """Seconds between two sweeps; 0 leaves them to `SweepLibrary` alone."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rest_port <= 65535:
@@ -76,6 +84,10 @@ class UrzaConfig:
                 f"{self.upload_budget_bytes}",
                 parameter="upload_budget_bytes",
             )
+        if not self.sweep_interval_s >= 0:
+            raise ConfigError(
+                f"sweep_interval_s must be >= 0 seconds, got {self.sweep_interval_s}", parameter="sweep_interval_s"
+            )
 
 
 class UrzaService:
@@ -96,8 +108,16 @@ class UrzaService:
         """
         self._config = config
         self._bus = bus
+        blobs = Blobs(config.blobs_url) if config.blobs_url else None
         self._database = Database.open(config.database_url)
-        self.store = UrzaStore(self._database, key_ring=key_ring, limits=config.limits, token_key=config.page_token_key)
+        self.store = UrzaStore(
+            self._database,
+            key_ring=key_ring,
+            limits=config.limits,
+            token_key=config.page_token_key,
+            blobs=blobs,
+            retention=config.retention,
+        )
         """What both faces stand on."""
         self.servicer = UrzaServicer(self.store, upload_budget_bytes=config.upload_budget_bytes)
         """The gRPC face."""
@@ -115,11 +135,11 @@ class UrzaService:
         return None if self._rest is None else self._rest.url
 
     async def start(self) -> None:
-        """Bring the tables up to date, seed the library, and begin to serve REST and to take field reports.
+        """Bring the tables up to date, seed the library, and begin to sweep, serve REST and take field reports.
 
         Raises:
             InvalidStateError: A newer build has written the tables, or it was started before.
-            UnavailableError: The database or the bus cannot be reached.
+            UnavailableError: The database, the bus or the place for bytes outside cannot be reached.
             PortInUseError: Another process holds the REST port.
         """
         if self._started:
@@ -129,6 +149,10 @@ class UrzaService:
             await self.store.migrate()
             if self._config.seed_templates:
                 await seed_library(self.store.blueprints, default_registry())
+            if self._config.sweep_interval_s:
+                sweeper = Sweeper(self.store.retention, interval_s=self._config.sweep_interval_s)
+                self._open.push_async_callback(sweeper.close)
+                sweeper.start()
             if self._bus is not None:
                 self._consumer = ReportConsumer(self._bus, self.store.reports)
                 self._open.push_async_callback(self._consumer.close)

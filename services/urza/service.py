@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 from collections.abc import AsyncIterator
 from typing import Any, Final, cast
 
-from esper.contracts.blueprint import Blueprint, BlueprintIR, BlueprintMetadata, BlueprintState, Lineage, SiteKind
-from esper.contracts.chunks import Assembler
-from esper.contracts.errors import CapacityExceededError, InvalidInputError
+from esper.contracts.blueprint import (
+    Blueprint,
+    BlueprintBounds,
+    BlueprintIR,
+    BlueprintMetadata,
+    BlueprintState,
+    Lineage,
+    SiteKind,
+)
+from esper.contracts.chunks import SHA256_BYTES
+from esper.contracts.errors import InvalidInputError
 from esper.contracts.run import FieldReport
-from esper.contracts.wire import enum_from_wire, from_wire, to_wire
+from esper.contracts.wire import enum_from_wire, from_wire, to_message, to_wire
 from esper.mesh.validation import require_size
 from esper.services.urza.blueprint_store import LineageDirection
+from esper.services.urza.kernel_upload import KernelUpload, UploadBudget
 from esper.services.urza.rules import BlueprintDraft, BlueprintQuery, PageRequest
 from esper.services.urza.store import UrzaStore
+from esper.services.urza.tag_expression import parse_tags
 from esper.v1 import blueprint_pb2, kernel_pb2, urza_service_pb2, urza_service_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -26,40 +35,6 @@ _MAX_CREATE_BYTES: Final = 256 * 1024
 _STATE: Final = blueprint_pb2.BlueprintState.DESCRIPTOR
 _SITE_KIND: Final = blueprint_pb2.SiteKind.DESCRIPTOR
 _DIRECTION: Final = urza_service_pb2.LineageDirection.DESCRIPTOR
-
-
-class UploadBudget:
-    """Bytes that uploads under way may hold together, so that many of them at once cannot fill the memory.
-
-    Belongs to one event loop.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._held_bytes = 0
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes set aside now."""
-        return self._held_bytes
-
-    def take(self, num_bytes: int) -> None:
-        """Set bytes aside.
-
-        Raises:
-            CapacityExceededError: Uploads under way hold too many already; try again later.
-        """
-        if self._held_bytes + num_bytes > self._max_bytes:
-            raise CapacityExceededError(
-                f"uploads under way must hold at most {self._max_bytes} bytes together, got {num_bytes} bytes beyond "
-                f"{self._held_bytes}; retry after the hinted delay",
-                parameter="total_bytes",
-            )
-        self._held_bytes += num_bytes
-
-    def give_back(self, num_bytes: int) -> None:
-        """Let bytes go that were set aside."""
-        self._held_bytes -= num_bytes
 
 
 class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
@@ -105,6 +80,8 @@ class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
             states=tuple(_state_of(state, "states") for state in request.states),
             text=request.text,
             site_kind=_site_kind_of(request.site_kind) if request.site_kind else None,
+            tags=parse_tags(request.tag_expression),
+            bounds=from_wire(request.bounds, BlueprintBounds),
         )
         page = await self._store.blueprints.search(query, _page_of(request))
         return urza_service_pb2.SearchBlueprintsResponse(
@@ -131,20 +108,44 @@ class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
         return urza_service_pb2.SetBlueprintStateResponse(blueprint=_wire(blueprint))
 
     async def UploadKernel(self, request_iterator: AsyncIterator[Any], context: Any) -> Any:  # noqa: ARG002, N802
-        """Take a kernel in chunks; nothing is stored before all of it is here and proven."""
-        assembler = Assembler(max_bytes=self._store.kernels.max_kernel_bytes)
-        set_aside = 0
+        """Take a kernel in chunks, from where it broke if it did; nothing is stored before all is here and proven."""
+        upload = KernelUpload(self._store, self._uploads)
         try:
             async for chunk in request_iterator:
-                assembler.add(chunk)
-                if not set_aside:
-                    self._uploads.take(assembler.total_bytes or 0)
-                    set_aside = assembler.total_bytes or 0
-            payload = await asyncio.to_thread(assembler.finish)
-            record, created = await self._store.kernels.put(payload)
+                await upload.add(chunk)
+            record, created = await upload.finish()
         finally:
-            self._uploads.give_back(set_aside)
+            upload.close()
         return urza_service_pb2.UploadKernelResponse(artifact_id=record.artifact_id, created=created)
+
+    async def GetKernelUpload(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
+        """Say how far an upload got."""
+        if len(request.sha256) != SHA256_BYTES:
+            raise InvalidInputError.of("sha256", f"be {SHA256_BYTES} bytes", request.sha256)
+        if request.total_bytes < 1:
+            raise InvalidInputError.of("total_bytes", "be > 0", request.total_bytes)
+        stored = await self._store.kernels.complete(request.sha256)
+        if stored is not None:
+            return urza_service_pb2.GetKernelUploadResponse(offset=stored.size_bytes, artifact_id=stored.artifact_id)
+        held = await self._store.uploads.held_bytes(request.sha256, request.total_bytes)
+        return urza_service_pb2.GetKernelUploadResponse(offset=held)
+
+    async def PinKernel(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
+        """Keep a kernel from every sweep, or no longer."""
+        change = self._store.kernels.unpin if request.unpin else self._store.kernels.pin
+        changed = await change(request.artifact_id, actor=request.actor, reason=request.reason)
+        return urza_service_pb2.PinKernelResponse(changed=changed)
+
+    async def SweepLibrary(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
+        """Let go of what need not be kept, or say what would go."""
+        swept = await (self._store.retention.preview() if request.dry_run else self._store.retention.sweep())
+        return urza_service_pb2.SweepLibraryResponse(
+            artifact_ids=swept.kernel_ids,
+            kernel_bytes=swept.kernel_bytes,
+            held_bytes=swept.held_bytes,
+            reports=swept.reports,
+            uploads=swept.uploads,
+        )
 
     async def DownloadKernel(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: ARG002, N802
         """Give a kernel in checksummed chunks, from an offset on."""
@@ -154,9 +155,14 @@ class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
             yield urza_service_pb2.DownloadKernelResponse(**fields)
 
     async def GetKernel(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
-        """Give a kernel's manifest by id or content key."""
+        """Give a kernel's manifest by id or content key, with what runs reported of it."""
         record = await self._store.kernels.get(artifact_id=request.artifact_id, content_key=request.content_key)
-        return urza_service_pb2.GetKernelResponse(manifest=_manifest(record.manifest), size_bytes=record.size_bytes)
+        statistics = await self._store.reports.kernel_statistics(record.artifact_id)
+        return urza_service_pb2.GetKernelResponse(
+            manifest=_manifest(record.manifest),
+            size_bytes=record.size_bytes,
+            statistics=None if statistics is None else to_message(statistics, blueprint_pb2.KernelStatistics),
+        )
 
     async def ListKernels(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
         """Give one page of kernels, newest first."""

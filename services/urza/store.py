@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from esper.contracts.errors import ConfigError
 from esper.execution.artifact import MAX_ARTIFACT_BYTES
 from esper.execution.keys import KeyRing
 from esper.mesh.database import Database
+from esper.services.urza.blobs import Blobs
 from esper.services.urza.blueprint_store import BlueprintStore
-from esper.services.urza.kernel_store import KernelStore
+from esper.services.urza.clock import now_us
+from esper.services.urza.kernel_store import KernelLimits, KernelStore
 from esper.services.urza.migrate import migrate
 from esper.services.urza.report_store import ReportStore
+from esper.services.urza.retention import Retention, RetentionPolicy
+from esper.services.urza.upload_store import UploadStore
 
 _MIB = 1024 * 1024
 
@@ -20,15 +25,17 @@ _MIB = 1024 * 1024
 class StoreLimits:
     """How much the library may hold."""
 
-    max_blueprints: int = 100_000
+    max_blueprints: int = 10_000_000
     """Most blueprints, all versions counted."""
     max_kernel_bytes: int = MAX_ARTIFACT_BYTES
     """Largest serialised kernel, in bytes."""
     max_stored_bytes: int = 64 * 1024 * _MIB
     """Most bytes of kernels altogether."""
+    max_upload_bytes: int = 1024 * _MIB
+    """Most bytes of unfinished uploads kept; beyond them an upload that breaks begins anew."""
 
     def __post_init__(self) -> None:
-        for name in ("max_blueprints", "max_kernel_bytes", "max_stored_bytes"):
+        for name in ("max_blueprints", "max_kernel_bytes", "max_stored_bytes", "max_upload_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}", parameter=name)
 
@@ -43,6 +50,9 @@ class UrzaStore:
         key_ring: KeyRing | None = None,
         limits: StoreLimits | None = None,
         token_key: bytes = b"",
+        blobs: Blobs | None = None,
+        retention: RetentionPolicy | None = None,
+        clock: Callable[[], int] = now_us,
     ) -> None:
         """Build the store over an open database.
 
@@ -51,35 +61,48 @@ class UrzaStore:
             key_ring: Whose signatures kernels must carry; ``None`` checks digests alone.
             limits: How much the store may hold.
             token_key: Secret that signs page tokens, at most 64 bytes; equal in all replicas.
+            blobs: Where the bytes of kernels rest; ``None`` is the database. Kernels stay where they were stored.
+            retention: What sweeps let go of.
+            clock: Gives the present, in microseconds since 1970.
         """
         limits = limits or StoreLimits()
         self._database = database
+        self._blobs = blobs
         self.blueprints = BlueprintStore(database, max_blueprints=limits.max_blueprints, token_key=token_key)
         """Blueprints: versions, tags, genealogy, life cycle."""
         self.kernels = KernelStore(
             database,
             key_ring=key_ring,
-            max_kernel_bytes=limits.max_kernel_bytes,
-            max_stored_bytes=limits.max_stored_bytes,
+            limits=KernelLimits(max_kernel_bytes=limits.max_kernel_bytes, max_stored_bytes=limits.max_stored_bytes),
             token_key=token_key,
+            blobs=blobs,
+            clock=clock,
         )
         """Kernels: manifests and bytes."""
-        self.reports = ReportStore(database)
+        self.uploads = UploadStore(database, max_bytes=limits.max_upload_bytes, clock=clock)
+        """Uploads that are not complete."""
+        self.reports = ReportStore(database, clock=clock)
         """Field reports and what they add up to."""
+        self.retention = Retention(database, self.kernels, self.uploads, retention or RetentionPolicy(), clock=clock)
+        """What the library lets go of."""
 
     async def migrate(self) -> None:
-        """Bring the tables to this build's form.
+        """Bring the tables to this build's form, and make the place for bytes outside ready.
 
         Raises:
             InvalidStateError: A newer build has written them.
-            UnavailableError: The database cannot be reached.
+            UnavailableError: The database, or the place for bytes outside, cannot be reached.
         """
         await migrate(self._database)
+        if self._blobs is not None:
+            await self._blobs.prepare()
 
     async def ping(self) -> None:
-        """Return when the database answers.
+        """Return when the database answers, and the place for bytes outside is there.
 
         Raises:
-            UnavailableError: It does not.
+            UnavailableError: It is not so.
         """
         await self._database.ping()
+        if self._blobs is not None:
+            await self._blobs.ping()

@@ -25,6 +25,7 @@ from esper.execution.tier_directory import DirectoryTier
 from esper.execution.tier_port import BreakerState
 from esper.execution.tier_redis import KEY_PREFIX, RedisTier
 from esper.execution.tiers import TierConfig, TieredKernelSource
+from tests import damaged_kernels
 
 KEY = SigningKey.generate()
 IR = BlueprintIR(nodes=(IRNode(name="map", op="linear", inputs=("h",)),), output="map")
@@ -112,6 +113,25 @@ async def test_a_damaged_entry_is_dropped_and_counted(server: Server, tmp_path: 
     assert (await source.fetch(ID)).artifact_id == ID
     assert source.stats()[1].corrupt == 1
     assert server.client.get(KEY_PREFIX + ID) == DATA
+    await source.close()
+
+
+async def test_one_bit_changed_anywhere_in_an_entry_costs_one_fetch_from_the_library(
+    server: Server, tmp_path: Path
+) -> None:
+    artifact_id, whole = damaged_kernels.kernel_bytes()
+    true = verify(whole, damaged_kernels.KEY.ring())
+    library, cache = DirectoryTier(tmp_path / "library"), KernelCache(1 << 20)
+    await library.write(artifact_id, whole)
+    source = TieredKernelSource(cache, RedisTier(server.url), library, damaged_kernels.KEY.ring())
+    for number, (name, data) in enumerate(damaged_kernels.damaged(whole), start=1):
+        server.client.set(KEY_PREFIX + artifact_id, data)
+        cache.clear()
+        kernel = await source.fetch(artifact_id)
+        assert (kernel.manifest, kernel.ir, kernel.binary) == (true.manifest, true.ir, true.binary), name
+        assert torch.equal(kernel.weights["w"], true.weights["w"]), name
+        assert (source.stats()[1].corrupt, source.stats()[1].hits, source.stats()[2].hits) == (number, 0, number), name
+        assert server.client.get(KEY_PREFIX + artifact_id) == whole, name
     await source.close()
 
 

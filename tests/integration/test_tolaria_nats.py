@@ -34,7 +34,7 @@ from esper.telemetry import NatsBus, NatsServer, NatsServerConfig
 class NoKernels:
     """A kernel source of a mesh without a library."""
 
-    async def fetch(self, artifact_id: str) -> Any:
+    async def fetch(self, artifact_id: str, *, announced: bool = False) -> Any:
         raise NotFoundError(f"there is no kernel {artifact_id}")
 
     def stats(self) -> tuple[()]:

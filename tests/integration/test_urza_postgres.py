@@ -24,6 +24,13 @@ from esper.testing.urza_contract import (
     ReportStoreContract,
     put,
 )
+from esper.testing.urza_query_contract import (
+    BoundsContract,
+    FiguresMigrationContract,
+    KernelStatisticsContract,
+    TagExpressionContract,
+    TotalContract,
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +66,26 @@ class TestKernelStore(KernelStoreContract):
 
 
 class TestReportStore(ReportStoreContract):
+    pass
+
+
+class TestTagExpressions(TagExpressionContract):
+    pass
+
+
+class TestBounds(BoundsContract):
+    pass
+
+
+class TestKernelStatistics(KernelStatisticsContract):
+    pass
+
+
+class TestTotal(TotalContract):
+    pass
+
+
+class TestFiguresMigration(FiguresMigrationContract):
     pass
 
 

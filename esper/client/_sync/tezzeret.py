@@ -58,6 +58,6 @@ class TezzeretClient:
                 yield job
 
     def requeue_dead_letter(self, job_id: str) -> CompileJob:
-        """Put a dead job back on the queue."""
+        """Put a dead or failed job back on the queue."""
         request = tezzeret_service_pb2.RequeueDeadLetterRequest(job_id=job_id)
         return from_wire((self._transport.call("tezzeret", "RequeueDeadLetter", request)).job, CompileJob)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import typer
 
 from esper.cli import connection, runs
 from esper.cli import mesh as mesh_commands
-from esper.cli.main import app, main
+from esper.cli.main import app
 from esper.client.transport import AsyncStubTransport, Transport
 from esper.contracts.errors import NotFoundError, UnavailableError
 from esper.mesh import InProcessChannel
@@ -29,14 +28,26 @@ from esper.v1.tolaria_service_pb2_grpc import (
 
 SURFACE = {
     "bench": "NAME --json --quick",
+    "blueprints cost": "FILE --json --site",
+    "blueprints create": "FILE --citation --description --json --kinds --name --tags|-t --timeout",
     "blueprints lineage": "REFERENCE --descendants --json --timeout",
-    "blueprints search": "--json --tag|-t --text --without",
+    "blueprints search": "--json --kind --state --tags --tag|-t --text --where --without",
     "blueprints show": "REFERENCE --json --timeout",
+    "blueprints validate": "FILE --json --site",
     "config show": "--config --json",
+    "dead-letters list": "--json --limit|-n",
+    "dead-letters requeue": "JOB_IDS --all --json --timeout",
+    "dead-letters show": "JOB_ID --json --timeout",
     "demo": "--connect --epochs --first-seed --out --seeds --state-dir",
     "down": "--config --state-dir",
+    "jobs list": "--json --limit|-n --phase",
+    "jobs show": "JOB_ID --json --timeout",
+    "jobs watch": "JOB_ID --json",
+    "kernels compile": "BLUEPRINT --device --json --seed --site --target --timeout --wait",
+    "kernels download": "ARTIFACT_ID FILE --force",
     "kernels list": "--blueprint --json --timeout",
-    "kernels show": "ARTIFACT_ID --timeout",
+    "kernels show": "ARTIFACT_ID --json --timeout",
+    "kernels verify": "KERNEL --json --key",
     "logs": "SERVICE --config --lines|-n --state-dir",
     "report": "RUN_ID --json --timeout",
     "runs checkpoint": "RUN_ID --timeout",
@@ -105,29 +116,6 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Runs:
 
     monkeypatch.setattr(connection, "ChannelTransport", lambda _settings: Transport(Calls()))
     return servicer
-
-
-@pytest.fixture(autouse=True)
-def own_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for key in list(os.environ):
-        if key.startswith("ESPER_"):
-            monkeypatch.delenv(key)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-@pytest.fixture
-def esper(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run a command line; gives exit code, output and errors."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["esper", *words])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def test_the_surface_is_frozen() -> None:

@@ -6,7 +6,9 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +21,17 @@ from esper.contracts.errors import InvalidStateError, NotFoundError, Unavailable
 from esper.contracts.run import CacheTierStatus
 from esper.contracts.wire import to_message, to_wire
 from esper.core.link import BusLink, KernelArrival, fresh_client
+from esper.execution._native import KernelCache
+from esper.execution.tier_directory import DirectoryTier
+from esper.execution.tiers import TierConfig, TieredKernelSource
+from esper.mesh.loop_thread import LoopThread
+from esper.services.mesh import LoopSource
 from esper.telemetry import Bus, MemoryBroker, MemoryBus, OonaClient, build_subject
 from esper.telemetry.bus import CONTENT_TYPE_HEADER
 from esper.telemetry.consumer import content_type, replay_run
 from esper.telemetry.subjects import Kind
 from esper.v1 import decision_pb2, kernel_pb2
+from tests.damaged_kernels import KEY, kernel_bytes
 
 
 class Source:
@@ -33,7 +41,7 @@ class Source:
         self.kernels: dict[str, Any] = {}
         self.error: Exception = NotFoundError("no tier has it")
 
-    async def fetch(self, artifact_id: str) -> Any:
+    async def fetch(self, artifact_id: str, *, announced: bool = False) -> Any:
         if artifact_id in self.kernels:
             return self.kernels[artifact_id]
         raise self.error
@@ -133,6 +141,31 @@ def test_a_kernel_is_fetched_on_the_way(wire: Wire, decision: AdaptationDecision
     (found,) = wire.arrivals()
     assert found.kernel is arrival.kernel
     assert found.ready == arrival.ready
+
+
+def test_a_kernel_announced_right_after_it_was_missed_is_fetched(
+    wire: Wire, decision: AdaptationDecision, kernel_for: Any, tmp_path: Path
+) -> None:
+    """Removed as damaged, rebuilt and announced within the time for which a miss is remembered."""
+    ready = kernel_for(decision).ready
+    artifact_id, data = kernel_bytes()
+    ready = replace(ready, artifact_id=artifact_id)
+    library = DirectoryTier(tmp_path)
+    source = TieredKernelSource(KernelCache(1 << 20), None, library, KEY.ring(), TierConfig(negative_ttl_s=600.0))
+    home = LoopThread("kernels")
+    wire.link._source = LoopSource(source, home)
+
+    async def told() -> None:
+        with pytest.raises(NotFoundError):
+            await source.fetch(artifact_id)
+        await library.write(artifact_id, data)
+
+    home.run(told(), 10)
+    wire.publish(Kind.KERNEL, to_wire(ready))
+    (found,) = wire.arrivals()
+    home.close()
+    assert found.error == ""
+    assert found.kernel.artifact_id == artifact_id
 
 
 @pytest.mark.parametrize(

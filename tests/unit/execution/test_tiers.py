@@ -71,14 +71,15 @@ class Shelf:
 
     async def read(self, artifact_id: str) -> bytes:
         self.reads += 1
+        found = self.entries.get(artifact_id)
         self.asked.set()
         if self.gate is not None:
             await self.gate.wait()
         if self.failure is not None:
             raise self.failure
-        if artifact_id not in self.entries:
+        if found is None:
             raise NotFoundError(f"no {artifact_id}")
-        return self.entries[artifact_id]
+        return found
 
     async def write(self, artifact_id: str, data: bytes) -> None:
         if self.failure is not None:
@@ -118,7 +119,9 @@ async def test_a_kernel_of_the_library_is_promoted_to_every_tier(tiers: Tiers) -
     tiers.l3.entries[ID] = DATA
     assert (await tiers.source.fetch(ID)).artifact_id == ID
     assert tiers.l2.entries[ID] == DATA
-    assert tiers.source.cached(ID) is await tiers.source.fetch(ID)
+    cached = tiers.source.cached(ID)
+    assert cached is not None
+    assert cached.manifest == (await tiers.source.fetch(ID)).manifest
     assert (tiers.l2.reads, tiers.l3.reads) == (1, 1)
     assert (tiers.status("l3").hits, tiers.status("l2").misses, tiers.status("l1").hits) == (1, 1, 2)
 
@@ -138,7 +141,8 @@ async def test_callers_that_ask_at_once_share_one_fetch(tiers: Tiers) -> None:
     tiers.l3.gate.set()
     kernels = await asyncio.gather(*asking)
     assert tiers.l3.reads == 1
-    assert len({id(kernel) for kernel in kernels}) == 1
+    assert {kernel.artifact_id for kernel in kernels} == {ID}
+    assert len({kernel.weights["w"].data_ptr() for kernel in kernels}) == 20
 
 
 async def test_a_caller_that_leaves_does_not_end_the_fetch_of_others(tiers: Tiers) -> None:
@@ -164,8 +168,47 @@ async def test_a_kernel_announced_after_a_miss_is_found(tiers: Tiers) -> None:
     with pytest.raises(NotFoundError):
         await tiers.source.fetch(ID)
     tiers.l3.entries[ID] = DATA
-    assert await tiers.source.warm([ID]) == (ID,)
+    with pytest.raises(NotFoundError):
+        await tiers.source.fetch(ID)
+    assert (await tiers.source.fetch(ID, announced=True)).artifact_id == ID
     assert (await tiers.source.fetch(ID)).artifact_id == ID
+
+
+async def test_an_announcement_ends_what_was_noted_as_missing_even_if_its_own_fetch_fails(tiers: Tiers) -> None:
+    with pytest.raises(NotFoundError):
+        await tiers.source.fetch(ID)
+    tiers.l3.failure, tiers.l3.entries = UnavailableError("gone"), {ID: DATA}
+    with pytest.raises(UnavailableError):
+        await tiers.source.fetch(ID, announced=True)
+    tiers.l3.failure = None
+    assert (await tiers.source.fetch(ID)).artifact_id == ID
+
+
+async def test_an_announced_fetch_does_not_settle_for_one_that_looked_before(tiers: Tiers) -> None:
+    tiers.l3.gate = asyncio.Event()
+    early = asyncio.create_task(tiers.source.fetch(ID))
+    await tiers.l3.asked.wait()
+    told = [asyncio.create_task(tiers.source.fetch(ID, announced=True)) for _ in range(3)]
+    async with asyncio.timeout(5):
+        while len(tiers.source._flights[ID]._callbacks) < 5:  # noqa: ASYNC110 - until all three wait for the early one
+            await asyncio.sleep(0.001)
+    tiers.l3.entries[ID] = DATA
+    tiers.l3.gate.set()
+    with pytest.raises(NotFoundError):
+        await early
+    assert {kernel.artifact_id for kernel in await asyncio.gather(*told)} == {ID}
+    assert tiers.l3.reads == 2
+
+
+async def test_a_kernel_removed_as_corrupt_rebuilt_and_announced_is_found(tiers: Tiers) -> None:
+    tiers.l3.failure = CorruptDataError("a piece is damaged; it was removed")
+    with pytest.raises(CorruptDataError):
+        await tiers.source.fetch(ID)
+    tiers.l3.failure = None
+    with pytest.raises(NotFoundError):
+        await tiers.source.fetch(ID)
+    tiers.l3.entries[ID] = DATA
+    assert (await tiers.source.fetch(ID, announced=True)).artifact_id == ID
 
 
 async def test_all_slower_tiers_away_is_unavailable(tiers: Tiers) -> None:

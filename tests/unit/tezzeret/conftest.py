@@ -30,7 +30,7 @@ LINEAR = Site(kind=SiteKind.LINEAR, input_shape=(8,), output_shape=(6,))
 
 
 class Library(UrzaServiceServicer):
-    """Kernels in memory; fails as told."""
+    """Kernels in memory; fails, sees bits change on the way, and lies, as told."""
 
     def __init__(self, key: SigningKey) -> None:
         self._ring = key.ring()
@@ -39,27 +39,38 @@ class Library(UrzaServiceServicer):
         self.upload_failures: list[Exception] = []
         self.lookup_failure: Exception | None = None
         self.upload_attempted = asyncio.Event()
+        self.flips_in_transit = 0
+        self.alter_answer: Callable[[urza_pb.GetKernelResponse], None] = lambda _: None
+        self.alter_receipt: Callable[[urza_pb.UploadKernelResponse], None] = lambda _: None
 
     async def UploadKernel(self, request_iterator: Any, context: Any) -> urza_pb.UploadKernelResponse:
         assembler = Assembler(max_bytes=1 << 28)
-        async for chunk in request_iterator:
-            assembler.add(chunk)
         self.uploads += 1
         self.upload_attempted.set()
+        async for chunk in request_iterator:
+            if self.flips_in_transit > 0:
+                self.flips_in_transit -= 1
+                chunk.data = bytes([chunk.data[0] ^ 1]) + chunk.data[1:]
+            assembler.add(chunk)
         if self.upload_failures:
             raise self.upload_failures.pop(0)
         data = assembler.finish()
         manifest = verify(data, self._ring).manifest
-        created = manifest.artifact_id not in self.kernels
-        self.kernels[manifest.artifact_id] = (manifest, data)
-        return urza_pb.UploadKernelResponse(artifact_id=manifest.artifact_id, created=created)
+        known = [one.artifact_id for one, _ in self.kernels.values() if one.content_key == manifest.content_key]
+        if not known:
+            self.kernels[manifest.artifact_id] = (manifest, data)
+        receipt = urza_pb.UploadKernelResponse(artifact_id=(*known, manifest.artifact_id)[0], created=not known)
+        self.alter_receipt(receipt)
+        return receipt
 
     async def GetKernel(self, request: urza_pb.GetKernelRequest, context: Any) -> urza_pb.GetKernelResponse:
         if self.lookup_failure is not None:
             raise self.lookup_failure
         for manifest, data in self.kernels.values():
             if manifest.content_key == request.content_key:
-                return urza_pb.GetKernelResponse(manifest=to_wire(manifest), size_bytes=len(data))  # type: ignore[arg-type]
+                answer = urza_pb.GetKernelResponse(manifest=to_wire(manifest), size_bytes=len(data))  # type: ignore[arg-type]
+                self.alter_answer(answer)
+                return answer
         raise NotFoundError("no kernel of this key")
 
 

@@ -87,22 +87,65 @@ async def test_a_kernel_is_kept_until_the_library_has_it(store: JobStore, spec: 
     assert await store.outbox() == []
 
 
-async def test_a_refused_kernel_fails_its_job(store: JobStore, spec: CompileSpec) -> None:
+async def test_a_kernel_that_is_refused_too_often_goes_and_its_job_is_dead(store: JobStore, spec: CompileSpec) -> None:
     job, _ = await store.add(job_of(spec), None)
     await store.keep_artifact(job.job_id, b"kernel", {})
-    failed = await store.fail_upload(job.job_id, ("refused", "SIGNATURE"))
-    assert (failed.phase, failed.error_reason) == (JobPhase.FAILED, "SIGNATURE")
+    for _ in range(2):
+        kept = await store.refuse_upload(job.job_id, ("refused", "SIGNATURE"), max_refusals=3)
+        assert (kept.phase, kept.error, await store.outbox()) == (JobPhase.PACKAGING, "", [job.job_id])
+    dead = await store.refuse_upload(job.job_id, ("refused", "SIGNATURE"), max_refusals=3)
+    assert (dead.phase, dead.error, dead.error_reason) == (JobPhase.DEAD, "refused", "SIGNATURE")
+    assert dead.finished_at is not None
     assert await store.outbox() == []
 
 
-async def test_only_a_dead_job_is_requeued_unless_told(store: JobStore, spec: CompileSpec) -> None:
+async def test_refusals_are_counted_anew_for_another_kernel(store: JobStore, spec: CompileSpec) -> None:
+    job, _ = await store.add(job_of(spec), None)
+    for _ in range(2):
+        await store.keep_artifact(job.job_id, b"kernel", {})
+        assert (await store.refuse_upload(job.job_id, ("", ""), max_refusals=2)).phase is JobPhase.PACKAGING
+        assert (await store.refuse_upload(job.job_id, ("", ""), max_refusals=2)).phase is JobPhase.DEAD
+        await store.requeue(job.job_id)
+
+
+async def test_a_late_refusal_changes_nothing(store: JobStore, spec: CompileSpec) -> None:
+    """A replica was told that its upload was damaged after another one had got through."""
+    job, _ = await store.add(job_of(spec), None)
+    await store.keep_artifact(job.job_id, b"kernel", {})
+    await store.refuse_upload(job.job_id, ("refused", "CORRUPT_DATA"), max_refusals=9)
+    done = await store.succeed(job.job_id, "k" + "0" * 32, 6)
+    assert await store.refuse_upload(job.job_id, ("refused", "CORRUPT_DATA"), max_refusals=1) == done
+    assert await store.forget_ended(done.created_at + timedelta(days=1)) == 1
+
+
+async def test_a_job_that_the_queue_buried_stays_dead_when_its_kernel_is_refused(
+    store: JobStore, spec: CompileSpec
+) -> None:
+    job, _ = await store.add(job_of(spec), None)
+    await store.keep_artifact(job.job_id, b"kernel", {})
+    dead = await store.advance(job.job_id, JobPhase.DEAD, error=("given up by the queue", "UNAVAILABLE"))
+    assert await store.refuse_upload(job.job_id, ("refused", "CORRUPT_DATA"), max_refusals=1) == dead
+    assert await store.outbox() == []
+
+
+@pytest.mark.parametrize("phase", [JobPhase.DEAD, JobPhase.FAILED])
+async def test_a_job_that_was_given_up_is_requeued(store: JobStore, spec: CompileSpec, phase: JobPhase) -> None:
     job, _ = await store.add(job_of(spec), None)
     with pytest.raises(InvalidStateError, match="must have ended to be requeued, it is QUEUED"):
-        await store.requeue(job.job_id, dead_only=False)
-    await store.advance(job.job_id, JobPhase.DEAD, deliveries=3, error=("killed", "UNAVAILABLE"))
+        await store.requeue(job.job_id, given_up_only=False)
+    await store.advance(job.job_id, phase, deliveries=3, error=("killed", "UNAVAILABLE"))
     again, generation = await store.requeue(job.job_id)
     assert (again.phase, again.deliveries, again.error, generation) == (JobPhase.QUEUED, 0, "", 1)
     assert await store.generation(job.job_id) == 1
+
+
+async def test_a_job_that_succeeded_is_requeued_only_where_that_is_said(store: JobStore, spec: CompileSpec) -> None:
+    job, _ = await store.add(job_of(spec), None)
+    await store.succeed(job.job_id, "k" + "0" * 32, 6)
+    with pytest.raises(NotFoundError, match="must be dead or failed to be requeued, it is SUCCEEDED"):
+        await store.requeue(job.job_id)
+    again, _ = await store.requeue(job.job_id, given_up_only=False)
+    assert (again.phase, again.artifact_id, again.size_bytes) == (JobPhase.QUEUED, "", 0)
 
 
 async def test_each_asker_is_told_once_of_each_end(store: JobStore, spec: CompileSpec) -> None:
@@ -116,7 +159,7 @@ async def test_each_asker_is_told_once_of_each_end(store: JobStore, spec: Compil
     assert {asker.run_id for _, asker in waiting} == {"run-1", "run-2"}
     await store.mark_announced(job.job_id, ASKER)
     assert [asker for _, asker in await store.unannounced()] == [other]
-    await store.requeue(job.job_id, dead_only=False)
+    await store.requeue(job.job_id, given_up_only=False)
     await store.succeed(job.job_id, "k" + "0" * 32, 6)
     assert len(await store.unannounced()) == 2
 

@@ -10,23 +10,30 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from sqlalchemy import update
 
+from esper.blueprints.ir import canonical_bytes
 from esper.contracts.blueprint import BlueprintIR, IRNode, Site, SiteKind
 from esper.contracts.errors import (
     CapacityExceededError,
     CompilationError,
     CorruptDataError,
+    EsperError,
     InvalidBlueprintError,
     InvalidInputError,
     NotFoundError,
+    PermissionDeniedError,
+    SignatureError,
     UnavailableError,
 )
 from esper.contracts.kernel import CompileSpec, CompileTarget, DeviceKind, JobPhase, KernelArtifact
-from esper.execution.artifact import verify
+from esper.contracts.wire import to_wire
+from esper.execution.artifact import KernelContent, artifact_bytes, pack, verify
 from esper.mesh import deadline_scope
 from esper.services.tezzeret import job_runner, phase_clock
 from esper.services.tezzeret.config import CompilerConfig
 from esper.services.tezzeret.content_key import content_key
+from esper.services.tezzeret.models import OutboxRow
 from esper.telemetry import COMPILE
 
 Mill = Any
@@ -96,6 +103,19 @@ async def test_a_kernel_the_library_lost_is_made_anew(mill: Mill, spec: CompileS
     assert again.job_id == job.job_id
 
 
+async def test_a_kernel_the_library_found_damaged_and_removed_is_made_anew(mill: Mill, spec: CompileSpec) -> None:
+    await mill.service.compile(spec, wait=True)
+
+    def damaged(_: Any) -> None:
+        mill.library.kernels.clear()
+        raise CorruptDataError("what is said of it is damaged; the kernel was removed")
+
+    mill.library.alter_answer = damaged
+    again, cached = await mill.service.compile(spec, wait=True)
+    assert (again.phase, cached, len(mill.pool.specs)) == (JobPhase.SUCCEEDED, False, 2)
+    assert again.artifact_id in mill.library.kernels
+
+
 async def test_other_requests_have_other_jobs(mill: Mill, spec: CompileSpec) -> None:
     others = [
         replace(spec, random_seed=1),
@@ -138,9 +158,22 @@ async def test_a_job_that_kills_every_worker_is_dead_and_can_be_requeued(mill: M
     assert await mill.service.dead_letters(10, None) == []
 
 
-async def test_only_dead_jobs_can_be_requeued(mill: Mill, spec: CompileSpec) -> None:
+async def test_a_failed_job_is_made_again_when_that_is_asked_for(mill: Mill, spec: CompileSpec) -> None:
+    """Asking for the kernel again is not: the same blueprint would fail the same way."""
+    mill.pool.script = [CompilationError("kernel must pass every check, failed latency: 300 > 250")]
+    job, _ = await mill.service.compile(spec, run_id="run-1", adaptation_id="a1", wait=True)
+    again, cached = await mill.service.compile(spec, wait=True)
+    assert (again.phase, cached, len(mill.pool.specs)) == (JobPhase.FAILED, False, 1)
+    await mill.announced("run-1")
+    queued = await mill.service.requeue(job.job_id)
+    assert (queued.phase, queued.error, queued.error_reason) == (JobPhase.QUEUED, "", "")
+    done = await mill.phase(job.job_id, JobPhase.SUCCEEDED)
+    assert [ready.artifact_id for ready in await mill.announced("run-1", 2)] == ["", done.artifact_id]
+
+
+async def test_only_jobs_that_were_given_up_can_be_requeued(mill: Mill, spec: CompileSpec) -> None:
     job, _ = await mill.service.compile(spec, wait=True)
-    with pytest.raises(NotFoundError, match="must be dead to be requeued, it is SUCCEEDED"):
+    with pytest.raises(NotFoundError, match="must be dead or failed to be requeued, it is SUCCEEDED"):
         await mill.service.requeue(job.job_id)
     with pytest.raises(NotFoundError, match="no compile job has id j0"):
         await mill.service.requeue("j0")
@@ -173,11 +206,171 @@ async def test_a_kernel_waits_through_a_restart_for_the_library(mill: Mill, spec
     assert mill.pool.specs == []
 
 
-async def test_a_kernel_the_library_refuses_fails_the_job(mill: Mill, spec: CompileSpec) -> None:
-    mill.library.upload_failures = [CorruptDataError("signed by a stranger")]
+async def test_bits_changed_on_the_way_to_the_library_cost_an_upload_each(mill: Mill, spec: CompileSpec) -> None:
+    mill.library.flips_in_transit = 3
     job, _ = await mill.service.compile(spec, run_id="run-1", adaptation_id="a1", wait=True)
-    assert (job.phase, job.error, job.error_reason) == (JobPhase.FAILED, "signed by a stranger", "CORRUPT_DATA")
+    assert (job.phase, job.error, mill.library.uploads, len(mill.pool.specs)) == (JobPhase.SUCCEEDED, "", 4, 1)
+    verify(mill.library.kernels[job.artifact_id][1], mill.key.ring(), artifact_id=job.artifact_id)
+    assert (await mill.announced("run-1"))[0].artifact_id == job.artifact_id
+
+
+@pytest.mark.parametrize("refusal", [SignatureError("signed by a stranger"), PermissionDeniedError("not a compiler")])
+async def test_a_kernel_the_library_refuses_again_and_again_is_dead_and_can_be_requeued(
+    mill: Mill, spec: CompileSpec, refusal: EsperError
+) -> None:
+    mill.library.upload_failures = [refusal] * mill.config.max_refusals
+    job, _ = await mill.service.compile(spec, run_id="run-1", adaptation_id="a1", wait=True)
+    assert (job.phase, job.error, job.error_reason) == (JobPhase.DEAD, str(refusal), refusal.reason)
+    assert mill.library.uploads == mill.config.max_refusals
     assert await mill.store.outbox() == []
+    assert [dead.job_id for dead in await mill.service.dead_letters(10, None)] == [job.job_id]
+    assert (await mill.announced("run-1"))[0].error == str(refusal)
+    await mill.service.requeue(job.job_id)
+    done = await mill.phase(job.job_id, JobPhase.SUCCEEDED)
+    assert (await mill.announced("run-1", 2))[1].artifact_id == done.artifact_id
+    assert len(mill.pool.specs) == 2
+
+
+async def test_refusals_are_counted_through_a_restart(mill: Mill, spec: CompileSpec) -> None:
+    mill.config = replace(mill.config, min_backoff_s=600.0, max_backoff_s=600.0)
+    await mill.service.close()
+    mill.library.upload_failures = [SignatureError("signed by a stranger")] * 99
+    for attempt in range(mill.config.max_refusals):
+        mill.library.upload_attempted.clear()
+        mill.service = mill.make_service()
+        await mill.service.start()
+        await mill.service.warm()
+        if attempt == 0:
+            job, _ = await mill.service.compile(spec)
+        await mill.library.upload_attempted.wait()
+        if attempt < mill.config.max_refusals - 1:
+            await mill.service.close()
+            mill.pool = type(mill.pool)()
+    await mill.phase(job.job_id, JobPhase.DEAD)
+    assert mill.library.uploads == mill.config.max_refusals
+
+
+async def test_a_kernel_damaged_while_it_waits_is_not_sent_and_is_made_anew_on_request(
+    mill: Mill, spec: CompileSpec
+) -> None:
+    mill.library.upload_failures = [UnavailableError("away")] * 10_000
+    job, _ = await mill.service.compile(spec)
+    await mill.phase(job.job_id, JobPhase.PACKAGING)
+    await mill.library.upload_attempted.wait()
+    kept = await mill.store.artifact(job.job_id)
+    async with mill.database.session() as session:
+        changed = {"artifact": kept[:-40] + bytes([kept[-40] ^ 1]) + kept[-39:]}
+        await session.execute(update(OutboxRow).values(changed))
+    mill.library.upload_failures.clear()
+    dead = await mill.phase(job.job_id, JobPhase.DEAD)
+    assert dead.error.startswith("kernel was damaged in the store: part binary must match its digest")
+    assert dead.error_reason == "CORRUPT_DATA"
+    assert mill.library.kernels == {}
+    await mill.service.requeue(job.job_id)
+    assert (await mill.phase(job.job_id, JobPhase.SUCCEEDED)).artifact_id in mill.library.kernels
+
+
+async def test_a_job_that_was_given_up_is_answered_by_a_kernel_that_the_library_got_since(
+    mill: Mill, spec: CompileSpec
+) -> None:
+    other = type(mill)()
+    await other.open()
+    made, _ = await other.service.compile(spec, wait=True)
+    await other.close()
+    mill.library.upload_failures = [SignatureError("signed by a stranger")] * mill.config.max_refusals
+    job, _ = await mill.service.compile(spec, wait=True)
+    assert job.phase is JobPhase.DEAD
+    mill.library.kernels = other.library.kernels
+    found, cached = await mill.service.compile(spec, wait=True)
+    assert (found.phase, found.artifact_id, found.error, cached) == (JobPhase.SUCCEEDED, made.artifact_id, "", True)
+
+
+async def test_the_kernel_that_the_library_had_before_is_the_jobs(mill: Mill, spec: CompileSpec) -> None:
+    """Another replica was faster with a kernel of other bytes for the same request."""
+    mill.library.lookup_failure = UnavailableError("away")
+    mill.library.upload_failures = [UnavailableError("away")] * 10_000
+    job, _ = await mill.service.compile(spec)
+    await mill.library.upload_attempted.wait()
+    kept = verify(await mill.store.artifact(job.job_id), mill.key.ring())
+    parts = {name: getattr(kept, name) for name in ("binary", "weights")}
+    content = KernelContent(
+        **{name: getattr(kept.manifest, name) for name in ("content_key", "site", "device", "cost", "checks")},
+        **{**parts, "binary": b"other bytes"},
+        target=kept.manifest.target,
+        ir=canonical_bytes(kept.ir),
+        compilation_time=kept.manifest.compilation_time,
+    )
+    data = artifact_bytes(pack(content, mill.key))
+    manifest = verify(data, mill.key.ring()).manifest
+    mill.library.kernels[manifest.artifact_id] = (manifest, data)
+    mill.library.lookup_failure = None
+    mill.library.upload_failures.clear()
+    done = await mill.phase(job.job_id, JobPhase.SUCCEEDED)
+    assert (done.artifact_id, done.size_bytes) == (manifest.artifact_id, len(data))
+    assert done.artifact_id != kept.artifact_id
+
+
+async def test_a_receipt_for_a_kernel_that_the_library_does_not_have_is_not_believed(
+    mill: Mill, spec: CompileSpec
+) -> None:
+    lies = [2]
+
+    def alter(receipt: Any) -> None:
+        if lies[0] > 0:
+            lies[0] -= 1
+            receipt.artifact_id = "k" + "0" * 32
+
+    mill.library.alter_receipt = alter
+    job, _ = await mill.service.compile(spec, wait=True)
+    assert (job.phase, mill.library.uploads) == (JobPhase.SUCCEEDED, 3)
+    assert job.artifact_id in mill.library.kernels
+
+
+def _set(path: str, value: Any) -> Any:
+    def alter(answer: Any) -> None:
+        *owners, name = path.split(".")
+        for owner in owners:
+            answer = answer.parts[int(owner)] if owner.isdigit() else getattr(answer, owner)
+        if hasattr(value, "DESCRIPTOR"):
+            getattr(answer, name).CopyFrom(value)
+        else:
+            setattr(answer, name, value)
+
+    return alter
+
+
+@pytest.mark.parametrize(
+    ("alter", "differs"),
+    [
+        (_set("manifest.artifact_id", "k" + "0" * 32), "artifact_id"),
+        (_set("manifest.content_key", "0" * 64), "content_key"),
+        (_set("manifest.blueprint_id", "0" * 64), "blueprint_id"),
+        (_set("manifest.2.sha256", bytes(32)), "artifact_id"),
+        (_set("manifest.1.sha256", bytes(32)), "parts, artifact_id"),
+        (_set("manifest.1.name", "other"), "parts, artifact_id"),
+        (_set("manifest.device", 3), "device"),
+        (_set("manifest.site", to_wire(Site(kind=SiteKind.LINEAR, input_shape=(9,), output_shape=(6,)))), "site"),
+        (lambda answer: answer.manifest.ClearField("checks"), "checks"),
+        (_set("size_bytes", 0), "size_bytes"),
+        (lambda answer: answer.ClearField("manifest"), "legal manifest"),
+    ],
+)
+async def test_what_the_library_says_of_a_kernel_is_held_against_the_request(
+    mill: Mill, spec: CompileSpec, caplog: pytest.LogCaptureFixture, alter: Any, differs: str
+) -> None:
+    job, _ = await mill.service.compile(spec, wait=True)
+    mill.library.alter_answer = alter
+    again, cached = await mill.service.compile(spec, wait=True)
+    assert (again, cached) == (job, True)
+    [refused] = [record.error for record in caplog.records if record.message == "library_not_believed"]
+    assert differs in refused
+    other = type(mill)()
+    other.library.kernels, other.library.alter_answer = dict(mill.library.kernels), alter
+    await other.open()
+    other.pool.gate.clear()
+    asked, cached = await other.service.compile(spec)
+    assert (asked.phase in (JobPhase.QUEUED, JobPhase.COMPILING), asked.artifact_id, cached) == (True, "", False)
+    await other.close()
 
 
 async def test_an_unfinished_job_is_taken_up_at_the_next_start(mill: Mill, spec: CompileSpec) -> None:

@@ -106,7 +106,7 @@ async def test_statistics_are_shown_and_absent_ones_are_null(store: UrzaStore, c
     assert (await client.get("/v1/blueprints/b")).json()["blueprint"]["statistics"] is None
     await store.reports.record(field_report("r1", blueprint_id=blueprint.id))
     shown = (await client.get("/v1/blueprints/b")).json()["blueprint"]["statistics"]
-    assert shown == {"trials": 1, "kept": 1, "mean_contribution": None}
+    assert shown == {"trials": 1, "kept": 1, "mean_contribution": None, "mean_latency_ms": None}
 
 
 async def test_the_genealogy_is_given(store: UrzaStore, client: httpx.AsyncClient) -> None:
@@ -252,10 +252,13 @@ async def test_the_description_names_every_path_and_the_problem(client: httpx.As
         "/v1/kernels",
         "/v1/kernels/{artifact_id}",
         "/v1/kernels/{artifact_id}/content",
+        "/v1/kernels/{artifact_id}/statistics",
     }
     search = described["paths"]["/v1/blueprints"]["get"]
     assert "application/problem+json" in search["responses"]["default"]["content"]
-    assert {"all_tags", "any_tags", "no_tags", "states", "text", "site_kind", "page_size", "page_token"} == {
-        parameter["name"] for parameter in search["parameters"]
+    figures = ("parameters", "flops", "latency_ms", "success_rate")
+    assert {parameter["name"] for parameter in search["parameters"]} == {
+        *("tags", "all_tags", "any_tags", "no_tags", "states", "text", "site_kind", "page_size", "page_token"),
+        *(f"{end}_{figure}" for end in ("min", "max") for figure in figures),
     }
     assert (await client.get("/docs")).status_code == 200

@@ -14,6 +14,13 @@ from esper.testing.urza_contract import (
     MigrationContract,
     ReportStoreContract,
 )
+from esper.testing.urza_query_contract import (
+    BoundsContract,
+    FiguresMigrationContract,
+    KernelStatisticsContract,
+    TagExpressionContract,
+    TotalContract,
+)
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -32,6 +39,26 @@ class TestKernelStore(KernelStoreContract):
 
 
 class TestReportStore(ReportStoreContract):
+    pass
+
+
+class TestTagExpressions(TagExpressionContract):
+    pass
+
+
+class TestBounds(BoundsContract):
+    pass
+
+
+class TestKernelStatistics(KernelStatisticsContract):
+    pass
+
+
+class TestTotal(TotalContract):
+    pass
+
+
+class TestFiguresMigration(FiguresMigrationContract):
     pass
 
 

@@ -1,0 +1,126 @@
+"""One kernel on its way in: begun or gone on with, kept piece by piece, stored once it is whole and proven."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from esper.contracts.chunks import Assembler, Chunk, ChunkLike
+from esper.contracts.errors import CapacityExceededError, CorruptDataError
+from esper.services.urza.kernel_rows import KernelRecord
+from esper.services.urza.store import UrzaStore
+from esper.services.urza.upload_store import PIECE_BYTES
+
+_EMPTY_CRC32: Final = 0
+
+
+class UploadBudget:
+    """Bytes that uploads under way may hold together, so that many of them at once cannot fill the memory.
+
+    Belongs to one event loop.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._held_bytes = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes set aside now."""
+        return self._held_bytes
+
+    def take(self, num_bytes: int) -> None:
+        """Set bytes aside.
+
+        Raises:
+            CapacityExceededError: Uploads under way hold too many already; try again later.
+        """
+        if self._held_bytes + num_bytes > self._max_bytes:
+            raise CapacityExceededError(
+                f"uploads under way must hold at most {self._max_bytes} bytes together, got {num_bytes} bytes beyond "
+                f"{self._held_bytes}; retry after the hinted delay",
+                parameter="total_bytes",
+            )
+        self._held_bytes += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        """Let bytes go that were set aside."""
+        self._held_bytes -= num_bytes
+
+
+class KernelUpload:
+    """Takes the chunks of one upload in order; `close` it, however it ends."""
+
+    def __init__(self, store: UrzaStore, budget: UploadBudget) -> None:
+        self._store = store
+        self._budget = budget
+        self._assembler = Assembler(max_bytes=store.kernels.max_kernel_bytes)
+        self._sha256 = b""
+        self._set_aside = 0
+        self._pending = bytearray()
+        self._keeps = False
+
+    async def add(self, chunk: ChunkLike) -> None:
+        """Take the next chunk; the first says what is uploaded, and where it goes on.
+
+        Raises:
+            InvalidInputError: The first chunk names no size or no digest, or a chunk is too large.
+            InvalidStateError: The first chunk goes on further than is kept.
+            CapacityExceededError: The whole would be too large, or too much is under way.
+            CorruptDataError: The chunk is out of place, does not match its checksum, or goes beyond the whole.
+        """
+        if self._assembler.total_bytes is None:
+            await self._begin(chunk)
+        self._assembler.add(chunk)
+        if self._keeps:
+            self._pending += chunk.data
+            await self._keep()
+
+    async def finish(self) -> tuple[KernelRecord, bool]:
+        """Store the kernel once it is whole and proven; say whether it was new.
+
+        Raises:
+            CorruptDataError: Bytes are missing, or a digest or signature does not hold. Nothing is stored, and what
+                was kept of bytes that were all there and refused is dropped.
+            CapacityExceededError: The library holds as many bytes as it may.
+        """
+        try:
+            payload = await asyncio.to_thread(self._assembler.finish)
+            stored = await self._store.kernels.put(payload)
+        except CorruptDataError:
+            if self._assembler.complete:
+                await self._forget()
+            raise
+        await self._forget()
+        return stored
+
+    def close(self) -> None:
+        """Give back the memory that was set aside."""
+        self._budget.give_back(self._set_aside)
+        self._set_aside = 0
+
+    async def _begin(self, first: ChunkLike) -> None:
+        # Size and digest are judged before a byte is held.
+        self._assembler.add(
+            Chunk(total_bytes=first.total_bytes, sha256=first.sha256, offset=0, data=b"", crc32=_EMPTY_CRC32)
+        )
+        self._budget.take(first.total_bytes)
+        self._set_aside = first.total_bytes
+        self._sha256 = bytes(first.sha256)
+        self._keeps = first.total_bytes > PIECE_BYTES
+        if first.offset:
+            async for piece in self._store.uploads.pieces(self._sha256, first.total_bytes, first.offset):
+                self._assembler.add(piece)
+
+    async def _keep(self) -> None:
+        """Have every full piece kept, so that a broken upload, or a killed library, loses what is in flight."""
+        while self._keeps and len(self._pending) >= PIECE_BYTES:
+            offset = self._assembler.offset - len(self._pending)
+            piece = bytes(self._pending[:PIECE_BYTES])
+            del self._pending[:PIECE_BYTES]
+            assert self._assembler.total_bytes is not None
+            self._keeps = await self._store.uploads.keep(self._sha256, self._assembler.total_bytes, offset, piece)
+
+    async def _forget(self) -> None:
+        if (self._assembler.total_bytes or 0) > PIECE_BYTES:
+            await self._store.uploads.drop(self._sha256)

@@ -1,0 +1,118 @@
+"""Uploads that are not complete: their pieces so far, so that a broken one goes on, and for so long."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import zlib
+from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.exc import IntegrityError
+
+from esper.contracts.chunks import MAX_CHUNK_BYTES, Chunk
+from esper.contracts.errors import InvalidStateError
+from esper.mesh.database import Database
+from esper.services.urza.clock import now_us
+from esper.services.urza.models import UploadPieceRow, UploadRow
+
+log = logging.getLogger(__name__)
+
+PIECE_BYTES: Final = MAX_CHUNK_BYTES
+"""Size of a kept piece, in bytes; an upload goes on at a multiple of it, and a smaller one is not kept at all."""
+
+
+class UploadStore:
+    """Pieces of uploads under way, by the digest of the whole. Safe for many tasks of one event loop."""
+
+    def __init__(self, database: Database, *, max_bytes: int, clock: Callable[[], int] = now_us) -> None:
+        self._database = database
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._writing: set[asyncio.Task[bool]] = set()
+
+    async def held_bytes(self, sha256: bytes, total_bytes: int) -> int:
+        """Give how many bytes are kept of a whole, from its start; a multiple of `PIECE_BYTES`."""
+        async with self._database.reading() as session:
+            row = await session.get(UploadRow, sha256.hex())
+        return row.held_bytes if row is not None and row.total_bytes == total_bytes else 0
+
+    async def pieces(self, sha256: bytes, total_bytes: int, until: int) -> AsyncIterator[Chunk]:
+        """Give the kept pieces up to an offset, in order.
+
+        Raises:
+            InvalidStateError: So much is not kept, or a piece is damaged; in both cases, ask again how much is. What
+                is damaged is dropped.
+        """
+        held = await self.held_bytes(sha256, total_bytes)
+        if until > held or until % PIECE_BYTES:
+            raise InvalidStateError(
+                f"offset must be a multiple of {PIECE_BYTES} and at most {held}, the bytes kept of this upload, got "
+                f"{until}",
+                parameter="offset",
+            )
+        for index in range(until // PIECE_BYTES):
+            async with self._database.reading() as session:
+                row = await session.get(UploadPieceRow, (sha256.hex(), index))
+            if row is None or len(row.data) != PIECE_BYTES or zlib.crc32(row.data) != row.crc32:
+                await self.drop(sha256)
+                log.error("upload_piece_corrupt", extra={"sha256": sha256.hex(), "piece_index": index})
+                raise InvalidStateError(
+                    f"the kept pieces of an upload must match their checksums, piece {index} does not; all were "
+                    "dropped, begin anew",
+                    parameter="offset",
+                )
+            offset = index * PIECE_BYTES
+            yield Chunk(total_bytes=total_bytes, sha256=sha256, offset=offset, data=row.data, crc32=row.crc32)
+
+    async def keep(self, sha256: bytes, total_bytes: int, offset: int, data: bytes) -> bool:
+        """Keep the next piece; say whether it is kept.
+
+        It is not where another upload of the same bytes is further or elsewhere, or no room is left. The upload itself
+        goes on all the same. A piece is kept even if whoever brought it is gone before it is written.
+        """
+        task = asyncio.create_task(self._keep(sha256.hex(), total_bytes, offset, data))
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+        return await asyncio.shield(task)
+
+    async def _keep(self, key: str, total_bytes: int, offset: int, data: bytes) -> bool:
+        try:
+            async with self._database.session() as session:
+                others = select(func.coalesce(func.sum(UploadRow.held_bytes), 0)).where(UploadRow.sha256 != key)
+                if int(await session.scalar(others) or 0) + offset + len(data) > self._max_bytes:
+                    log.warning("upload_not_kept", extra={"sha256": key, "max_upload_bytes": self._max_bytes})
+                    return False
+                if offset == 0:
+                    await session.execute(delete(UploadRow).where(UploadRow.sha256 == key))
+                    fresh = UploadRow(sha256=key, total_bytes=total_bytes, held_bytes=0, touched_at_us=self._clock())
+                    session.add(fresh)
+                    await session.flush()
+                grown = await session.execute(
+                    update(UploadRow)
+                    .where(UploadRow.sha256 == key, UploadRow.total_bytes == total_bytes)
+                    .where(UploadRow.held_bytes == offset)
+                    .values(held_bytes=offset + len(data), touched_at_us=self._clock())
+                    .returning(UploadRow.held_bytes)
+                )
+                if grown.first() is None:
+                    return False
+                index = offset // PIECE_BYTES
+                session.add(UploadPieceRow(sha256=key, index=index, data=data, crc32=zlib.crc32(data)))
+        except IntegrityError:  # the same upload began twice at one moment; the other one keeps it
+            return False
+        return True
+
+    async def drop(self, sha256: bytes) -> None:
+        """Forget an upload."""
+        async with self._database.session() as session:
+            await session.execute(delete(UploadRow).where(UploadRow.sha256 == sha256.hex()))
+
+    async def drop_older(self, before_us: int) -> int:
+        """Forget uploads to which nothing came since a moment; say how many."""
+        async with self._database.session() as session:
+            gone = await session.execute(
+                delete(UploadRow).where(UploadRow.touched_at_us < before_us).returning(UploadRow.sha256)
+            )
+            return len(gone.all())
