@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,6 +181,18 @@ class Mesh:
     stub: Any
     registry: CollectorRegistry
     server: MeshServer | None = None
+
+
+@pytest.fixture
+def come_true() -> Callable[[Callable[[], bool]], Awaitable[None]]:
+    """Wait for what a server does once it has answered: the caller may have the answer first."""
+
+    async def wait(condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(5):
+            while not condition():  # noqa: ASYNC110 - the end of a call tells nobody
+                await asyncio.sleep(0)
+
+    return wait
 
 
 @pytest.fixture

@@ -103,12 +103,13 @@ async def test_method_without_a_role_stops_the_server(echo: Any, guarded: Server
 
 
 async def test_access_log_names_the_caller_and_never_the_token(
-    serve: Any, text: Any, tokens: TokenStore, guarded: ServerConfig, caplog: pytest.LogCaptureFixture
+    serve: Any, text: Any, tokens: TokenStore, guarded: ServerConfig, come_true: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     token = tokens.issue("ada", Role.OPERATOR)
     mesh = await serve(guarded, ChannelConfig(token=token))
     await mesh.stub.Who(text(), timeout=5)
+    await come_true(lambda: "rpc_finished" in caplog.messages)
     (record,) = [record for record in caplog.records if record.message == "rpc_finished"]
     assert record.caller == "ada"  # type: ignore[attr-defined]
     assert not any(token in str(record.__dict__) for record in caplog.records)

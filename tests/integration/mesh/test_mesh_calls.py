@@ -189,7 +189,7 @@ async def test_admission_refuses_one_too_many_with_a_hint(mesh: Any, text: Any) 
     assert (await mesh.stub.Say(text(value="again"), timeout=5)).value == "again"
 
 
-async def test_metrics_count_by_code(mesh: Any, text: Any, echo: Any) -> None:
+async def test_metrics_count_by_code(mesh: Any, text: Any, echo: Any, come_true: Any) -> None:
     await mesh.stub.Say(text(value="hi"))
     with pytest.raises(EsperError, match="NOT_FOUND"):
         await mesh.stub.Fail(text(value="NOT_FOUND"), timeout=5)
@@ -198,17 +198,20 @@ async def test_metrics_count_by_code(mesh: Any, text: Any, echo: Any) -> None:
         labels = {"service": echo.service, "method": method, "code": code}
         return mesh.registry.get_sample_value("esper_rpc_requests_total", labels)
 
+    await come_true(lambda: count("Fail", "NOT_FOUND") == 1)
     assert count("Say", "OK") == 1
-    assert count("Fail", "NOT_FOUND") == 1
     latency = {"service": echo.service, "method": "Say"}
     assert mesh.registry.get_sample_value("esper_rpc_latency_seconds_count", latency) == 1
     assert mesh.registry.get_sample_value("esper_rpc_in_flight", {"service": echo.service}) == 0
 
 
-async def test_access_log_names_the_outcome(mesh: Any, text: Any, caplog: pytest.LogCaptureFixture) -> None:
+async def test_access_log_names_the_outcome(
+    mesh: Any, text: Any, come_true: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, logger="esper.mesh.interceptors")
     with pytest.raises(EsperError, match="NOT_FOUND"):
         await mesh.stub.Fail(text(value="NOT_FOUND"), timeout=5)
+    await come_true(lambda: "rpc_finished" in caplog.messages)
     (record,) = [record for record in caplog.records if record.message == "rpc_finished"]
     assert (record.rpc_method, record.code, record.reason) == ("Fail", "NOT_FOUND", "NOT_FOUND")  # type: ignore[attr-defined]
     assert record.duration_ms > 0  # type: ignore[attr-defined]
