@@ -25,6 +25,7 @@ from esper.contracts.errors import (
     EsperError,
     InvalidInputError,
     NotFoundError,
+    StorageFullError,
     UnavailableError,
 )
 from esper.contracts.kernel import ENDED_PHASES, CompileJob, JobPhase
@@ -45,7 +46,7 @@ GENERATION_HEADER: Final = "Esper-Job-Generation"
 """Header of a queue message: how often an operator had put the job back by then."""
 
 _TRACER: Final = trace.get_tracer("esper.tezzeret")
-_OUTAGE: Final = (UnavailableError, DeadlineExceededError)
+_OUTAGE: Final = (UnavailableError, DeadlineExceededError, StorageFullError)
 
 
 class JobRunner:

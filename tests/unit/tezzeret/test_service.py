@@ -10,7 +10,7 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from sqlalchemy import update
+from sqlalchemy import text, update
 
 from esper.blueprints.ir import canonical_bytes
 from esper.contracts.blueprint import BlueprintIR, IRNode, Site, SiteKind
@@ -156,6 +156,19 @@ async def test_a_job_that_kills_every_worker_is_dead_and_can_be_requeued(mill: M
     ready = await mill.announced("run-1", 2)
     assert ready[1].artifact_id == done.artifact_id
     assert await mill.service.dead_letters(10, None) == []
+
+
+async def test_a_full_store_is_never_the_blueprints_fault(mill: Mill, spec: CompileSpec) -> None:
+    async with mill.database.session() as session:
+        pages = await session.scalar(text("PRAGMA page_count"))
+        await session.execute(text(f"PRAGMA max_page_count = {pages + 2}"))  # room for the job, none for its kernel
+    job, _ = await mill.service.compile(spec, wait=True)
+    assert (job.phase, job.deliveries, job.error_reason) == (JobPhase.DEAD, 3, "STORAGE_FULL")
+    assert [dead.job_id for dead in await mill.service.dead_letters(10, None)] == [job.job_id]
+    async with mill.database.session() as session:
+        await session.execute(text(f"PRAGMA max_page_count = {pages + 10_000}"))
+    await mill.service.requeue(job.job_id)
+    assert (await mill.phase(job.job_id, JobPhase.SUCCEEDED)).artifact_id
 
 
 async def test_a_failed_job_is_made_again_when_that_is_asked_for(mill: Mill, spec: CompileSpec) -> None:
