@@ -41,9 +41,10 @@ def main() -> None:
 
 
 def stores_and_keys(directory: Path, database_url: str | None = None) -> list[dict[str, Any]]:
-    """Give the Secrets of the stores, of the compiler's signing key, and of the keys that are trusted."""
+    """Give the Secrets of the stores, of the compiler's signing key, of the keys that are trusted, and of REST."""
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     postgres, redis = _password(directory / "postgres.password"), _password(directory / "redis.password")
+    rest_token = _password(directory / "urza-rest.password")
     key = SigningKey.load_or_create(directory / "keys")
     stores = {
         "database-url": database_url or f"postgresql://esper:{postgres}@postgres.{NAMESPACE}.svc:5432/esper",
@@ -55,6 +56,7 @@ def stores_and_keys(directory: Path, database_url: str | None = None) -> list[di
         _secret("esper-stores", {name: text.encode() for name, text in stores.items()}),
         _secret("esper-signing-key", {PRIVATE_FILE: key.private_pem()}),
         _secret("esper-trusted-keys", {f"{key.key_id}.pub": key.public_pem()}),
+        _secret("urza-rest", {"token": rest_token.encode()}),
     ]
 
 

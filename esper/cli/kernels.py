@@ -21,7 +21,7 @@ from esper.contracts.errors import (
     InvalidInputError,
     UnavailableError,
 )
-from esper.contracts.kernel import CompileJob, CompileTarget, DeviceKind, KernelManifest
+from esper.contracts.kernel import CompileJob, CompileTarget, DeviceKind, JobPriority, KernelManifest
 from esper.contracts.wire import from_wire, to_message
 from esper.v1 import blueprint_pb2, kernel_pb2, tezzeret_service_pb2, urza_service_pb2
 
@@ -31,6 +31,8 @@ TargetName = StrEnum("TargetName", {one.name: one.name.lower() for one in Compil
 """Names of compile targets, as they are typed."""
 DeviceName = StrEnum("DeviceName", {one.name: one.name.lower() for one in DeviceKind})  # type: ignore[misc]
 """Names of devices, as they are typed."""
+PriorityName = StrEnum("PriorityName", {one.name: one.name.lower() for one in JobPriority})  # type: ignore[misc]
+"""Names of priorities, as they are typed."""
 
 ArtifactId = Annotated[str, typer.Argument(help="Kernel: k and 32 hex digits.")]
 
@@ -80,7 +82,7 @@ def show(artifact_id: ArtifactId, as_json: Json = False, timeout: Timeout = 10.0
 
 
 @app.command("compile")
-def compile_kernel(
+def compile_kernel(  # noqa: PLR0913 - each is a word of the command
     blueprint: Annotated[str, typer.Argument(help="Blueprint: id, name or name@version.")],
     site: Annotated[
         str,
@@ -93,6 +95,10 @@ def compile_kernel(
         DeviceName, typer.Option("--device", help="cpu gives the trainable form, cuda and mobile inference forms.")
     ] = DeviceName("cpu"),
     seed: Annotated[int, typer.Option("--seed", help="Seed of the initial weights.", min=0, max=_MAX_SEED)] = 0,
+    priority: Annotated[
+        PriorityName,
+        typer.Option("--priority", help="Which jobs that wait it goes before; an equal job that waits is hurried."),
+    ] = PriorityName("normal"),
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Follow the job to its end, or print it and leave.")
     ] = True,
@@ -112,7 +118,10 @@ def compile_kernel(
         device=kernel_pb2.DeviceKind.ValueType(DeviceKind[device.name]),
         random_seed=seed,
     )
-    response = call("tezzeret", "Compile", tezzeret_service_pb2.CompileRequest(spec=spec), timeout)
+    request = tezzeret_service_pb2.CompileRequest(
+        spec=spec, priority=tezzeret_service_pb2.JobPriority.ValueType(JobPriority[priority.name])
+    )
+    response = call("tezzeret", "Compile", request, timeout)
     if wait:
         response.job.CopyFrom(follow(response.job.job_id))
     if as_json:

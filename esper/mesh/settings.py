@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from esper.contracts.errors import ConfigError
 from esper.mesh.channel import ChannelConfig
-from esper.mesh.ports import LOOPBACK
+from esper.mesh.ports import LOOPBACK, is_loopback
 from esper.mesh.server import ServerConfig
 from esper.mesh.tls import TlsConfig
 
@@ -75,6 +75,16 @@ class MeshSettings(BaseSettings):
     nissa_address: str = Field("127.0.0.1:50056", description="Where Nissa listens.")
     nissa_http_port: int = Field(8080, ge=0, le=65535, description="Port of Nissa's /metrics and health; 0 picks one.")
     urza_rest_port: int = Field(8081, ge=0, le=65535, description="Port of Urza's REST face; 0 picks one.")
+    urza_rest_host: str = Field(
+        LOOPBACK,
+        description="Address Urza's REST face listens on; beyond loopback it needs the TLS files and a token file.",
+    )
+    urza_rest_names: str = Field(
+        "localhost,127.0.0.1,::1", description="Host names under which Urza's REST face answers, with commas; *: any."
+    )
+    urza_rest_token_file: Path | None = Field(
+        None, description="File with the bearer token that REST calls need to change the library; none: no token."
+    )
     urza_blobs_url: str = Field(
         "", description="Where kernels' bytes rest, as a URL of fsspec (file:///dir, s3://bucket); empty: its database."
     )
@@ -93,6 +103,11 @@ class MeshSettings(BaseSettings):
             raise ValueError("tls_ca, tls_cert and tls_key must be set together")
         if self.nats_url.startswith("tls://") and not all(files):
             raise ValueError("nats_url with tls:// needs tls_ca, tls_cert and tls_key")
+        if not is_loopback(self.urza_rest_host):
+            if self.urza_rest_token_file is None:
+                raise ValueError("urza_rest_host beyond loopback needs urza_rest_token_file")
+            if not all(files) and not self.allow_plaintext:
+                raise ValueError("urza_rest_host beyond loopback needs tls_ca, tls_cert and tls_key")
         if self.nats_replicas not in (1, 3, 5):
             raise ValueError("nats_replicas must be 1, 3 or 5")
         return self
@@ -131,6 +146,23 @@ class MeshSettings(BaseSettings):
             tls=self.tls_config(),
             allow_plaintext=self.allow_plaintext,
         )
+
+    def rest_token(self) -> str | None:
+        """Give the bearer token of Urza's REST face, ``None`` where there is none.
+
+        Raises:
+            ConfigError: Its file cannot be read.
+        """
+        path = self.urza_rest_token_file
+        if path is None:
+            return None
+        try:
+            return path.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"urza_rest_token_file must name a file of ASCII text, got {str(path)!r}: {type(error).__name__}",
+                parameter="urza_rest_token_file",
+            ) from error
 
     def database_of(self, service: str) -> str:
         """Give the database URL of a service's store."""

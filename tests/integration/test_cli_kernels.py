@@ -314,6 +314,41 @@ def test_a_job_is_cancelled_and_its_worker_with_it(esper: Esper, mesh: Running, 
     assert err.startswith("esper: INVALID_STATE: ")
 
 
+def test_a_kernel_is_asked_for_with_a_priority_and_hurried_by_a_higher_one(
+    esper: Esper, mesh: Running, stored: str
+) -> None:
+    eventually(lambda: bool(mesh.workers()))
+    (worker,) = mesh.workers()
+    worker.suspend()
+    try:
+        first = asked(esper, stored, "--site", "linear:8:11")
+        assert first["priority"] == "JOB_PRIORITY_NORMAL"
+        eventually(lambda: phase_of(esper, first["job_id"]) == "JOB_PHASE_COMPILING")
+        waits = asked(esper, stored, "--site", "linear:8:12", "--priority", "bulk")
+        assert (waits["priority"], waits["phase"]) == ("JOB_PRIORITY_BULK", "JOB_PHASE_QUEUED")
+        assert "bulk" in esper("jobs", "show", waits["job_id"])[1]
+        hurried = asked(esper, stored, "--site", "linear:8:12", "--priority", "interactive")
+        assert (hurried["job_id"], hurried["priority"]) == (waits["job_id"], "JOB_PRIORITY_INTERACTIVE")
+        lowered = asked(esper, stored, "--site", "linear:8:12", "--priority", "bulk")
+        assert lowered["priority"] == "JOB_PRIORITY_INTERACTIVE", "nobody is put back"
+    finally:
+        worker.resume()
+    for job_id in (first["job_id"], waits["job_id"]):
+        assert esper("jobs", "watch", job_id)[0] == 0
+
+
+def asked(esper: Esper, *words: str) -> dict[str, Any]:
+    """Ask for a kernel and give the job as it stands."""
+    code, out, err = esper("kernels", "compile", *words, "--no-wait", "--json")
+    assert code == 0, err
+    job: dict[str, Any] = json.loads(out)["job"]
+    return job
+
+
+def phase_of(esper: Esper, job_id: str) -> str:
+    return str(json.loads(esper("jobs", "show", job_id, "--json")[1])["job"]["phase"])
+
+
 def test_a_job_whose_workers_die_is_a_dead_letter_that_can_be_put_back(
     esper: Esper, mesh: Running, stored: str
 ) -> None:

@@ -228,6 +228,7 @@ def test_cost_is_that_of_the_site(esper: Esper, file: Any) -> None:
         ("kernels", "compile", "lora", "--site", "linear"),
         ("kernels", "compile", "lora", "--site", "linear:8:8", "--target", "wasm"),
         ("kernels", "compile", "lora", "--site", "linear:8:8", "--seed", "-1"),
+        ("kernels", "compile", "lora", "--site", "linear:8:8", "--priority", "urgent"),
         ("kernels", "verify", "k12"),
         ("jobs", "list", "--phase", "sleeping"),
         ("jobs", "list", "--limit", "0"),

@@ -45,7 +45,7 @@ SURFACE = {
     "jobs list": "--json --limit|-n --phase",
     "jobs show": "JOB_ID --json --timeout",
     "jobs watch": "JOB_ID --json",
-    "kernels compile": "BLUEPRINT --device --json --seed --site --target --timeout --wait",
+    "kernels compile": "BLUEPRINT --device --json --priority --seed --site --target --timeout --wait",
     "kernels download": "ARTIFACT_ID FILE --force",
     "kernels list": "--blueprint --json --timeout",
     "kernels pin": "ARTIFACT_ID --json --reason --timeout",

@@ -22,6 +22,9 @@ from esper.mesh.settings import SERVICES
 from esper.telemetry.nats_server import find_binary
 from tests.unit.deploy.conftest import ROOT, Object, Rendered, pod_of
 
+REST_TOKEN = "of-this-test-alone"
+"""What lets callers of Urza's REST face change the library."""
+
 
 def make_secrets() -> ModuleType:
     """Load the script that makes the Secrets."""
@@ -47,6 +50,7 @@ def write_secrets(root: Path, owner: str) -> None:
     for name, content in {
         f"etc/esper/trusted/{signing.key_id}.pub": signing.public_pem(),
         f"run/esper/keys/{script.PRIVATE_FILE}": signing.private_pem(),
+        "etc/esper/rest/token": REST_TOKEN.encode(),
     }.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)

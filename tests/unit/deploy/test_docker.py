@@ -89,7 +89,8 @@ def test_its_user_is_the_one_of_the_pods(base: Rendered) -> None:
 def test_its_ports_are_those_of_the_services(base: Rendered) -> None:
     exposed = {int(port) for port in dict(last_stage())["EXPOSE"].split()}
     health = int(base.settings()["ESPER_HEALTH_PORT"])
-    assert exposed == {*DEFAULT_PORTS.values(), health, MeshSettings.model_fields["nissa_http_port"].default}
+    http = {MeshSettings.model_fields[name].default for name in ("nissa_http_port", "urza_rest_port")}
+    assert exposed == {*DEFAULT_PORTS.values(), health, *http}
 
 
 def test_its_variables_are_settings() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +16,14 @@ from esper.mesh.server import LIVE
 from esper.mesh.settings import DEFAULT_PORTS, PREFIX, SERVICES, MeshSettings, resolve
 from esper.telemetry import COMPILE
 from tests.unit.deploy.conftest import ROOT, Object, Rendered, containers_of, pod_of
+from tests.unit.deploy.on_loopback import make_secrets
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 KNOWN = {f"{PREFIX}{name.upper()}" for name in MeshSettings.model_fields}
-HTTP_PORTS = {"nissa": MeshSettings.model_fields["nissa_http_port"].default}
+HTTP_PORTS = {
+    "nissa": ("http", MeshSettings.model_fields["nissa_http_port"].default),
+    "urza": ("rest", MeshSettings.model_fields["urza_rest_port"].default),
+}
 
 
 def esper_container(workload: Object) -> Object:
@@ -81,8 +87,61 @@ def test_ports_are_those_of_the_code(mesh: Rendered) -> None:
     for workload in services(mesh):
         name = workload["metadata"]["name"]
         ports = {one["name"]: one["containerPort"] for one in esper_container(workload)["ports"]}
-        http = {"http": HTTP_PORTS[name]} if name in HTTP_PORTS else {}
+        http = dict([HTTP_PORTS[name]]) if name in HTTP_PORTS else {}
         assert ports == {"grpc": DEFAULT_PORTS[name], "health": health, **http}
+
+
+def test_the_rest_face_is_served_beyond_its_pod_with_certificates_and_a_token(
+    mesh: Rendered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = mesh.get("Deployment", "urza")
+    with monkeypatch.context() as patch:
+        for name, value in environment(mesh, workload).items():
+            patch.setenv(name, value)
+        settings = resolve().settings
+    assert settings.urza_rest_host == "0.0.0.0"
+    assert settings.tls_ca is not None
+    assert not settings.allow_plaintext
+    (service_port,) = [one for one in mesh.get("Service", "urza")["spec"]["ports"] if one["name"] == "rest"]
+    wanted = {"name": "rest", "port": settings.urza_rest_port, "targetPort": "rest", "appProtocol": "https"}
+    assert service_port == wanted
+    names = settings.urza_rest_names.split(",")
+    assert set(names) == {*make_secrets().hosts_of("urza"), "localhost"}
+
+
+def test_the_token_of_the_rest_face_is_a_file_of_a_secret_that_the_library_alone_has(mesh: Rendered) -> None:
+    path = Path(environment(mesh, mesh.get("Deployment", "urza"))["ESPER_URZA_REST_TOKEN_FILE"])
+    for workload in services(mesh):
+        mounts = {one["name"]: one for one in esper_container(workload)["volumeMounts"]}
+        secrets = {one["name"]: one["secret"] for one in pod_of(workload)["volumes"] if "secret" in one}
+        found = [name for name, secret in secrets.items() if secret["secretName"] == "urza-rest"]
+        if workload["metadata"]["name"] != "urza":
+            assert (found, "ESPER_URZA_REST_HOST" in environment(mesh, workload)) == ([], False)
+            continue
+        (name,) = found
+        assert (mounts[name]["mountPath"], mounts[name]["readOnly"]) == (str(path.parent), True)
+        assert path.name in decoded_keys(secrets[name]["secretName"])
+
+
+def decoded_keys(secret: str) -> set[str]:
+    """Give the keys of a Secret that the script makes."""
+    with tempfile.TemporaryDirectory() as directory:
+        made = make_secrets().stores_and_keys(Path(directory))
+    (found,) = [one["data"] for one in made if one["metadata"]["name"] == secret]
+    return set(found)
+
+
+def test_only_what_is_labelled_for_it_reaches_the_rest_face(mesh: Rendered) -> None:
+    port = int(mesh.settings()["ESPER_URZA_REST_PORT"])
+    label = {"matchLabels": {"esper.dev/rest-client": "true"}}
+    rules = mesh.get("NetworkPolicy", "urza")["spec"]["ingress"]
+    assert [rule["from"] for rule in rules if {"port": port} in rule["ports"]] == [
+        [{"podSelector": label}, {"namespaceSelector": label}]
+    ]
+    egress = mesh.get("NetworkPolicy", "rest-egress")["spec"]
+    assert egress["podSelector"] == label
+    urza = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "urza"}}}
+    assert egress["egress"] == [{"to": [urza], "ports": [{"port": port}]}]
 
 
 def test_probes_ask_the_port_of_health_checks(mesh: Rendered) -> None:

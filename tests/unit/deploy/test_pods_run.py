@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import ssl
 import tempfile
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import pytest
 
 from esper.client import EsperClient
 from esper.mesh.settings import SERVICES, MeshSettings
 from tests.unit.deploy.conftest import Rendered, pod_of
-from tests.unit.deploy.on_loopback import Loopback, await_probe, running, with_pause, write_secrets
+from tests.unit.deploy.on_loopback import REST_TOKEN, Loopback, await_probe, running, with_pause, write_secrets
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +100,29 @@ def test_a_caller_without_certificate_is_turned_away(base: Rendered, tmp_path: P
         settings = MeshSettings(tolaria_address=f"127.0.0.1:{places.ports['tolaria']}")
         with EsperClient(settings) as client, pytest.raises(EsperError):
             list(client.tolaria.list_runs())
+
+
+@pytest.mark.slow
+def test_the_rest_face_answers_callers_with_a_certificate_and_changes_nothing_without_its_token(
+    base: Rendered, tmp_path: Path, database_url: str
+) -> None:
+    places = Loopback(base, tmp_path, database_url)
+    write_secrets(tmp_path / "trainer", "trainer")
+    tls = tmp_path / "trainer/etc/esper/tls"
+    with places.nats(), places.service("urza") as process:
+        assert await_probe(places.ports["urza-health"], {}, process), places.log_of("urza")
+        url = f"https://localhost:{places.ports['rest']}"
+        context = ssl.create_default_context(cafile=tls / "ca.crt")
+        with httpx.Client(base_url=url, verify=context) as nobody, pytest.raises(httpx.TransportError):
+            nobody.get("/healthz")
+        context.load_cert_chain(tls / "tls.crt", tls / "tls.key")
+        with httpx.Client(base_url=url, verify=context) as caller:
+            assert caller.get("/readyz").json() == {"status": "ok"}
+            assert len(caller.get("/v1/blueprints").json()["blueprints"]) > 0
+            assert caller.get("/healthz", headers={"Host": "elsewhere.example.com"}).status_code == 400
+            assert caller.get("/healthz", headers={"Host": "urza.esper.svc:8081"}).status_code == 200
+            assert caller.post("/v1/sweep", json={"dry_run": True}).status_code == 403
+            written = caller.post(
+                "/v1/sweep", json={"dry_run": True}, headers={"Authorization": f"Bearer {REST_TOKEN}"}
+            )
+            assert written.status_code == 200, written.text

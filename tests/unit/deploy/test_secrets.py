@@ -16,6 +16,7 @@ import pytest
 from cryptography import x509
 
 from esper.execution.keys import KeyRing, SigningKey
+from esper.services.urza.server import UrzaConfig
 from tests.unit.deploy.conftest import ROOT, Object, Rendered, containers_of, pod_of, rendered
 from tests.unit.deploy.on_loopback import make_secrets
 
@@ -41,7 +42,7 @@ def decoded(item: dict[str, Any]) -> dict[str, bytes]:
 
 def named_keys(workload: Object) -> Iterator[tuple[str, str]]:
     """Give secret and key of everything a workload takes out of Secrets."""
-    needed = {"esper-signing-key": ("kernel-signing.pem",), "esper-trusted-keys": ()}
+    needed = {"esper-signing-key": ("kernel-signing.pem",), "esper-trusted-keys": (), "urza-rest": ("token",)}
     for volume in pod_of(workload)["volumes"]:
         if "secret" in volume:
             name = volume["secret"]["secretName"]
@@ -94,6 +95,10 @@ def test_stores_are_where_the_services_are(made: dict[str, dict[str, bytes]], ba
     assert {"postgres", "redis"} <= {one["metadata"]["name"] for one in base.of("Service")}
 
 
+def test_the_token_of_the_rest_face_is_one_that_the_library_takes(made: dict[str, dict[str, bytes]]) -> None:
+    UrzaConfig(database_url="sqlite://", rest_write_token=made["urza-rest"]["token"].decode())
+
+
 def test_a_second_run_keeps_passwords_keys_and_authority(script: ModuleType, tmp_path: Path) -> None:
     first, second = script.stores_and_keys(tmp_path), script.stores_and_keys(tmp_path)
     assert first == second
@@ -108,5 +113,6 @@ def test_the_command_prints_a_list_for_kubectl(tmp_path: Path) -> None:
     command += ["--database-url", "postgresql://me@db.example.com/esper"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
     items = json.loads(done.stdout)["items"]
-    assert [one["metadata"]["name"] for one in items] == ["esper-stores", "esper-signing-key", "esper-trusted-keys"]
+    names = [one["metadata"]["name"] for one in items]
+    assert names == ["esper-stores", "esper-signing-key", "esper-trusted-keys", "urza-rest"]
     assert decoded(items[0])["database-url"] == b"postgresql://me@db.example.com/esper"
