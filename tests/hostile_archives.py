@@ -118,14 +118,15 @@ def with_source(change: Callable[[str], str]) -> bytes:
     return packed({**records, name: changed.encode()})
 
 
-def _line(code: str) -> Callable[[str], str]:
+def with_line(code: str) -> Callable[[str], str]:
+    """Give a change that puts some lines at the top of the root module's ``forward``."""
     return lambda source: source.replace("    node_down = self", f"    {code}\n    node_down = self", 1)
 
 
 def hostile_scripts() -> Iterator[tuple[str, bytes, str]]:
     """Give a name, an archive that is no kernel's, and what the refusal says of it."""
     yield "reads a file", scripted(Reads("/etc/passwd")), "'keyword'"
-    yield "reads a file, plainly", with_source(_line('_0 = torch.from_file("x", False, 4)')), "torch.from_file"
+    yield "reads a file, plainly", with_source(with_line('_0 = torch.from_file("x", False, 4)')), "torch.from_file"
     yield "writes a file", scripted(Writes("/tmp/x")), "torch.save"
     yield "writes when loaded", scripted(WritesWhenLoaded("/tmp/x")), "__[gs]etstate__|torch.save"
     records = unpacked(sound())
@@ -149,23 +150,46 @@ def hostile_scripts() -> Iterator[tuple[str, bytes, str]]:
         assert old in tensors
         yield name, packed({**records, "archive/data.pkl": tensors.replace(old, new, 1)}), said
     yield "pickle with a tail", packed({**records, "archive/data.pkl": records["archive/data.pkl"] + shell}), "further"
-    yield "alias of an operator", with_source(_line("_0 = torch.save")), "torch.save"
-    yield "operator as a method", with_source(_line("_0 = (h).save('x')".replace("'", '"'))), "save"
-    yield "namespace under a name", with_source(_line("_0 = ops\n    _1 = _0.aten.save")), "_0.aten.save"
-    yield "custom class", with_source(_line("_0 = __torch__.torch.classes.dist.Store")), "__torch__.torch.classes"
+    yield "alias of an operator", with_source(with_line("_0 = torch.save")), "torch.save"
+    yield "operator as a method", with_source(with_line("_0 = (h).save('x')".replace("'", '"'))), "save"
+    yield "namespace under a name", with_source(with_line("_0 = ops\n    _1 = _0.aten.save")), "_0.aten.save"
+    yield "custom class", with_source(with_line("_0 = __torch__.torch.classes.dist.Store")), "__torch__.torch.classes"
     yield "import", with_source(lambda source: f"import os\n{source}"), "Import"
-    yield "lambda", with_source(_line("_0 = lambda: h")), "Lambda"
-    yield "loop without end", with_source(_line("while True:\n      pass")), "While"
-    yield "builtin", with_source(_line('print("x")')), "'print'"
-    yield "called by subscript", with_source(_line("_0 = [h][0](h)")), "by name"
+    yield "lambda", with_source(with_line("_0 = lambda: h")), "Lambda"
+    yield "loop without end", with_source(with_line("while True:\n      pass")), "While"
+    yield from endless_loops()
+    yield "builtin", with_source(with_line('print("x")')), "'print'"
+    yield "called by subscript", with_source(with_line("_0 = [h][0](h)")), "by name"
     yield (
         "decorated",
         with_source(lambda source: source.replace("  def forward", "  @unused\n  def forward")),
         "forward",
     )
-    yield "other quotes", with_source(_line("_0 = 'x'")), "printable ASCII"
-    yield "escapes", with_source(_line('_0 = "\\n"')), "printable ASCII"
+    yield "other quotes", with_source(with_line("_0 = 'x'")), "printable ASCII"
+    yield "escapes", with_source(with_line('_0 = "\\n"')), "printable ASCII"
     yield "no source", with_source(lambda _: "def forward(:"), "be source"
+
+
+def endless_loops() -> Iterator[tuple[str, bytes, str]]:
+    """Give loops that would keep whoever runs them for hours."""
+    limit = "at most 64, or over the length of a list"
+    for name, steps, said in (
+        ("loop over a huge range", "range(1000000000)", f"{limit}, got '1000000000'"),
+        ("loop one step too long", "range(65)", limit),
+        ("loop over a computed range", "range(torch.mul(torch.len(_1), 1000000000))", limit),
+        ("loop over a range grown by subtraction", "range(torch.sub(torch.len(_1), -1000000000))", limit),
+        ("loop over what is no length", "range(torch.sub(1000000000, 1))", limit),
+        ("loop over a range from somewhere", "range(0, 1000000000)", r"over range\(STEPS\) alone"),
+        ("loop over a list", "_1", r"over range\(STEPS\) alone, got '_1'"),
+    ):
+        yield name, with_source(with_line(f"_1 = [1]\n    for i in {steps}:\n      pass")), said
+    inner = "for j in range(64):\n        pass"
+    yield "loop within a loop", with_source(with_line(f"for i in range(64):\n      {inner}")), "no loop within a loop"
+    own = "_1 = __torch__.anything\n    for i in range(64):\n      _2 = _1(h)"
+    yield "loop that calls a function", with_source(with_line(own)), "operators alone within a loop, got '_1'"
+    member = "for i in range(64):\n      _2 = (self.node_down).forward(h)"
+    yield "loop that calls a module", with_source(with_line(member)), "operators alone within a loop, got 'self"
+    yield "range for itself", with_source(with_line("_1 = range(3)")), "'range'"
 
 
 def with_model(change: Callable[[dict[str, Any]], None]) -> bytes:

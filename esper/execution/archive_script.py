@@ -2,6 +2,10 @@
 
 The source is what torch prints of a graph: a small part of Python. It is read as Python here and by torch's own parser
 later, so whatever the two might read differently (backslashes, comments, other quotes, other characters) is refused.
+
+A loop ends soon: it goes over a range of a written number of steps, `MAX_LOOP_STEPS` at most, or over one list, holds
+no other loop, and calls no function of the archive, which might hold one. How often functions call each other without a
+loop is not bounded here.
 """
 
 from __future__ import annotations
@@ -24,11 +28,15 @@ OPERATORS: Final = frozenset(
 )  # fmt: skip
 """Operators that compiled forms of the closed operator set use, none of which reaches beyond its tensors."""
 
+MAX_LOOP_STEPS: Final = 64
+"""Most steps of a loop whose number of steps is written in the source."""
+
 _OWN: Final = re.compile(r"__torch__(\.(?!classes\b)\w+)+", re.ASCII)
 _CONSTANT: Final = re.compile(r"CONSTANTS\.c\d+", re.ASCII)
 _MEMBER: Final = re.compile(r"(node|down|up|norm)_[a-z][a-z0-9_]*|weight|bias|forward|_conv_forward|_code", re.ASCII)
 _FUNCTION: Final = re.compile(r"(?!__)\w+|__code_getter", re.ASCII)
-_CALLED: Final = re.compile(r"_\d+|annotate|range|unchecked_cast", re.ASCII)
+_CASTS: Final = frozenset({"annotate", "unchecked_cast"})
+_CALLED: Final = re.compile(rf"_\d+|{'|'.join(sorted(_CASTS))}", re.ASCII)
 _NODES: Final = frozenset(
     {
         ast.Module, ast.ClassDef, ast.FunctionDef, ast.arguments, ast.arg, ast.AnnAssign, ast.Assign, ast.Expr,
@@ -56,6 +64,8 @@ def inspect_source(data: bytes, name: str) -> None:
             raise refuse("use the statements of a scripted module", type(node).__name__, record=name)
         if isinstance(node, ast.Attribute):
             waiting.append(_check_dotted(node, name))
+        elif isinstance(node, ast.For):
+            waiting += [node.target, _check_loop(node, name), *node.body]
         else:
             _check_node(node, name)
             waiting += _children(node)
@@ -70,6 +80,47 @@ def _children(node: ast.AST) -> list[ast.AST]:
         elif isinstance(part, ast.AST):
             found.append(part)
     return found
+
+
+def _check_loop(node: ast.For, name: str) -> ast.expr:
+    """Check that a loop ends soon; give the number of its steps, which is still to be looked at."""
+    match node:
+        case ast.For(iter=ast.Call(func=ast.Name(id="range"), args=[steps], keywords=[]), orelse=[]):
+            _check_steps(steps, name)
+        case _:
+            raise refuse("loop over range(STEPS) alone", ast.unparse(node.iter), record=name)
+    for statement in node.body:
+        for part in ast.walk(statement):
+            if isinstance(part, ast.For):
+                raise refuse("hold no loop within a loop", ast.unparse(part.iter), record=name)
+            if isinstance(part, ast.Call) and not _is_operator(part.func):
+                raise refuse("call operators alone within a loop", ast.unparse(part.func), record=name)
+    return steps
+
+
+def _check_steps(steps: ast.expr, name: str) -> None:
+    match steps:
+        case ast.Constant(value=int(count)) if 0 <= count <= MAX_LOOP_STEPS:
+            return
+        case ast.Call(func=ast.Attribute(attr="sub"), args=[length, ast.Constant(value=int(less))]) if less >= 0:
+            pass
+        case _:
+            length = steps
+    match length:
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="len"), args=[ast.Name()]):
+            return
+        case _:
+            rule = f"loop over a written number of steps, at most {MAX_LOOP_STEPS}, or over the length of a list"
+            raise refuse(rule, ast.unparse(steps), record=name)
+
+
+def _is_operator(called: ast.expr) -> bool:
+    """Say whether an operator or a cast is called, and no function of the archive; the lists are held to later."""
+    while isinstance(called, ast.Attribute):
+        called = called.value
+        if isinstance(called, ast.Name):
+            return called.id in ("torch", "ops")
+    return isinstance(called, ast.Name) and called.id in _CASTS
 
 
 def _check_node(node: ast.AST, name: str) -> None:

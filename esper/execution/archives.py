@@ -9,7 +9,7 @@
 
 ``torch.jit.load`` runs code of the archive, and ``torch.export.load`` unpickles and evaluates text: both come after
 this. Records are read by the very reader that loads them, so that what was looked at is what will run. What a form
-computes is not proven here, only that it can do nothing but compute; and not for how long.
+computes is not proven here, only that it can do nothing but compute; nor for how long, beyond that no loop is long.
 """
 
 from __future__ import annotations

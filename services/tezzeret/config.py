@@ -78,20 +78,23 @@ class WorkerPoolConfig:
     """How many workers there are, and where they run."""
 
     mode: Literal["process", "inline"] = "process"
-    """``process``: sandboxed child processes. ``inline``: threads of this process, with neither sandbox nor kill."""
+    """``process``: sandboxed child processes. ``inline``: threads of this process, with neither sandbox nor kill; one
+    that is given up ends at its next phase."""
     num_workers: int = 1
     """Jobs that run at once."""
     limits: WorkerLimits = field(default_factory=WorkerLimits)
     """Limits of each worker; inline workers keep the wall time alone."""
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
     """What kernels are held against."""
+    max_failed_starts: int = 5
+    """Starts in a row that may fail in the place of one worker before a job that waits there loses its attempt."""
     scratch_dir: Path | None = None
     """Directory below which each worker gets a private one; ``None`` takes the system's temporary directory."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("process", "inline"):
             raise InvalidInputError.of("mode", "be process or inline", self.mode)
-        _positive(self, "num_workers")
+        _positive(self, "num_workers", "max_failed_starts")
 
 
 def worker_pool_config(settings: MeshSettings, *, embedded: bool) -> WorkerPoolConfig:
@@ -112,7 +115,9 @@ class TezzeretConfig:
     durable_name: str = "tezzeret"
     """Name of the work queue's consumers, one per priority; services that share a queue share it."""
     max_deliver: int = 3
-    """Workers that may die under a job before it is dead; counted in the store."""
+    """Attempts at a job that may be lost with their worker before it is dead; counted in the store."""
+    rest_dead_s: float = 900.0
+    """Time after which a run's request starts a dead job anew, in seconds; the request of anybody else never does."""
     ack_wait_s: float = 30.0
     """Time after which a job of a service that fell silent goes to another, in seconds."""
     retry_delay_s: float = 1.0
@@ -144,7 +149,7 @@ class TezzeretConfig:
         if not self.durable_name:
             raise InvalidInputError.of("durable_name", "not be empty", self.durable_name)
         _positive(self, "max_deliver", "ack_wait_s", "retry_delay_s", "upload_timeout_s", "max_error_chars")
-        _positive(self, "max_refusals", "max_passed_over", "sweep_interval_s")
+        _positive(self, "max_refusals", "max_passed_over", "sweep_interval_s", "rest_dead_s")
         if not self.sweep_after_s > self.ack_wait_s:
             raise InvalidInputError.of("sweep_after_s", f"be > ack_wait_s ({self.ack_wait_s})", self.sweep_after_s)
         _positive(self, "min_backoff_s", "max_backoff_s", "poll_interval_s", "drain_s", "keep_jobs_s")

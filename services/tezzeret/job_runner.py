@@ -1,7 +1,8 @@
 """Jobs off the work queue: each delivery is compiled by the pool, signed, and kept for the library.
 
 fault of the job      (does not validate or compile)        FAILED, acknowledged: another worker would find the same
-fault of the worker   (died, killed, out of time)           attempted again; after ``max_deliver`` of them DEAD
+fault of the worker   (died, killed, out of time, lied,     attempted again; after ``max_deliver`` of them DEAD
+                       none came up)
 fault of the way out  (see ``outbox``)                      tried again there; never FAILED
 fault of the store    (cannot be written)                   redelivered for as long as it takes
 nobody's fault        (cancelled, or taken up elsewhere)    the worker is ended, what it made is dropped
@@ -30,7 +31,7 @@ from esper.contracts.errors import (
     StorageFullError,
     UnavailableError,
 )
-from esper.contracts.kernel import ENDED_PHASES, CompileJob, JobPhase, KernelArtifact
+from esper.contracts.kernel import ENDED_PHASES, CompileJob, JobPhase, KernelArtifact, KernelManifest
 from esper.contracts.wire import parse
 from esper.execution.keys import SigningKey
 from esper.services.tezzeret.approval import approve
@@ -55,12 +56,16 @@ _TRACER: Final = trace.get_tracer("esper.tezzeret")
 _OUTAGE: Final = (UnavailableError, DeadlineExceededError, StorageFullError)
 
 
+_Signed = tuple[KernelManifest, bytes]
+"""Manifest and serialised artefact of a kernel that was proven."""
+
+
 @dataclass(eq=False, slots=True)
 class _Run:
     """One attempt under way."""
 
     attempt: Attempt
-    compiling: asyncio.Task[KernelArtifact] | None = None
+    compiling: asyncio.Task[_Signed] | None = None
     stopped: bool = False
 
     def stop(self) -> None:
@@ -210,12 +215,11 @@ class JobRunner:
             clock.enter(phase)
 
         try:
-            artifact = await self._compiled(job, run, on_phase)
-            if artifact is None:
-                clock.end()
-                return None
-            manifest, data = await asyncio.to_thread(approve, artifact, job.spec, self._signer)
+            signed = await self._compiled(job, run, on_phase)
             clock.end()
+            if signed is None:
+                return None
+            manifest, data = signed
             unwritten = await phases.finish()
             kept = await self._store.attempts.keep_artifact(run.attempt, unwritten, data, clock.times)
         except _OUTAGE as error:
@@ -235,9 +239,9 @@ class JobRunner:
         self._on_change(kept)
         return None
 
-    async def _compiled(self, job: CompileJob, run: _Run, on_phase: OnPhase) -> KernelArtifact | None:
-        """Have a worker compile; ``None`` when it was ended because the attempt no longer holds the job."""
-        run.compiling = asyncio.create_task(self._pool.compile(job.spec, on_phase))
+    async def _compiled(self, job: CompileJob, run: _Run, on_phase: OnPhase) -> _Signed | None:
+        """Give the signed kernel; ``None`` when its worker was ended because the attempt no longer holds the job."""
+        run.compiling = asyncio.create_task(self._signed(job, on_phase))
         if run.stopped:
             run.compiling.cancel()
         try:
@@ -247,6 +251,16 @@ class JobRunner:
                 raise
             log.info("compile_stopped", extra={"job_id": job.job_id})
             return None
+
+    async def _signed(self, job: CompileJob, on_phase: OnPhase) -> _Signed:
+        """Have a worker compile, and prove what it made while the pool still holds it, which ends one that lied."""
+        approved: list[_Signed] = []
+
+        def check(artifact: KernelArtifact) -> None:
+            approved.append(approve(artifact, job.spec, self._signer))
+
+        await self._pool.compile(job.spec, on_phase, check)
+        return approved[0]
 
     async def _settle(self, delivery: Delivery, attempt: Attempt, trouble: EsperError | None) -> None:
         if trouble is None:

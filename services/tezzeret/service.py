@@ -10,7 +10,7 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from esper.blueprints.cost import cost
@@ -132,6 +132,8 @@ class TezzeretService:
         if self._starting is None or not self._starting.done():
             raise UnavailableError(f"compile workers are not ready: {self._trouble}")
         await self._store.ping()
+        if not self._pool.ready() and self._pool.start_trouble:
+            raise UnavailableError(f"compile workers are not ready: {self._pool.start_trouble}")
         return self._pool.ready()
 
     async def close(self) -> None:
@@ -269,6 +271,8 @@ class TezzeretService:
                 await self._store.ask(known.job_id, asker)
             self._remember(known)
             return known, True
+        if known is not None and not isinstance(stored, StoredKernel) and self._begins_anew(known, stored, asker):
+            return await self._begin_anew(known, fresh, asker), False
         job, created = await self._store.add(fresh, asker)
         if isinstance(stored, StoredKernel):
             if not _names(job, stored):
@@ -276,17 +280,34 @@ class TezzeretService:
                 self._changed(job)
             self._remember(job)
             return job, True
-        lost = job.phase is JobPhase.SUCCEEDED and isinstance(stored, NotFoundError)
-        if lost or job.phase is JobPhase.CANCELLED:
-            log.warning("job_started_anew", extra={"job_id": job.job_id, "phase": job.phase.name})
-            job, generation = await self._store.requeue(job.job_id, given_up_only=False)
-            await self._publish(job, generation)
-            return job, False
         if created:
             await self._publish(job, 0)
         elif job.phase is JobPhase.QUEUED:
             job = await self._hurried(job, fresh)
         return job, job.phase is JobPhase.SUCCEEDED
+
+    def _begins_anew(self, job: CompileJob, stored: NotFoundError | None, asker: Asker | None) -> bool:
+        """Say whether a request starts an ended job again.
+
+        What a job died of may have passed; runs share kernels, so one that stayed dead would be missing to all of them.
+        """
+        if job.phase is JobPhase.DEAD:
+            rest = timedelta(seconds=self._config.rest_dead_s)
+            return asker is not None and job.finished_at is not None and datetime.now(UTC) - job.finished_at >= rest
+        lost = job.phase is JobPhase.SUCCEEDED and isinstance(stored, NotFoundError)
+        return lost or job.phase is JobPhase.CANCELLED
+
+    async def _begin_anew(self, ended: CompileJob, asked: CompileJob, asker: Asker | None) -> CompileJob:
+        """Put an ended job back on the queue; only then is it noted who asks, who would be told of the old end else."""
+        log.warning("job_started_anew", extra={"job_id": ended.job_id, "phase": ended.phase.name})
+        try:
+            job, _ = await self._store.requeue(ended.job_id, given_up_only=ended.phase is not JobPhase.SUCCEEDED)
+        except (NotFoundError, InvalidStateError) as error:  # an equal request was faster
+            log.info("job_started_already", extra={"job_id": ended.job_id, "reason": str(error)})
+            job = await self._store.get(ended.job_id)
+        if asker is not None:
+            await self._store.ask(job.job_id, asker)
+        return await self._hurried(job, asked) if job.phase is JobPhase.QUEUED else job
 
     async def _hurried(self, job: CompileJob, asked: CompileJob) -> CompileJob:
         """See that a job that waits is on the queue, no less urgent than it is asked for now."""

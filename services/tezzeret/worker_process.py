@@ -68,6 +68,11 @@ class WorkerProcess:
         return self._process is not None and self._process.returncode is None
 
     @property
+    def warm(self) -> bool:
+        """Whether it runs and has come up."""
+        return self.alive and bool(self.sandbox)
+
+    @property
     def worn(self) -> bool:
         """Whether it has done as many jobs as one process may."""
         return self.num_jobs >= self._limits.jobs_per_worker

@@ -30,6 +30,8 @@ pytestmark = [
 
 AWAY_S = 5.0
 """Time for which something is gone: longer than a delivery's clock, and than the sweep waits for a sign."""
+STORE_AWAY_S = 60.0
+"""Time for which a store is gone."""
 NUM_CLIENTS = 20
 NUM_KERNELS = 12
 
@@ -79,10 +81,10 @@ async def test_a_service_killed_with_jobs_in_hand_and_kernels_on_their_way_loses
     assert (await plane.account(asked, askers)).keys() == {JobPhase.SUCCEEDED}
 
 
-async def test_a_library_that_is_gone_for_longer_than_jobs_are_delivered_loses_none(plane: Plane) -> None:
+async def test_a_library_that_is_gone_for_a_minute_loses_no_kernel(plane: Plane) -> None:
     async with _under_load(plane, 4_000, "library") as asking:
         plane.urza.kill()
-        await asyncio.sleep(AWAY_S)
+        await asyncio.sleep(STORE_AWAY_S)
         plane.urza.start()
     assert (await plane.account(*asking.result())).keys() == {JobPhase.SUCCEEDED}
 
@@ -136,7 +138,7 @@ def _postgres() -> Iterator[Any]:
         shutil.rmtree(directory)
 
 
-async def test_a_postgresql_that_dies_and_comes_back_loses_no_job(tmp_path: Path) -> None:
+async def test_a_postgresql_that_is_gone_for_a_minute_loses_no_job(tmp_path: Path) -> None:
     with _postgres() as server:
         server.psql("CREATE DATABASE jobs STRATEGY FILE_COPY;")
         async with Plane(tmp_path, server.get_uri("jobs")) as plane:
@@ -144,7 +146,7 @@ async def test_a_postgresql_that_dies_and_comes_back_loses_no_job(tmp_path: Path
                 postmaster = psutil.Process(server.get_pid())
                 for process in [postmaster, *postmaster.children(recursive=True)]:
                     process.kill()
-                await asyncio.sleep(AWAY_S)
+                await asyncio.sleep(STORE_AWAY_S)
                 await asyncio.to_thread(server.ensure_postgres_running)
             assert (await plane.account(*asking.result())).keys() == {JobPhase.SUCCEEDED}
 

@@ -25,8 +25,9 @@ from esper.v1.urza_service_pb2_grpc import UrzaServiceStub
 class CompileMesh:
     """Tezzeret and Urza on sockets, with one compile worker as a process."""
 
-    def __init__(self, directory: Path, compiler: CompilerConfig | None = None) -> None:
+    def __init__(self, directory: Path, compiler: CompilerConfig | None = None, *, max_failed_starts: int = 5) -> None:
         self.directory = directory
+        self.max_failed_starts = max_failed_starts
         self.compiler = compiler or CompilerConfig()
         self.open = AsyncExitStack()
         self.key = SigningKey.generate()
@@ -45,10 +46,17 @@ class CompileMesh:
         self.urza = UrzaServiceStub(await self.open.enter_async_context(open_channel(urza_server.address, config)))
         database = await self.open.enter_async_context(Database.open("sqlite://"))
         limits = WorkerLimits(job_timeout_s=600.0, cpu_s=900) if self.compiler.aot_inductor else WorkerLimits()
-        self.pool = WorkerPool(WorkerPoolConfig(limits=limits, compiler=self.compiler, scratch_dir=self.directory))
+        self.pool = WorkerPool(
+            WorkerPoolConfig(
+                limits=limits,
+                compiler=self.compiler,
+                scratch_dir=self.directory,
+                max_failed_starts=self.max_failed_starts,
+            )
+        )
         self.open.push_async_callback(self.pool.close)
         settings = TezzeretConfig(retry_delay_s=0.05, drain_s=0.5)
-        service = TezzeretService(JobStore(database), bus, self.pool, self.urza, self.key, settings)
+        self.service = service = TezzeretService(JobStore(database), bus, self.pool, self.urza, self.key, settings)
         await service.start()
         self.open.push_async_callback(service.close)
         server = MeshServer()

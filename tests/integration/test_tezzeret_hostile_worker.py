@@ -25,6 +25,7 @@ SPEC = CompileSpec(
     ir=default_registry().create_blueprint("bottleneck_adapter").ir,
     site=Site(kind=SiteKind.LINEAR, input_shape=(8,), output_shape=(6,)),
 )
+OTHER = default_registry().create_blueprint("lora").ir
 
 
 @pytest.fixture
@@ -39,17 +40,27 @@ async def mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
         await made.open.aclose()
 
 
-async def test_a_hostile_archive_of_a_compromised_worker_reaches_nobody(mesh: CompileMesh, tmp_path: Path) -> None:
+async def test_a_hostile_archive_of_a_compromised_worker_reaches_nobody_and_ends_the_worker(
+    mesh: CompileMesh, tmp_path: Path
+) -> None:
     honest = await mesh.compile(SPEC)
     assert honest.phase == pb.JOB_PHASE_SUCCEEDED, "the worker serves what it does not tamper with"
+    [liar] = mesh.pool.pids
     lied_about = replace(SPEC, random_seed=1)
     job = await mesh.compile(lied_about)
-    assert job.phase == pb.JOB_PHASE_FAILED
-    assert job.error_reason == "COMPILATION", job.error
+    assert (job.phase, job.deliveries) == (pb.JOB_PHASE_DEAD, 3), "every worker lied about it, each but once"
+    assert job.error_reason == "UNAVAILABLE", job.error
+    assert job.error.startswith("compile worker was ended, since its kernel was refused: ")
     assert "must declare functions that nothing calls by itself, got '__setstate__'" in job.error
+    dead = await mesh.tezzeret.ListDeadLetters(pb.ListDeadLettersRequest(), timeout=10)
+    assert [one.job_id for one in dead.jobs] == [job.job_id]
     with pytest.raises(NotFoundError):
         await mesh.urza.GetKernel(urza_pb.GetKernelRequest(content_key=content_key(lied_about)), timeout=10)
     assert not (tmp_path / "written-by-a-kernel").exists()
+    assert (await mesh.compile(replace(SPEC, ir=OTHER))).phase == pb.JOB_PHASE_SUCCEEDED
+    assert liar not in mesh.pool.pids, "another worker serves the next job"
+    with pytest.raises(ProcessLookupError):
+        os.kill(liar, 0)
 
 
 async def test_a_worker_that_names_no_phase_there_is_is_ended_and_its_job_dies(mesh: CompileMesh) -> None:

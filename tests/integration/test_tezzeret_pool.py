@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import sys
+import threading
+import traceback
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +19,12 @@ from esper.blueprints import default_registry
 from esper.contracts.blueprint import BlueprintIR, Site, SiteKind
 from esper.contracts.errors import (
     CapacityExceededError,
+    CompilationError,
     DeadlineExceededError,
     InvalidBlueprintError,
     UnavailableError,
 )
-from esper.contracts.kernel import CompileSpec, CompileTarget, JobPhase
+from esper.contracts.kernel import CompileSpec, CompileTarget, JobPhase, KernelArtifact
 from esper.execution.artifact import artifact_bytes, verify
 from esper.execution.keys import SigningKey
 from esper.services.tezzeret import worker_process
@@ -84,6 +87,22 @@ async def test_a_killed_worker_costs_its_job_and_is_replaced(pool: WorkerPool) -
         await pool.compile(SPEC, kill)
     assert (await pool.compile(SPEC)).binary
     assert pool.pids != (pid,)
+
+
+async def test_a_worker_whose_kernel_is_refused_is_ended_and_replaced(pool: WorkerPool) -> None:
+    [pid] = pool.pids
+
+    def refuse(_: KernelArtifact) -> None:
+        raise CompilationError("worker must give what was asked for")
+
+    said = "compile worker was ended, since its kernel was refused: worker must give what was asked for"
+    with pytest.raises(UnavailableError, match=said):
+        await pool.compile(SPEC, check=refuse)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    checked: list[KernelArtifact] = []
+    assert [await pool.compile(SPEC, check=checked.append)] == checked
+    assert pid not in pool.pids
 
 
 async def test_a_worker_killed_while_idle_is_replaced(pool: WorkerPool) -> None:
@@ -180,6 +199,57 @@ async def test_inline_workers_compile_and_say_that_nothing_is_enforced() -> None
     assert row.detail.startswith("NOT ENFORCED")
     await pool.close()
     assert not pool.ready()
+
+
+async def test_an_inline_job_that_is_cancelled_ends_its_thread_at_the_next_phase() -> None:
+    """Every function that a thread of the pool enters is seen, so that what it no longer does is known."""
+    entered: set[str] = set()
+    threading.setprofile(lambda frame, event, _: entered.add(frame.f_code.co_name) if event == "call" else None)
+    pool = WorkerPool(WorkerPoolConfig(mode="inline"))
+    try:
+        await pool.start()
+        await pool.compile(SPEC)
+    finally:
+        threading.setprofile(None)
+    assert {"compiled_rows", "figure_rows", "package"} <= entered, "this is what a compile goes through"
+    entered.clear()
+    heard: list[JobPhase] = []
+    began = asyncio.Event()
+
+    def hear(phase: JobPhase) -> None:
+        heard.append(phase)
+        began.set()
+
+    wide = Site(kind=SiteKind.LINEAR, input_shape=(2048,), output_shape=(2048,))
+    compiling = asyncio.create_task(pool.compile(replace(SPEC, site=wide), hear))
+    await began.wait()
+    compiling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await compiling
+    await _until(lambda: not _compiles_inline(), 60)
+    assert heard == [JobPhase.COMPILING]
+    assert "package" not in entered
+    assert (await pool.compile(SPEC)).binary, "the thread takes the next job"
+    await pool.close()
+
+
+async def test_an_inline_pool_that_closes_under_a_job_says_so_and_leaves_no_thread_at_work() -> None:
+    pool = WorkerPool(WorkerPoolConfig(mode="inline"))
+    await pool.start()
+    began = asyncio.Event()
+    wide = Site(kind=SiteKind.LINEAR, input_shape=(2048,), output_shape=(2048,))
+    compiling = asyncio.create_task(pool.compile(replace(SPEC, site=wide), lambda _: began.set()))
+    await began.wait()
+    await pool.close()
+    with pytest.raises(UnavailableError, match="compile pool must stay open under a job, it was closed"):
+        await compiling
+    await _until(lambda: not _compiles_inline(), 60)
+
+
+def _compiles_inline() -> bool:
+    """Say whether a thread of this process is within a compile."""
+    frames = list(sys._current_frames().values())
+    return any(frame.f_code.co_name == "compile_spec" for top in frames for frame, _ in traceback.walk_stack(top))
 
 
 def _left(directory: Path) -> list[str]:

@@ -84,7 +84,9 @@ class ScriptedPool(WorkerPool):
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def compile(self, spec: CompileSpec, on_phase: Any = lambda _: None) -> KernelArtifact:
+    async def compile(
+        self, spec: CompileSpec, on_phase: Any = lambda _: None, check: Any = lambda _: None
+    ) -> KernelArtifact:
         self.specs.append(spec)
         on_phase(JobPhase.COMPILING)
         await self.gate.wait()
@@ -92,8 +94,10 @@ class ScriptedPool(WorkerPool):
             step = self.script.pop(0)
             if isinstance(step, Exception):
                 raise step
-            return await step(spec)
-        return await super().compile(spec, on_phase)
+            artifact = await step(spec)
+            check(artifact)
+            return artifact
+        return await super().compile(spec, on_phase, check)
 
 
 class Mill:

@@ -108,6 +108,18 @@ def test_a_script_that_does_more_than_compute_is_refused_by_name() -> None:
     assert not_refused(hostile.hostile_scripts(), SCRIPT) == []
 
 
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "for i in range(64):\n      _2 = torch.add(h, 1)",
+        "for i in range(torch.len(_1)):\n      _2 = _1[i]",
+        "for i in range(torch.sub(torch.len(_1), 2)):\n      _2 = annotate(int, _1[torch.add(i, 2)])",
+    ],
+)
+def test_a_loop_that_ends_soon_passes(loop: str) -> None:
+    inspect_binary(hostile.with_source(hostile.with_line(f"_1 = torch.size(h)\n    {loop}")), SCRIPT)
+
+
 def test_an_exported_program_that_does_more_than_compute_is_refused_by_name() -> None:
     assert not_refused(hostile.hostile_programs(), PROGRAM) == []
 
