@@ -33,6 +33,10 @@ DECISION_WAIT_S: Final = 60.0
 """Longest wait for an epoch's decision; runs with equal seeds see the same decisions however busy the machine is."""
 
 
+SEEDS_PER_LAYER: Final = 8
+"""As many as race at once: in hosts of two layers all rivals may want the same one."""
+
+
 class ListeningMesh:
     """A mesh whose decisions are written down: a report says what became of them, not how sure they were."""
 
@@ -83,7 +87,7 @@ def _grow_once(mesh: MeshPort, cell: Cell, *, seed: int, wait_s: float, counts: 
     task, settings, listening = load(cell.task), cell.settings, ListeningMesh(mesh)
     steps, own = _Counter(counts), _Counter(counts)
     began_s = time.perf_counter()
-    model = esper.wrap(make_net(cell, cell.host, seed), exclude=_unwrapped(cell))
+    model = esper.wrap(make_net(cell, cell.host, seed), seeds_per_layer=SEEDS_PER_LAYER, exclude=_unwrapped(cell))
     # The policy's draws depend on the run's name, so equal seeds need equal names.
     name = f"bench-growth-{cell.task}-{cell.family}-{seed}"
     batches = Batches(task.train, batch_size=settings.batch_size, seed=seed)
@@ -200,7 +204,7 @@ def rebuild(cell: Cell, topology: Iterable[GrownSeed], *, seed: int, as_born: bo
     made of; parameters that stand in no module of torch's (gates, scales) have no rule there and start as born.
     """
     structure = list(topology)
-    model = esper.wrap(make_net(cell, cell.host, seed), exclude=_unwrapped(cell))
+    model = esper.wrap(make_net(cell, cell.host, seed), seeds_per_layer=SEEDS_PER_LAYER, exclude=_unwrapped(cell))
     with torch.no_grad():
         model.eval()(load(cell.task).train.inputs[:1])  # layers learn their shapes from a pass
     model.rebuild(structure)

@@ -20,6 +20,7 @@ from esper.telemetry.streams import streams_with_replicas
 if TYPE_CHECKING:
     from esper.services.tezzeret.pool import WorkerPool
     from esper.services.tezzeret.service import TezzeretService
+    from esper.services.urza.server import UrzaService
 
 log = logging.getLogger(__name__)
 
@@ -138,9 +139,12 @@ async def _open_tolaria(given: Surroundings) -> Node:
 
 
 async def _open_tamiyo(given: Surroundings) -> Node:
+    from esper.services.tamiyo.forecast import ForecastConfig
     from esper.services.tamiyo.server import TamiyoNode, TamiyoNodeConfig
 
-    config = TamiyoNodeConfig(database_url=given.database_of("tamiyo"))
+    # An embedded mesh compiles in the training process and forgets at its end: making kernels ready would only cost.
+    forecast = ForecastConfig(size=0) if given.embedded else ForecastConfig()
+    config = TamiyoNodeConfig(database_url=given.database_of("tamiyo"), forecast=forecast)
     stubs = given.stubs
     return await TamiyoNode.open(
         config, bus=given.bus, urza=stubs["urza"], karn=stubs["karn"], tezzeret=stubs["tezzeret"]
@@ -161,8 +165,7 @@ async def _open_urza(given: Surroundings) -> Node:
     settings = given.settings
     config = UrzaConfig(
         database_url=given.database_of("urza"),
-        rest=not given.embedded,
-        rest_port=settings.urza_rest_port,
+        rest_write_token=settings.rest_token(),
         blobs_url="" if given.embedded else settings.urza_blobs_url,
         retention=RetentionPolicy(
             keep_unreferenced_days=settings.urza_kernel_days,
@@ -173,7 +176,46 @@ async def _open_urza(given: Surroundings) -> Node:
     )
     urza = UrzaService(config, bus=given.bus, key_ring=given.ring)
     await urza.start()
-    return urza
+    if given.embedded:
+        return urza
+    node = _LibraryNode(urza, settings)
+    try:
+        await node.start()
+    except BaseException:
+        await node.close()
+        raise
+    return node
+
+
+class _LibraryNode:
+    """The library with its REST face: over TLS, to callers with a certificate, wherever the mesh has certificates."""
+
+    def __init__(self, urza: UrzaService, settings: MeshSettings) -> None:
+        from esper.mesh.http_server import HttpServer
+        from esper.services.urza.rest import build_app
+
+        names = tuple(name.strip() for name in settings.urza_rest_names.split(",") if name.strip())
+        self._urza = urza
+        self._rest = HttpServer(
+            build_app(urza.store, write_token=settings.rest_token(), allowed_hosts=names),
+            name="urza-rest",
+            host=settings.urza_rest_host,
+            port=settings.urza_rest_port,
+            tls=settings.tls_config(),
+        )
+
+    async def start(self) -> None:
+        """Serve REST; the library itself was started before."""
+        await self._rest.start()
+
+    def add_to(self, server: Any) -> None:
+        """Register with a server."""
+        self._urza.add_to(server)
+
+    async def close(self) -> None:
+        """Stop serving REST, then close the library."""
+        await self._rest.close()
+        await self._urza.close()
 
 
 async def _open_tezzeret(given: Surroundings) -> Node:

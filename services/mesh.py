@@ -61,6 +61,10 @@ class LoopSource:
         """Give a verified kernel from the nearest tier that has it; one just announced, whatever was found before."""
         return await asyncio.wrap_future(self._home.submit(self._source.fetch(artifact_id, announced=announced)))
 
+    async def warm(self, artifact_ids: Sequence[str]) -> tuple[str, ...]:
+        """Bring kernels into the first tier; give those that are there now. Failures are logged, never raised."""
+        return await asyncio.wrap_future(self._home.submit(self._source.warm(artifact_ids)))
+
     def name(self, name: str, artifact_id: str) -> None:
         """Let a kernel be fetched by a name of one's own.
 

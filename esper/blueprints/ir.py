@@ -71,10 +71,21 @@ def live_nodes(ir: BlueprintIR) -> frozenset[str]:
         node = by_name.get(waiting.pop())
         if node is not None and node.name not in found:
             found.add(node.name)
-            operator = OPERATORS.get(node.op)
-            shapes = operator.shape_inputs if operator else ()
-            waiting.extend(source for index, source in enumerate(node.inputs) if index not in shapes)
+            waiting.extend(_value_sources(node))
     return frozenset(found)
+
+
+def reads_input(ir: BlueprintIR) -> bool:
+    """Say whether the values of the layer's input reach the output."""
+    live = live_nodes(ir)
+    return any("x" in _value_sources(node) for node in ir.nodes if node.name in live)
+
+
+def _value_sources(node: IRNode) -> list[str]:
+    """Give what a node reads for its values, not for its shape."""
+    operator = OPERATORS.get(node.op)
+    shapes = operator.shape_inputs if operator else ()
+    return [source for index, source in enumerate(node.inputs) if index not in shapes]
 
 
 def canonical_bytes(ir: BlueprintIR) -> bytes:

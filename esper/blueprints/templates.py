@@ -262,17 +262,20 @@ _VIEWS: Final = (
         name="image_conv",
         text="""
             image = image_view(x)
-            first = conv(image, features=16, kernel=3)
-            act1 = activation(first, fn=relu)
-            second = conv(act1, features=32, kernel=3, stride=2)
-            act2 = activation(second, fn=relu)
+            first = conv(image, features=8, kernel=3)
+            norm1 = group_norm(first)
+            act1 = activation(norm1, fn=relu)
+            second = conv(act1, features=8, kernel=3, stride=2)
+            norm2 = group_norm(second)
+            act2 = activation(norm2, fn=relu)
             flat = flatten(act2)
             out = linear(flat, init=zero)
             return out
         """,
         description="A small convolutional network on a square image that the host treats as a flat vector.",
         tags=("convolution", "spatial", "image"),
-        citation="LeCun et al., Gradient-Based Learning Applied to Document Recognition, Proc. IEEE 86 (1998)",
+        citation="LeCun et al., Gradient-Based Learning Applied to Document Recognition, Proc. IEEE 86 (1998); "
+        "Wu & He, Group Normalization, arXiv:1803.08494",
         site_kinds=_VECTORS,
     ),
 )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import IntEnum
+from typing import Final
 
 from esper.contracts.blueprint import BlueprintCost, BlueprintIR, Site
 
@@ -50,6 +51,9 @@ class JobPriority(IntEnum):
 
 ENDED_PHASES = frozenset({JobPhase.SUCCEEDED, JobPhase.FAILED, JobPhase.DEAD, JobPhase.CANCELLED})
 """Phases after which a job no longer changes by itself."""
+
+MAX_FORECAST: Final = 64
+"""Kernels of one forecast that are brought nearer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +154,16 @@ class KernelArtifact:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KernelForecast:
+    """Kernels that a run is likely to want next; a hint."""
+
+    run_id: str
+    """Run."""
+    artifact_ids: tuple[str, ...]
+    """Ids of kernels that the library has, likeliest first; readers take ``MAX_FORECAST`` at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class KernelReady:
     """Announcement that a kernel can be fetched, or that it never will be."""
 
@@ -184,7 +198,7 @@ class CompileSpec:
     device: DeviceKind = DeviceKind.CPU
     """Device wanted."""
     random_seed: int = 0
-    """Seed of the initial weights."""
+    """Seed of the weights that the kernel ships; runs leave it 0 and draw their own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -142,6 +142,8 @@ class CacheTierStatus:
     """Time that the lookups took to which it gave an answer (hits, misses, corrupt), in seconds, all together."""
     breaker: TierBreaker | None = None
     """What its breaker lets through; ``None`` where the tier has none."""
+    warmed: int = 0
+    """Kernels that it gave before anybody asked for them; they count neither as hits nor as misses."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

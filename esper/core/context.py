@@ -47,3 +47,7 @@ class RunContext:
     """Seed of the run."""
     control_loss: float
     """Last mean control loss."""
+
+    def birth_seed(self, seed_index: int) -> int:
+        """Give the random seed of a seed's first weights: kernels are shared between runs, their draw is the run's."""
+        return (self.random_seed + seed_index) % 2**63

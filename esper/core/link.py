@@ -11,14 +11,14 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from google.protobuf.message import Message
 from opentelemetry import context as otel_context
 
 from esper.contracts.decision import AdaptationDecision, ControlCommand, ControlResult
 from esper.contracts.errors import EsperError, InvalidInputError, InvalidStateError
-from esper.contracts.kernel import KernelReady
+from esper.contracts.kernel import MAX_FORECAST, KernelForecast, KernelReady
 from esper.contracts.run import CacheTierStatus
 from esper.contracts.wire import from_wire, to_message, to_wire
 from esper.core.morphable import MorphableModel
@@ -33,12 +33,18 @@ from esper.v1 import decision_pb2, kernel_pb2
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
 
+_FORECASTS_KEPT: Final = 4
+"""Forecasts that wait for the training thread; a new one says all that the ones before it said."""
+
 
 class TieredSource(Protocol):
     """Where kernels come from: a tiered source with statistics, used on the publisher's loop alone."""
 
     async def fetch(self, artifact_id: str, *, announced: bool = False) -> VerifiedKernel:
         """Give a verified kernel, from the nearest tier that has it; one just announced, whatever was found before."""
+
+    async def warm(self, artifact_ids: Sequence[str]) -> Sequence[str]:
+        """Bring kernels nearer that are likely to be wanted; gives those that are near now."""
 
     def stats(self) -> Sequence[CacheTierStatus]:
         """Give the statistics of every tier."""
@@ -123,6 +129,8 @@ class BusLink:
         self._kernels = self._open(Kind.KERNEL, kernel_pb2.KernelReady)
         self._controls = self._open(Kind.CONTROL, decision_pb2.ControlMessage)
         self.run_id = client.run_id
+        subject = build_subject(self.run_id, Kind.FORECAST)
+        self._forecasts = self._publisher.open_mailbox(subject, kernel_pb2.KernelForecast, max_mail=_FORECASTS_KEPT)
 
     def send(self, kind: Kind, value: object, *, layer: str | None = None, msg_id: str | None = None) -> None:
         """Hand a domain value over; returns at once."""
@@ -134,7 +142,7 @@ class BusLink:
         self._publisher.offer(build_subject(self.run_id, kind, layer), message, durable=True, msg_id=msg_id)
 
     def arrivals(self) -> Iterator[Arrival]:
-        """Give what has come in; with nothing there this costs four length checks."""
+        """Give what has come in; with nothing there this costs five length checks."""
         if self._decisions:
             yield from self._values(self._decisions, AdaptationDecision)
         if self._kernels:
@@ -148,6 +156,8 @@ class BusLink:
                     yield from self._value(control, control.message.command, ControlCommand)
                 else:
                     control.settle()
+        if self._forecasts:
+            self._warm(self._forecasts.drain()[-1])
 
     def cache_tiers(self) -> Sequence[CacheTierStatus]:
         """Give the statistics of the kernel cache."""
@@ -196,6 +206,23 @@ class BusLink:
                 self._publisher.submit(self._fetch_into_mailbox(ready, mail))
         except InvalidStateError as error:  # the publisher has ended: the training step goes on without it
             self._fetched.append(KernelArrival(ready=ready, error=str(error)))
+
+    def _warm(self, mail: Mail[kernel_pb2.KernelForecast]) -> None:
+        """Have the kernels of a forecast brought nearer on the publisher's loop; a hint that fails costs nothing."""
+        try:
+            forecast = from_wire(mail.message, KernelForecast)
+            self._publisher.submit(self._bring(forecast.artifact_ids[:MAX_FORECAST]))
+        except (InvalidInputError, InvalidStateError) as error:
+            log.info("forecast_ignored", extra={"run_id": self.run_id, "error": str(error)})
+
+    async def _bring(self, artifact_ids: Sequence[str]) -> None:
+        try:
+            near = await self._source.warm(artifact_ids)
+        except Exception:  # a defect of a tier; the kernels are fetched when they are wanted
+            log.exception("kernels_not_warmed", extra={"run_id": self.run_id})
+        else:
+            extra = {"run_id": self.run_id, "asked": len(artifact_ids), "near": len(near)}
+            log.info("kernels_warmed", extra=extra)
 
     async def _fetch_into_mailbox(self, ready: KernelReady, mail: Mail[kernel_pb2.KernelReady]) -> None:
         try:

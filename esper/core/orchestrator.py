@@ -206,6 +206,7 @@ class SeedOrchestrator:
                     adaptation.seed_index,
                     blueprint.ir,
                     blueprint_id=blueprint.id,
+                    random_seed=self._context.birth_seed(adaptation.seed_index),
                     adaptation_id=adaptation_id,
                     source=adaptation.decision.source,
                 )
@@ -378,7 +379,11 @@ class SeedOrchestrator:
         with adaptation.span("germinate", context.run_id):
             with self._tell.because("kernel loaded", hoped=True):
                 layer.attach_kernel(
-                    index, arrival.kernel, adaptation_id=adaptation.id, source=adaptation.decision.source
+                    index,
+                    arrival.kernel,
+                    adaptation_id=adaptation.id,
+                    source=adaptation.decision.source,
+                    random_seed=context.birth_seed(index),
                 )
             adaptation.artifact_id = arrival.ready.artifact_id
         self._incubate(adaptation)

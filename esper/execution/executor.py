@@ -57,6 +57,16 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         ShapeMismatchError: A name or a shape differs from the module's.
         InvalidInputError: A value is of another kind of number than the module's.
     """
+    require_fit_of(module, weights)
+    module.load_state_dict(dict(weights), strict=True)
+
+
+def require_fit_of(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Check that weights are those of a module in name, shape and kind of number, and leave the module as it is.
+
+    Raises:
+        As :func:`load_weights`.
+    """
     _require_kinds(module, weights)
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
@@ -68,7 +78,6 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
             f"{name!r} must be {expected.get(name, 'absent')}, got {found.get(name, 'nothing')}",
             parameter="weights",
         )
-    module.load_state_dict(dict(weights), strict=True)
 
 
 def _require_kinds(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -192,16 +201,25 @@ def _timed_ms(module: nn.Module, x: Tensor, h: Tensor) -> float:
 class KernelExecutor:
     """Turns kernels into modules that stand at a layer."""
 
-    def prepare(self, kernel: VerifiedKernel, site: Site, placement: Placement) -> nn.Module:
+    def prepare(
+        self, kernel: VerifiedKernel, site: Site, placement: Placement, *, random_seed: int | None = None
+    ) -> nn.Module:
         """Rebuild the trainable form of a kernel from its graph and weights, and check it at the layer's shapes.
+
+        With a ``random_seed`` the first weights are drawn anew from it, as ``to_module(ir, site, seed=random_seed)``
+        draws them: runs share a kernel and not its draw. The kernel's own must fit all the same.
 
         Raises:
             InvalidBlueprintError: The graph is not legal at the site.
             ShapeMismatchError: The weights or the delta do not fit the layer.
             InvalidInputError: The weights or the delta are of another kind of number than the layer's.
         """
-        module = build_kernel(kernel.ir, site, placement)
-        load_weights(module, kernel.weights)
+        if random_seed is None:
+            module = build_kernel(kernel.ir, site, placement)
+            load_weights(module, kernel.weights)
+        else:
+            module = build_kernel(kernel.ir, site, placement, random_seed=random_seed)
+            require_fit_of(module, kernel.weights)
         check_shapes(module, site, placement, structure=content_id(kernel.ir))
         return module
 

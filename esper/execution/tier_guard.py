@@ -30,6 +30,8 @@ class TierCounts:
     """Calls that failed or were held off by the breaker."""
     lookup_s: float = 0.0
     """Time of the lookups to which the tier gave an answer, in seconds, all together."""
+    warmed: int = 0
+    """Kernels that it gave before anybody asked for them; no part of the lookups."""
 
     def status(self, tier: str, bytes_held: int | None, breaker: BreakerState | None = None) -> CacheTierStatus:
         """Give the counts as a value."""
@@ -42,6 +44,7 @@ class TierCounts:
             bytes_held=bytes_held,
             lookup_s=self.lookup_s,
             breaker=None if breaker is None else TierBreaker[breaker.name],
+            warmed=self.warmed,
         )
 
 
@@ -55,8 +58,8 @@ class GuardedTier:
         self.counts = TierCounts()
         self._timeout_s = timeout_s
 
-    async def read(self, artifact_id: str) -> bytes:
-        """Give an entry's bytes.
+    async def read(self, artifact_id: str, *, wanted: bool = True) -> bytes:
+        """Give an entry's bytes; with ``wanted`` false it is no lookup of anybody's, and not counted as one.
 
         Raises:
             NotFoundError: The tier has no such entry.
@@ -71,8 +74,8 @@ class GuardedTier:
             async with asyncio.timeout(self._timeout_s):
                 data = await self.reader.read(artifact_id)
         except (NotFoundError, CorruptDataError) as error:
-            self.counts.misses += isinstance(error, NotFoundError)
-            self._answered(begun_s)
+            self.counts.misses += wanted and isinstance(error, NotFoundError)
+            self._answered(begun_s, wanted=wanted)
             raise
         except (EsperError, TimeoutError) as error:
             self._failed("read", artifact_id, error)
@@ -80,7 +83,7 @@ class GuardedTier:
         except BaseException:
             self.breaker.abandoned()
             raise
-        self._answered(begun_s)
+        self._answered(begun_s, wanted=wanted)
         return data
 
     async def attempt(self, work: Coroutine[Any, Any, None], action: str, artifact_id: str) -> bool:
@@ -111,8 +114,9 @@ class GuardedTier:
         """Give what is known of the tier."""
         return self.counts.status(self.name, self.reader.bytes_held, self.breaker.state)
 
-    def _answered(self, begun_s: float) -> None:
-        self.counts.lookup_s += time.perf_counter() - begun_s
+    def _answered(self, begun_s: float, *, wanted: bool) -> None:
+        if wanted:
+            self.counts.lookup_s += time.perf_counter() - begun_s
         self.breaker.succeeded()
 
     def _failed(self, action: str, artifact_id: str, error: BaseException) -> None:

@@ -97,6 +97,7 @@ class TieredKernelSource:
         self._l2_writer = l2
         self._l1_counts = TierCounts()
         self._flights: dict[str, asyncio.Task[HeldKernel]] = {}
+        self._wanted: set[str] = set()
         self._names: dict[str, str] = {}
 
     def name(self, name: str, artifact_id: str) -> None:
@@ -163,7 +164,10 @@ class TieredKernelSource:
         return await asyncio.to_thread(held.take)
 
     async def warm(self, artifact_ids: Iterable[str]) -> tuple[str, ...]:
-        """Bring kernels into the first tier; give the ids that are there now. Failures are logged, never raised."""
+        """Bring kernels into the first tier; give the ids that are there now. Failures are logged, never raised.
+
+        What is read for it counts as ``warmed``, unless somebody asks for the kernel while it is on its way.
+        """
         gate = asyncio.Semaphore(self._config.warm_concurrency)
 
         async def bring(asked: str) -> str | None:
@@ -171,7 +175,7 @@ class TieredKernelSource:
                 try:
                     artifact_id = self._resolve(asked)
                     if artifact_id not in self._l1:
-                        await self._shared(artifact_id)
+                        await self._flight(artifact_id)
                 except EsperError as error:
                     log.info("kernel_not_warmed", extra={"artifact_id": asked, "error": str(error)})
                     return None
@@ -240,6 +244,11 @@ class TieredKernelSource:
         return await self._shared(artifact_id)
 
     async def _shared(self, artifact_id: str) -> HeldKernel:
+        """Join the fetch that runs for this id, or begin one, for somebody who wants the kernel."""
+        self._wanted.add(artifact_id)
+        return await self._flight(artifact_id)
+
+    async def _flight(self, artifact_id: str) -> HeldKernel:
         """Join the fetch that runs for this id, or begin one; a caller that goes away does not end it."""
         flight = self._flights.get(artifact_id)
         if flight is None:
@@ -250,6 +259,7 @@ class TieredKernelSource:
 
     def _landed(self, artifact_id: str, flight: asyncio.Task[HeldKernel]) -> None:
         del self._flights[artifact_id]
+        self._wanted.discard(artifact_id)
         if not flight.cancelled():
             flight.exception()  # seen here, so that a fetch whose callers all left does not complain
 
@@ -286,14 +296,16 @@ class TieredKernelSource:
 
     async def _read_verified(self, tier: GuardedTier, artifact_id: str) -> tuple[bytes, HeldKernel]:
         try:
-            data = await tier.read(artifact_id)
+            data = await tier.read(artifact_id, wanted=artifact_id in self._wanted)
             held = await asyncio.to_thread(HeldKernel.proven, data, self._ring, artifact_id=artifact_id)
         except (CorruptDataError, CapacityExceededError) as error:
             tier.counts.corrupt += 1
             if isinstance(error, CorruptDataError):
                 raise
             raise CorruptDataError(f"kernel {artifact_id} does not verify: {error}") from error
-        tier.counts.hits += 1
+        wanted = artifact_id in self._wanted
+        tier.counts.hits += wanted
+        tier.counts.warmed += not wanted
         return data, held
 
     def _keep_in_l1(self, held: HeldKernel) -> None:

@@ -45,11 +45,12 @@ class Kind(StrEnum):
     FIELD_REPORT = "field_report"
     ALERT = "alert"
     CONTROL = "control"
+    FORECAST = "forecast"
 
     @property
     def durable(self) -> bool:
-        """Whether a stream keeps messages of this kind; only health is fan-out where the newest matters."""
-        return self is not Kind.HEALTH
+        """Whether a stream keeps messages of this kind; health and forecasts are fan-out where the newest matters."""
+        return self not in (Kind.HEALTH, Kind.FORECAST)
 
 
 @dataclass(frozen=True, slots=True)

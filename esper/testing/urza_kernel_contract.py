@@ -1,9 +1,9 @@
 # ruff: noqa: D102 - a test is named by the sentence that it proves
 """What the library promises of kernels at rest, as tests: rot is found, what is referred to stays, uploads go on.
 
-Subclass, and give as fixtures an open, empty ``database``; ``place``, where the bytes of kernels rest: ``database`` or
-a URL of ``fsspec``; ``rot``, which writes into a table past every rule of the database; and ``texts_may_break``: can
-that database hold text that is none.
+Subclass, and give as fixtures an open ``database`` with the newest tables and nothing in them; ``place``, where the
+bytes of kernels rest: ``database`` or a URL of ``fsspec``; ``rot``, which writes into a table past every rule of the
+database; and ``texts_may_break``: can that database hold text that is none.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class _Suite:
     async def store(self, database: Database, place: str, clock: Clock, policy: RetentionPolicy) -> UrzaStore:
         """Give a store that trusts one key."""
         blobs = None if place == "database" else Blobs(place)
-        store = UrzaStore(database, key_ring=KEY.ring(), blobs=blobs, clock=clock, retention=policy)
-        await store.migrate()
-        return store
+        if blobs is not None:
+            await blobs.prepare()
+        return UrzaStore(database, key_ring=KEY.ring(), blobs=blobs, clock=clock, retention=policy)
 
 
 class OutsideKernelStoreContract(KernelStoreContract):
@@ -93,9 +93,9 @@ class OutsideKernelStoreContract(KernelStoreContract):
         """Give a store that trusts one key, with bytes outside."""
         from esper.testing.urza_contract import KEY
 
-        store = UrzaStore(database, key_ring=KEY.ring(), blobs=Blobs(place))
-        await store.migrate()
-        return store
+        blobs = Blobs(place)
+        await blobs.prepare()
+        return UrzaStore(database, key_ring=KEY.ring(), blobs=blobs)
 
     async def test_a_damaged_kernel_is_found_and_removed(self, database: Database, store: UrzaStore) -> None:
         from esper.testing.urza_contract import KEY

@@ -1,7 +1,7 @@
 # ruff: noqa: D102 - a test is named by the sentence that it proves
-"""What the library's queries and statistics promise on every database, as tests: subclass and give a ``database``.
+"""What the library's queries and statistics promise on every database, as tests: subclass and give what they stand on.
 
-The fixture gives an open, empty `Database` and closes it afterwards.
+The fixtures ``database`` and ``empty_database`` are those of `esper.testing.urza_contract`.
 """
 
 from __future__ import annotations
@@ -116,9 +116,7 @@ class _QuerySuite:
     @pytest.fixture
     async def store(self, database: Database) -> UrzaStore:
         """Give a store that trusts one key."""
-        store = UrzaStore(database, key_ring=KEY.ring())
-        await store.migrate()
-        return store
+        return UrzaStore(database, key_ring=KEY.ring())
 
 
 class TagExpressionContract(_QuerySuite):
@@ -376,6 +374,11 @@ class TotalContract(_QuerySuite):
 
 class FiguresMigrationContract:
     """The tables of figures, on the way up and down with data in place."""
+
+    @pytest.fixture
+    def database(self, empty_database: Database) -> Database:
+        """Give a database without tables."""
+        return empty_database
 
     async def test_figures_of_what_is_there_already_are_those_of_what_comes_later(self, database: Database) -> None:
         store = UrzaStore(database, key_ring=KEY.ring())

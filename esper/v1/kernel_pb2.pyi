@@ -342,6 +342,34 @@ class KernelArtifact(_message.Message):
 Global___KernelArtifact: _TypeAlias = KernelArtifact  # noqa: Y015
 
 @_typing.final
+class KernelForecast(_message.Message):
+    """Kernels that a run is likely to want next. A hint: nothing is lost with it, and nothing waits for it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ARTIFACT_IDS_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """Run."""
+    @_builtins.property
+    def artifact_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of kernels that the library has, likeliest first. At most 64; readers ignore the rest."""
+
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        artifact_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_ids", b"artifact_ids", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KernelForecast: _TypeAlias = KernelForecast  # noqa: Y015
+
+@_typing.final
 class KernelReady(_message.Message):
     """Announcement that a kernel can be fetched, or that it never will be."""
 

@@ -665,6 +665,7 @@ class CacheTierStatus(_message.Message):
     BYTES_HELD_FIELD_NUMBER: _builtins.int
     LOOKUP_S_FIELD_NUMBER: _builtins.int
     BREAKER_FIELD_NUMBER: _builtins.int
+    WARMED_FIELD_NUMBER: _builtins.int
     tier: _builtins.str
     """Tier: "l1", "l2" or "l3"."""
     hits: _builtins.int
@@ -681,6 +682,8 @@ class CacheTierStatus(_message.Message):
     """Time that the lookups took to which the tier gave an answer (hits, misses and corrupt), in seconds, all together."""
     breaker: Global___TierBreaker.ValueType
     """What its breaker lets through. Absent where the tier has none, and from a run of an older version."""
+    warmed: _builtins.int
+    """Kernels that it gave before anybody asked for them; they count neither as hits nor as misses."""
     def __init__(
         self,
         *,
@@ -692,10 +695,11 @@ class CacheTierStatus(_message.Message):
         bytes_held: _builtins.int | None = ...,
         lookup_s: _builtins.float = ...,
         breaker: Global___TierBreaker.ValueType | None = ...,
+        warmed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_breaker", b"_breaker", "_bytes_held", b"_bytes_held", "breaker", b"breaker", "bytes_held", b"bytes_held"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_breaker", b"_breaker", "_bytes_held", b"_bytes_held", "breaker", b"breaker", "bytes_held", b"bytes_held", "corrupt", b"corrupt", "errors", b"errors", "hits", b"hits", "lookup_s", b"lookup_s", "misses", b"misses", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_breaker", b"_breaker", "_bytes_held", b"_bytes_held", "breaker", b"breaker", "bytes_held", b"bytes_held", "corrupt", b"corrupt", "errors", b"errors", "hits", b"hits", "lookup_s", b"lookup_s", "misses", b"misses", "tier", b"tier", "warmed", b"warmed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__breaker: _TypeAlias = _typing.Literal["breaker"]  # noqa: Y015
     _WhichOneofArgType__breaker: _TypeAlias = _typing.Literal["_breaker", b"_breaker"]  # noqa: Y015

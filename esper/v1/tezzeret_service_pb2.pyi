@@ -44,7 +44,7 @@ class _JobPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobPhase.Val
     JOB_PHASE_FAILED: _JobPhase.ValueType  # 6
     """Failed by its own fault (the blueprint does not validate or compile). Equal requests get the same answer until it is requeued, or forgotten 30 days after it was asked for."""
     JOB_PHASE_DEAD: _JobPhase.ValueType  # 7
-    """Given up for no fault of its own: workers died under every delivery, the library refused every upload, or its kernel was damaged while it waited. Listed until it is requeued."""
+    """Given up for no fault of its own: workers died under every delivery, the library refused every upload, or its kernel was damaged while it waited. Listed until it is requeued, or a run asks for an equal kernel a quarter of an hour later."""
     JOB_PHASE_CANCELLED: _JobPhase.ValueType  # 8
     """Stopped by CancelJob. An equal request, or a requeue, starts it anew."""
 
@@ -66,7 +66,7 @@ JOB_PHASE_SUCCEEDED: JobPhase.ValueType  # 5
 JOB_PHASE_FAILED: JobPhase.ValueType  # 6
 """Failed by its own fault (the blueprint does not validate or compile). Equal requests get the same answer until it is requeued, or forgotten 30 days after it was asked for."""
 JOB_PHASE_DEAD: JobPhase.ValueType  # 7
-"""Given up for no fault of its own: workers died under every delivery, the library refused every upload, or its kernel was damaged while it waited. Listed until it is requeued."""
+"""Given up for no fault of its own: workers died under every delivery, the library refused every upload, or its kernel was damaged while it waited. Listed until it is requeued, or a run asks for an equal kernel a quarter of an hour later."""
 JOB_PHASE_CANCELLED: JobPhase.ValueType  # 8
 """Stopped by CancelJob. An equal request, or a requeue, starts it anew."""
 Global___JobPhase: _TypeAlias = JobPhase  # noqa: Y015
@@ -117,7 +117,7 @@ class CompileSpec(_message.Message):
     device: _kernel_pb2.DeviceKind.ValueType
     """Device wanted; UNSPECIFIED means CPU."""
     random_seed: _builtins.int
-    """Seed of the initial weights."""
+    """Seed of the weights that the kernel ships. Runs leave it 0, so that they share kernels, and draw their own weights."""
     @_builtins.property
     def ir(self) -> _blueprint_pb2.BlueprintIR:
         """Blueprint's graph. Must validate."""

@@ -19,7 +19,7 @@ _MAX_GENERATIONS = 32
 class Library:
     """Urza over its stub. Belongs to the event loop of its channel."""
 
-    def __init__(self, urza: Any, *, call_timeout_s: float = 5.0) -> None:
+    def __init__(self, urza: Any, *, call_timeout_s: float = 20.0) -> None:
         self._urza = urza
         self._timeout_s = call_timeout_s
 

@@ -1,7 +1,8 @@
 """Tamiyo on the bus: packets, plans and reports come in order; decisions go out, and what grows is sent to be compiled.
 
 Everything is safe to repeat: a redelivered packet finds its decision in the store, the decision carries its adaptation
-id as message id, and equal compile requests share one job.
+id as message id, and equal compile requests share one job, whatever run they come from: the weights a seed begins with
+are drawn in the run. Once a packet is answered, the run is told which kernels it is likely to want next.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from opentelemetry.trace import SpanKind
 
 from esper.contracts.decision import AdaptationDecision, AdaptationPlan
 from esper.contracts.errors import CorruptDataError, EsperError, InvalidInputError, InvalidStateError
-from esper.contracts.kernel import CompileSpec, KernelReady
+from esper.contracts.kernel import CompileSpec, KernelForecast, KernelReady
 from esper.contracts.run import FieldReport, SeedEvent, SystemStatePacket
 from esper.contracts.wire import from_wire, serialize, to_wire
+from esper.services.tamiyo.forecast import KernelForecaster
 from esper.services.tamiyo.service import Tamiyo
 from esper.telemetry.bus import CONTENT_TYPE_HEADER, Bus, BusMessage, Delivery
 from esper.telemetry.consumer import Received, TypedConsumer, content_type, decode, durable_messages
@@ -72,7 +74,15 @@ class BusLoopConfig:
 class TamiyoBusLoop:
     """Consumes a run's events and acts on them. Belongs to one event loop; `run` until cancelled or closed."""
 
-    def __init__(self, tamiyo: Tamiyo, bus: Bus, tezzeret: Any | None, config: BusLoopConfig | None = None) -> None:
+    def __init__(
+        self,
+        tamiyo: Tamiyo,
+        bus: Bus,
+        tezzeret: Any | None,
+        config: BusLoopConfig | None = None,
+        *,
+        forecaster: KernelForecaster | None = None,
+    ) -> None:
         """Make a loop that has not begun.
 
         Args:
@@ -80,11 +90,14 @@ class TamiyoBusLoop:
             bus: Open bus with its streams.
             tezzeret: ``TezzeretServiceStub``; ``None`` where nothing compiles, which runs are told for each kernel.
             config: Ages and delays.
+            forecaster: Tells which kernels a run is likely to want next; ``None`` tells nothing.
         """
         self._tamiyo = tamiyo
         self._bus = bus
         self._tezzeret = tezzeret
         self._config = config or BusLoopConfig()
+        self._forecaster = forecaster
+        self._foretelling: dict[str, asyncio.Task[None]] = {}
         self._consumer: TypedConsumer[Message] | None = None
         self._running: asyncio.Task[None] | None = None
 
@@ -113,6 +126,10 @@ class TamiyoBusLoop:
         if self._running is not None:
             await asyncio.gather(self._running, return_exceptions=True)
             self._running = None
+        foretelling = list(self._foretelling.values())
+        for task in foretelling:
+            task.cancel()
+        await asyncio.gather(*foretelling, return_exceptions=True)
 
     async def ready(self) -> None:
         """Return while the loop runs; a readiness probe.
@@ -178,9 +195,10 @@ class TamiyoBusLoop:
             log.info("decision_stale", extra={"run_id": packet.run_id, "adaptation_id": decisions[0].adaptation_id})
             return
         for decision in decisions:
-            await self._tell(decision, packet.random_seed)
+            await self._tell(decision)
+        self._begin_to_foretell(packet)
 
-    async def _tell(self, decision: AdaptationDecision, random_seed: int) -> None:
+    async def _tell(self, decision: AdaptationDecision) -> None:
         """Tell the run what was decided, and ask for the kernel."""
         if not decision.actionable:
             await self._publish(decision)
@@ -197,7 +215,7 @@ class TamiyoBusLoop:
         ):
             await self._publish(decision)
             if decision.adaptation_type.grows:
-                await self._compile(decision, random_seed)
+                await self._compile(decision)
 
     async def _publish(self, decision: AdaptationDecision) -> None:
         headers = {CONTENT_TYPE_HEADER: content_type(decision_pb2.AdaptationDecision)}
@@ -206,15 +224,11 @@ class TamiyoBusLoop:
             subject, serialize(decision), headers=inject_headers(headers), msg_id=decision.adaptation_id, durable=True
         )
 
-    async def _compile(self, decision: AdaptationDecision, random_seed: int) -> None:
+    async def _compile(self, decision: AdaptationDecision) -> None:
         """Ask for the kernel; when nobody can be asked, tell the run, so that it does not wait for it."""
         assert decision.blueprint is not None
         assert decision.site is not None
-        spec = CompileSpec(
-            ir=decision.blueprint.ir,
-            site=decision.site,
-            random_seed=(random_seed + (decision.seed_index or 0)) % 2**63,
-        )
+        spec = CompileSpec(ir=decision.blueprint.ir, site=decision.site)
         request = tezzeret_service_pb2.CompileRequest(
             adaptation_id=decision.adaptation_id, run_id=decision.run_id, wait=False
         )
@@ -245,6 +259,28 @@ class TamiyoBusLoop:
             msg_id=f"kernel-refused:{decision.adaptation_id}",
             durable=True,
         )
+
+    def _begin_to_foretell(self, packet: SystemStatePacket) -> None:
+        """Make a forecast beside the messages, which do not wait for it; one at a time for each run."""
+        if self._forecaster is None or packet.run_id in self._foretelling:
+            return
+        task = asyncio.create_task(self._foretell(self._forecaster, packet), name=f"tamiyo-forecast-{packet.run_id}")
+        self._foretelling[packet.run_id] = task
+        task.add_done_callback(lambda _: self._foretelling.pop(packet.run_id, None))
+
+    async def _foretell(self, forecaster: KernelForecaster, packet: SystemStatePacket) -> None:
+        """Tell a run which kernels it is likely to want next; a forecast that does not get through is not repeated."""
+        try:
+            artifact_ids = await forecaster.foresee(packet)
+            if artifact_ids:
+                headers = {CONTENT_TYPE_HEADER: content_type(kernel_pb2.KernelForecast)}
+                forecast = KernelForecast(run_id=packet.run_id, artifact_ids=artifact_ids)
+                subject = build_subject(packet.run_id, Kind.FORECAST)
+                await self._bus.publish(subject, serialize(forecast), headers=headers)
+        except EsperError as error:
+            log.info("forecast_not_sent", extra={"run_id": packet.run_id, "error": str(error)})
+        except Exception:  # a defect of a hint costs nothing but the hint
+            log.exception("forecast_failed", extra={"run_id": packet.run_id})
 
 
 def decode_event(raw: BusMessage) -> Message:

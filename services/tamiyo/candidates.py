@@ -1,4 +1,9 @@
-"""Where a run could grow and with what: blueprints of the library and of Karn that are legal at its layers."""
+"""Where a run could grow and with what: blueprints of the library and of Karn that are legal at its layers.
+
+What a run may choose from must not depend on how busy the machine is, or equal runs would grow differently. Karn is
+therefore told of every report that this side has learned from before it is asked, and its answer stands until another
+report comes: no clock is looked at. The library changes by somebody's hand alone, so its answers may age by the clock.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -14,16 +19,15 @@ from typing import Any, Final
 
 from esper.blueprints import allowed_mixing, content_id, plan
 from esper.blueprints.cost import plan_cost
+from esper.blueprints.ir import reads_input
 from esper.contracts.blueprint import Blueprint, BlueprintCost, BlueprintState, Site, SiteKind
 from esper.contracts.errors import (
-    DeadlineExceededError,
     EsperError,
     InvalidBlueprintError,
     InvalidInputError,
     InvalidStateError,
-    UnavailableError,
 )
-from esper.contracts.run import BudgetStatus, SystemStatePacket
+from esper.contracts.run import BudgetStatus, FieldReport, SystemStatePacket
 from esper.contracts.wire import from_wire, to_wire
 from esper.v1 import blueprint_pb2, karn_service_pb2, urza_service_pb2
 
@@ -32,6 +36,8 @@ log = logging.getLogger(__name__)
 _PAGE_SIZE: Final = 200
 _MAX_BLUEPRINTS: Final = 2_000
 _MAX_COSTS: Final = 50_000
+_MAX_DESIGNS: Final = 256
+_MAX_UNTOLD: Final = 1_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,11 +61,12 @@ class CandidateConfig:
     """How fresh the candidates are."""
 
     refresh_s: float = 20.0
-    """Age at which the library is asked again, in seconds. >= 0."""
+    """Age at which the library is asked again, and rest of a service that failed, in seconds. >= 0."""
     proposals: int = 4
     """Designs asked of Karn per site, 0 to 32; 0 asks for none."""
-    call_timeout_s: float = 8.0
-    """Seconds one call may take. > 0."""
+    call_timeout_s: float = 30.0
+    """Seconds one call may take: on a busy machine a design takes many, and an answer too late changes what is tried.
+    > 0."""
 
     def __post_init__(self) -> None:
         if not self.refresh_s >= 0:
@@ -71,10 +78,10 @@ class CandidateConfig:
 
 
 class CandidateSource:
-    """Asks Urza and Karn, keeps their answers for a while, and tells what fits where. Belongs to one event loop.
+    """Asks Urza and Karn, keeps their answers, and tells what fits where. Belongs to one event loop.
 
-    With a service away its last answers stand, and it is not asked again for ``refresh_s``; every failure is logged and
-    shows in ``failures``.
+    After a failure a service's last answers stand, and it is not asked again for ``refresh_s``; every failure is logged
+    and shows in ``failures``.
     """
 
     def __init__(
@@ -98,7 +105,9 @@ class CandidateSource:
         self._config = config or CandidateConfig()
         self._clock = clock
         self._library: dict[SiteKind, _Answer] = {}
-        self._designs: OrderedDict[Site, _Answer] = OrderedDict()
+        self._designs: OrderedDict[_Asked, _Designs] = OrderedDict()
+        self._lessons: Counter[SiteKind] = Counter()
+        self._untold: OrderedDict[str, FieldReport] = OrderedDict()
         self._costs: OrderedDict[tuple[str, Site], BlueprintCost | None] = OrderedDict()
         self._gate = asyncio.Lock()
         self._names: dict[str, str] = {}
@@ -116,10 +125,26 @@ class CandidateSource:
             for layer in packet.layers:
                 if layer.site is None or (layers is not None and layer.layer not in layers):
                     continue
-                designs = await self._blueprints(layer.site, packet.random_seed, packet.budget)
+                asked = _Asked(layer.site, packet.run_id, packet.random_seed, _bounds(packet.budget))
+                designs = await self._blueprints(asked)
                 found += self._priced(layer.layer, layer.site, designs)
                 for skip in layer.skip_sites:
                     found += self._priced(layer.layer, skip.site, self._library_at(skip.site), skip.source)
+        return found
+
+    def held(self, packet: SystemStatePacket) -> list[Candidate]:
+        """Give what of `candidates` follows from answers that are there, however old; asks nobody."""
+        found: list[Candidate] = []
+        for layer in packet.layers:
+            if layer.site is None:
+                continue
+            known = {one.id: one for one in self._library_at(layer.site)}
+            for asked, designs in self._designs.items():
+                if (asked.site, asked.run_id) == (layer.site, packet.run_id):
+                    known.update((one.id, one) for one in designs.blueprints)
+            found += self._priced(layer.layer, layer.site, [known[key] for key in sorted(known)])
+            for skip in layer.skip_sites:
+                found += self._priced(layer.layer, skip.site, self._library_at(skip.site), skip.source)
         return found
 
     def _library_at(self, site: Site) -> Sequence[Blueprint]:
@@ -132,7 +157,7 @@ class CandidateSource:
         return [
             Candidate(layer=layer, site=site, blueprint=one, cost=cost, source=source)
             for one, cost in priced
-            if cost is not None
+            if cost is not None and (not source or reads_input(one.ir))  # on h alone a source changes nothing
         ]
 
     def name_of(self, blueprint_id: str) -> str:
@@ -142,17 +167,21 @@ class CandidateSource:
     async def blueprints(self, site: Site) -> list[Blueprint]:
         """Give the blueprints that are legal at one site."""
         async with self._gate:
-            found = await self._blueprints(site, 0, BudgetStatus())
+            found = await self._blueprints(_Asked(site))
         return [one for one in found if self._cost(one, site) is not None]
 
-    def note_report(self, site: Site) -> None:
-        """Have designs for this kind of site asked for anew: a report may have changed what Karn proposes."""
-        for asked in [key for key in self._designs if key.kind is site.kind]:
-            del self._designs[asked]
+    def note_report(self, report: FieldReport) -> None:
+        """Have Karn told of a report, and designs for its kind of site asked for anew: they may be others now."""
+        if report.site is not None:
+            self._lessons[report.site.kind] += 1
+        if self._karn is not None:
+            self._untold[report.report_id] = report
+            while len(self._untold) > _MAX_UNTOLD:  # with Karn away; the bus holds them for it
+                self._untold.popitem(last=False)
 
-    async def _blueprints(self, site: Site, random_seed: int, budget: BudgetStatus) -> list[Blueprint]:
-        designs = {one.id: one for one in await self._of_library(site.kind)}
-        for one in await self._of_karn(site, random_seed, budget):
+    async def _blueprints(self, asked: _Asked) -> list[Blueprint]:
+        designs = {one.id: one for one in await self._of_library(asked.site.kind)}
+        for one in await self._of_karn(asked):
             designs.setdefault(one.id, one)
         self._names.update((one.id, one.name) for one in designs.values())
         return [designs[key] for key in sorted(designs)]
@@ -187,32 +216,51 @@ class CandidateSource:
                 break
         return tuple(one for one in found if one.state is BlueprintState.ACTIVE)
 
-    async def _of_karn(self, site: Site, random_seed: int, budget: BudgetStatus) -> Sequence[Blueprint]:
-        bounds = _bounds(budget)
-        held = self._designs.get(site)
-        held = held if held is not None and held.bounds == bounds else None
-        wanted = self._karn is not None and self._config.proposals > 0
-        if not wanted or self._away("karn") or self._fresh(held):
-            return held.blueprints if held else ()
-        assert self._karn is not None
-        request = karn_service_pb2.ProposeBlueprintsRequest(count=self._config.proposals, random_seed=random_seed)
-        request.site.CopyFrom(to_wire(site))  # type: ignore[arg-type]
-        limits = karn_service_pb2.ProposalConstraints(max_parameters=bounds[0], max_flops=bounds[1])
-        request.constraints.CopyFrom(limits)
-        found: Sequence[Blueprint]
+    async def _of_karn(self, asked: _Asked) -> Sequence[Blueprint]:
+        if self._karn is None or self._config.proposals == 0:
+            return ()
+        held, lessons = self._designs.get(asked), self._lessons[asked.site.kind]
+        if held is not None and held.lessons == lessons:
+            return held.blueprints
         try:
-            answer = await self._karn.ProposeBlueprints(request, timeout=self._config.call_timeout_s)
-            found = tuple(from_wire(one.blueprint, Blueprint) for one in answer.proposals)
-        except InvalidStateError as error:
-            log.info("no_designs", extra={"site_kind": site.kind.name, "bounds": bounds, "reason": str(error)})
-            found = ()
+            found = None if self._away("karn") else await self._propose(asked)
         except EsperError as error:
             self._note_failure("karn", error)
-            found = held.blueprints if held else ()
-        self._designs[site] = _Answer(found, self._clock(), bounds)
-        while len(self._designs) > 256:
+            found = None
+        if found is None:
+            return held.blueprints if held else ()
+        self._designs[asked] = _Designs(found, lessons)
+        while len(self._designs) > _MAX_DESIGNS:
             self._designs.popitem(last=False)
         return found
+
+    async def _propose(self, asked: _Asked) -> Sequence[Blueprint]:
+        """Ask for designs, once Karn knows every report that this side knows; none where nothing keeps the bounds."""
+        await self._tell_reports()
+        request = karn_service_pb2.ProposeBlueprintsRequest(count=self._config.proposals, random_seed=asked.random_seed)
+        request.site.CopyFrom(to_wire(asked.site))  # type: ignore[arg-type]
+        limits = karn_service_pb2.ProposalConstraints(max_parameters=asked.bounds[0], max_flops=asked.bounds[1])
+        request.constraints.CopyFrom(limits)
+        assert self._karn is not None
+        try:
+            answer = await self._karn.ProposeBlueprints(request, timeout=self._config.call_timeout_s)
+        except InvalidStateError as error:
+            extra = {"site_kind": asked.site.kind.name, "bounds": asked.bounds, "reason": str(error)}
+            log.info("no_designs", extra=extra)
+            return ()
+        return tuple(from_wire(one.blueprint, Blueprint) for one in answer.proposals)
+
+    async def _tell_reports(self) -> None:
+        """Hand Karn the reports it may not have yet: they reach it over the bus too, but nobody knows when."""
+        assert self._karn is not None
+        for report_id, report in list(self._untold.items()):
+            request = karn_service_pb2.KarnServiceSubmitFieldReportRequest()
+            request.report.CopyFrom(to_wire(report))  # type: ignore[arg-type]
+            try:
+                await self._karn.SubmitFieldReport(request, timeout=self._config.call_timeout_s)
+            except InvalidInputError as error:
+                log.warning("report_refused", extra={"report_id": report_id, "error": str(error)})
+            self._untold.pop(report_id, None)
 
     def _cost(self, blueprint: Blueprint, site: Site) -> BlueprintCost | None:
         """Give the cost from `legal_cost`, worked out once."""
@@ -230,8 +278,7 @@ class CandidateSource:
         return held is not None and self._clock() - held.asked_at_s < self._config.refresh_s
 
     def _note_failure(self, service: str, error: EsperError) -> None:
-        if isinstance(error, UnavailableError | DeadlineExceededError):
-            self._away_until_s[service] = self._clock() + self._config.refresh_s
+        self._away_until_s[service] = self._clock() + self._config.refresh_s
         self.failures[service] += 1
         log.warning("candidates_stale", extra={"service": service, "reason": error.reason, "error": str(error)})
 
@@ -242,7 +289,24 @@ class _Answer:
 
     blueprints: Sequence[Blueprint]
     asked_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What Karn is asked for, and by whom."""
+
+    site: Site
+    run_id: str = ""
+    random_seed: int = 0
     bounds: tuple[int | None, int | None] = (None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Designs:
+    """Karn's answer, and how many reports of its kind of site had come before."""
+
+    blueprints: Sequence[Blueprint]
+    lessons: int
 
 
 def _bounds(budget: BudgetStatus) -> tuple[int | None, int | None]:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from esper.contracts.errors import InvalidInputError
+from esper.services.tamiyo.calibration import CalibrationConfig
 from esper.services.tamiyo.curve import CurveConfig
 from esper.services.tamiyo.posterior import PosteriorConfig
 from esper.services.tamiyo.seed_selection import SelectionConfig
@@ -16,7 +17,7 @@ class TamiyoConfig:
     """When a decision is acted on, and how much may be under way at once."""
 
     confidence_threshold: float = 0.7
-    """Confidence from which a decision is actionable, 0 to 1."""
+    """Confidence before calibration from which a decision is actionable, 0 to 1."""
     urgency_threshold: float = 0.6
     """Urgency from which a decision is actionable, 0 to 1."""
     max_open_adaptations: int = 2
@@ -25,6 +26,9 @@ class TamiyoConfig:
     """Seeds that race for one place in the network: they learn side by side, one is grafted. At least 1."""
     layer_cooldown_epochs: int = 2
     """Epochs between two decisions for one layer. >= 0."""
+    rest_epochs: int = 5
+    """Epochs in which nothing grows after a seed or a race that came to nothing; twice as many after the next one, and
+    so on, until one is kept. >= 0."""
     embargo_epochs: int = 8
     """Epochs during which a blueprint that failed at a layer is not tried there again. >= 0."""
     parameter_cooldown_epochs: int = 5
@@ -47,6 +51,8 @@ class TamiyoConfig:
     """Prior and cooldown of seeds."""
     posterior: PosteriorConfig = field(default_factory=PosteriorConfig)
     """Prior of candidates."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    """Prior of how often decisions help."""
 
     def __post_init__(self) -> None:
         for name in ("confidence_threshold", "urgency_threshold"):
@@ -55,7 +61,7 @@ class TamiyoConfig:
         for name in ("max_open_adaptations", "race_size", "pending_epochs", "max_candidates"):
             if getattr(self, name) < 1:
                 raise InvalidInputError.of(name, "be >= 1", getattr(self, name))
-        for name in ("layer_cooldown_epochs", "embargo_epochs", "parameter_cooldown_epochs"):
+        for name in ("layer_cooldown_epochs", "rest_epochs", "embargo_epochs", "parameter_cooldown_epochs"):
             if getattr(self, name) < 0:
                 raise InvalidInputError.of(name, "be >= 0 epochs", getattr(self, name))
         for name in ("training_epochs", "stretch_epochs", "weight_decay_factor"):

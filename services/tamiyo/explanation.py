@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from esper.contracts.decision import AdaptationDecision
 from esper.contracts.run import FieldReport
+from esper.services.tamiyo.calibration import Asked
 from esper.services.tamiyo.config import TamiyoConfig
 
 
@@ -30,10 +31,14 @@ class Explanation:
         verdict = "acted on" if one.actionable else "not acted on"
         yield f"{one.adaptation_id}, run {one.run_id}, epoch {one.epoch}: {one.adaptation_type.value}, {verdict}"
         yield one.explanation
+        asked = Asked.of(one)
+        before = "" if asked is None else f"{asked.raw:.2f} before calibration, "
         yield (
-            f"confidence {one.confidence:.2f} (threshold {config.confidence_threshold:g}), "
+            f"confidence {one.confidence:.2f} ({before}threshold {config.confidence_threshold:g}), "
             f"urgency {one.urgency:.2f} (threshold {config.urgency_threshold:g})"
         )
+        if asked is not None:
+            yield f"earlier in this run {asked.helped} such decisions helped and {asked.fruitless} did not"
         if one.expected_reward is not None and one.exploration_bonus is not None:
             yield (
                 f"expected to bring {one.expected_reward:+.4f} beyond its price; drawn {one.exploration_bonus:.4f} "

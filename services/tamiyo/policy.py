@@ -4,15 +4,20 @@ Equal packets, reports, posterior and seed give equal decisions, bit for bit: th
 from the run's seed, the run's id and the packet's sequence, and the decision's time is the packet's.
 
     figure       formula
-    confidence   ADD_SEED: log odds of P(reward > 0) of the likeliest candidate in the race, plus those of P(plateau)
-                 P(capacity lacks); all decisions of a race carry it: together they ask for one seed that pays
+    belief       ADD_SEED: log odds of P(reward > 0) of the likeliest candidate in the race, plus those of P(plateau)
+                 P(capacity lacks); all decisions of a race share it: together they ask for one seed that pays
                  UNSTABLE, OVERFITTING: P(state) shrunk by 0.9, since a smaller step helps mostly but not always
                  REMOVE_SEED: P(contribution < 0) from its interval, or (n + 1) / (n + 2) after n new errors
+    confidence   the belief, calibrated by what came of earlier decisions (`calibration.py`); REMOVE_SEED and what asks
+                 for nothing: the belief itself
     urgency      ADD_SEED: t (0.5 + 0.25 r + 0.25 (1 - exp(-n / n0))) with r the share of the planned epochs left, n the
                  epochs the plateau has lasted and t = min(1, epochs left / epochs that growth needs): growth early is
                  worth more, a plateau costs more the longer it lasts, and what cannot be trained any more is no matter
                  of urgency. Unplanned runs count as half done
                  UNSTABLE: 1.   OVERFITTING: 0.6 + 0.4 (1 - exp(-n / n0)).   REMOVE_SEED: 0.9 on errors, else 0.7
+
+The threshold is held against the belief. It is hopeful on purpose, so that what nobody tried is tried, and a trial that
+does harm is undone; held against the confidence, a few fruitless races would end growth for good.
 """
 
 from __future__ import annotations
@@ -39,6 +44,7 @@ from esper.contracts.decision import (
 from esper.contracts.errors import InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import AdaptationOutcome, FieldReport, LayerStatus, RunPhase, SeedStatus, SystemStatePacket
+from esper.services.tamiyo.calibration import Calibrator, Kind
 from esper.services.tamiyo.candidates import Candidate
 from esper.services.tamiyo.config import TamiyoConfig
 from esper.services.tamiyo.curve import CurveReading, read_curve
@@ -69,7 +75,7 @@ class _Draft:
     """A decision before it gets its identity."""
 
     kind: AdaptationType = AdaptationType.OPTIMIZE_PARAMETERS
-    confidence: float
+    belief: float
     urgency: float
     explanation: str
     layer: str = ""
@@ -119,6 +125,7 @@ class Policy:
     def __init__(self, config: TamiyoConfig | None = None, posterior: RewardPosterior | None = None) -> None:
         self.config = config or TamiyoConfig()
         self.posterior = posterior or RewardPosterior(self.config.posterior)
+        self.calibrator = Calibrator(self.config.calibration)
         self._runs: OrderedDict[str, RunMemory] = OrderedDict()
         self._forecasts: dict[str, tuple[float, bool]] = {}
 
@@ -134,7 +141,7 @@ class Policy:
             return known
         reading = self._take_in(packet, memory)
         draft = self._decide(packet, reading, memory, candidates)
-        for decision, choice in self._decisions(packet, reading, draft):
+        for decision, choice in self._decisions(packet, reading, draft, memory):
             memory.remember(decision, choice.candidate.cost if choice else None)
         return memory.decisions[packet.sequence]
 
@@ -175,13 +182,13 @@ class Policy:
             blueprint, site = decision.blueprint, decision.site
             memory.remember(decision, None if blueprint is None or site is None else cost(blueprint.ir, site))
 
-    def learn(self, report: FieldReport, *, family: str = "") -> bool:
-        """Learn from a report; false when its reward was learned before or it holds none.
+    def learn(self, report: FieldReport, *, family: str = "", begun: AdaptationDecision | None = None) -> bool:
+        """Learn from a report on the decision ``begun``; false when its reward was learned before or it holds none.
 
         Raises:
             InvalidInputError: Its figures are no figures.
         """
-        learned = self.recall(report, family=family)
+        learned = self.recall(report, family=family, begun=begun)
         self.note_report(report)
         return learned
 
@@ -189,8 +196,10 @@ class Policy:
         """Take in what a report says of its own run, and nothing else."""
         self._memory(report.run_id).note_report(report)
 
-    def recall(self, report: FieldReport, *, family: str = "") -> bool:
+    def recall(self, report: FieldReport, *, family: str = "", begun: AdaptationDecision | None = None) -> bool:
         """Learn what a report teaches of its blueprint and of past confidences; see ``learn``."""
+        if begun is not None:
+            self.calibrator.learn(report, begun)
         if report.contribution is not None:
             contribution_variance(report)
         if report.grew and report.outcome is not AdaptationOutcome.FAILED:
@@ -257,7 +266,7 @@ class Policy:
             return _nothing(reading, "The run is unstable, but its settings were changed a moment ago.")
         factor = self.config.learning_rate_factor
         return _Draft(
-            confidence=reading.probability * _HELPS,
+            belief=reading.probability * _HELPS,
             urgency=1.0,
             change=ParameterChange(learning_rate_factor=factor),
             explanation=f"The run is unstable ({reading.evidence[0].detail}): learn at {factor:g} of the rate.",
@@ -268,7 +277,7 @@ class Policy:
             return _nothing(reading, "The run overfits, but its settings were changed a moment ago.")
         rate, decay = self.config.learning_rate_factor, self.config.weight_decay_factor
         return _Draft(
-            confidence=reading.probability * _HELPS,
+            belief=reading.probability * _HELPS,
             urgency=0.6 + 0.4 * self._lasted(reading),
             change=ParameterChange(learning_rate_factor=rate, weight_decay_factor=decay),
             explanation=f"Control loss rises while training loss falls: rate times {rate:g}, decay times {decay:g}.",
@@ -279,6 +288,8 @@ class Policy:
     ) -> _Draft:
         if self._is_full(packet, memory):
             return _nothing(reading, "At a plateau, but as many adaptations as allowed are under way.")
+        if memory.rests(self.config.rest_epochs):
+            return _nothing(reading, "At a plateau, but what was grown last came to nothing: growing rests.")
         seeds = self._open_seeds(packet, memory)
         open_candidates = self._affordable(packet, memory, seeds, candidates)
         if not open_candidates:
@@ -288,7 +299,7 @@ class Policy:
         chance = Evidence(name="probability_of_reward", value=helps, detail="of the likeliest drawn, before the curve")
         return _Draft(
             kind=AdaptationType.ADD_SEED,
-            confidence=join_evidence(helps, reading.probability * reading.capacity_lacks),
+            belief=join_evidence(helps, reading.probability * reading.capacity_lacks),
             urgency=self._growth_urgency(packet, reading),
             choices=choices,
             evidence=(chance, reports, *self._reliability_evidence()),
@@ -300,7 +311,7 @@ class Policy:
 
     def _open_seeds(self, packet: SystemStatePacket, memory: RunMemory) -> Mapping[str, Sequence[SeedStatus]]:
         """Give the dormant seeds of every layer that may be grown now."""
-        if self._is_full(packet, memory):
+        if self._is_full(packet, memory) or memory.rests(self.config.rest_epochs):
             return {}
         taken = {one.layer for one in memory.pending(self.config.pending_epochs).values()}
         free: dict[str, list[SeedStatus]] = {}
@@ -387,11 +398,12 @@ class Policy:
         return (Evidence(name="confidence_brier", value=score[0], detail=f"over {score[1]} adaptations; 0 is perfect"),)
 
     def _decisions(
-        self, packet: SystemStatePacket, reading: CurveReading, draft: _Draft
+        self, packet: SystemStatePacket, reading: CurveReading, draft: _Draft, memory: RunMemory
     ) -> Iterator[tuple[AdaptationDecision, _Choice | None]]:
         """Give the draft as one decision, or as those of a race."""
         config = self.config
-        reaches = draft.confidence >= config.confidence_threshold and draft.urgency >= config.urgency_threshold
+        reaches = draft.belief >= config.confidence_threshold and draft.urgency >= config.urgency_threshold
+        confidence, earlier = self._calibrated(packet, draft, memory)
         whole = AdaptationDecision(
             adaptation_id=adaptation_id(packet.run_id, packet.sequence),
             run_id=packet.run_id,
@@ -400,10 +412,10 @@ class Policy:
             adaptation_type=draft.kind,
             layer=draft.layer,
             seed_index=draft.seed_index,
-            confidence=min(max(draft.confidence, 0.0), 1.0),
+            confidence=confidence,
             urgency=min(max(draft.urgency, 0.0), 1.0),
             curve_state=reading.state,
-            evidence=(*reading.evidence, *draft.evidence),
+            evidence=(*reading.evidence, *draft.evidence, *earlier),
             actionable=draft.asks and reaches,
             parameter_change=draft.change,
             explanation=draft.explanation,
@@ -436,6 +448,18 @@ class Policy:
                 ),
                 choice,
             )
+
+    def _calibrated(
+        self, packet: SystemStatePacket, draft: _Draft, memory: RunMemory
+    ) -> tuple[float, tuple[Evidence, ...]]:
+        """Give the confidence in a draft, and what it was made of."""
+        belief = min(max(draft.belief, 0.0), 1.0)
+        kind = Kind.of(draft.kind)
+        if kind is None or not draft.asks:
+            return belief, ()
+        under_way = memory.open_groups(packet, self.config.pending_epochs)
+        asked = self.calibrator.ask(kind, belief, run_id=packet.run_id, under_way=under_way)
+        return self.calibrator.confidence(asked), asked.evidence
 
 
 def _racing(place: int, size: int) -> str:
@@ -475,7 +499,7 @@ def _progress(packet: SystemStatePacket) -> float | None:
 
 
 def _nothing(reading: CurveReading, explanation: str) -> _Draft:
-    return _Draft(confidence=reading.probability, urgency=0.0, explanation=explanation)
+    return _Draft(belief=reading.probability, urgency=0.0, explanation=explanation)
 
 
 def _removal(packet: SystemStatePacket, memory: RunMemory) -> _Draft | None:
@@ -488,7 +512,7 @@ def _removal(packet: SystemStatePacket, memory: RunMemory) -> _Draft | None:
         for draft in (_failing(layer, seed, memory), _unprofitable(layer, seed, memory))
         if draft is not None
     ]
-    return max(found, key=lambda draft: (draft.confidence, draft.urgency), default=None)
+    return max(found, key=lambda draft: (draft.belief, draft.urgency), default=None)
 
 
 def _failing(layer: LayerStatus, seed: SeedStatus, memory: RunMemory) -> _Draft | None:
@@ -500,7 +524,7 @@ def _failing(layer: LayerStatus, seed: SeedStatus, memory: RunMemory) -> _Draft 
         return None
     return _Draft(
         kind=AdaptationType.REMOVE_SEED,
-        confidence=(errors + 1) / (errors + 2),
+        belief=(errors + 1) / (errors + 2),
         urgency=0.9,
         layer=layer.layer,
         seed_index=seed.seed_index,
@@ -517,7 +541,7 @@ def _unprofitable(layer: LayerStatus, seed: SeedStatus, memory: RunMemory) -> _D
     error = max((measured.high - measured.low) / 4.0, 1e-9)
     return _Draft(
         kind=AdaptationType.REMOVE_SEED,
-        confidence=normal_cdf(-measured.estimate / error),
+        belief=normal_cdf(-measured.estimate / error),
         urgency=0.7,
         layer=layer.layer,
         seed_index=seed.seed_index,

@@ -184,6 +184,11 @@ class RewardPosterior:
         """Rewards learned and still in use."""
         return len(self._observations)
 
+    def has_tried(self, family: str, reach: str) -> bool:
+        """Say whether a reward of this family of operators with this reach was learned."""
+        seen = (one.features for one in self._observations.values())
+        return any(one.family == family and one.reach == reach for one in seen)
+
     def learn(self, observation: Observation) -> bool:
         """Learn one reward; false, and nothing changes, when its report was learned before.
 

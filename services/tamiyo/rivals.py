@@ -1,9 +1,12 @@
 """Which candidates race: one joint draw from the posterior for each place at the start, spread over kinds.
 
-Thompson sampling in batches: rival k is the best of draw k among those that are not in the race yet; where even that
-draw promises nothing, nobody enters. No two rivals have the same family of operators and the same reach, unless the
-race would not be half full: which kind of blueprint stands where can matter far more than its size, only what is tried
-is learnt about, and every rival costs.
+Thompson sampling in batches: rival k is the best of draw k among those that are not in the race yet. A kind is a family
+of operators with a reach: which kind of blueprint stands where can matter far more than its size, only what is tried is
+learnt about, and every rival costs. So
+- every family comes in before a second of its members does, and a kind has one rival unless the race would not be half
+  full;
+- where even the best of a draw promises nothing, nobody enters, unless no reward of its kind was ever learned: a prior
+  is no reason to leave out the one kind that a task may want.
 
 Source: E. Kaufmann, N. Korda, R. Munos, Thompson sampling, ALT 2012; in batches: K. Kandasamy et al., Parallelised
 Bayesian optimisation via Thompson sampling, AISTATS 2018.
@@ -12,7 +15,7 @@ Bayesian optimisation via Thompson sampling, AISTATS 2018.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,25 +60,30 @@ def draw_rivals(
     drawn = posterior.draw([features for _, features in candidates], random, count=size)
     left = Counter(free)
     chosen: dict[int, float] = {}
-    kinds: set[tuple[str, str]] = set()
     for draw in drawn.draws:
-        open_rows = [
-            row for row, (candidate, _) in enumerate(candidates) if row not in chosen and left[candidate.layer] > 0
-        ]
-        new = [row for row in open_rows if _kind(candidates[row][1]) not in kinds]
+        open_rows = [row for row, (one, _) in enumerate(candidates) if row not in chosen and left[one.layer] > 0]
+        new = _newest_kinds([features for _, features in candidates], open_rows, chosen)
         if not new and (not open_rows or 2 * len(chosen) >= size):
             break
         row = max(new or open_rows, key=lambda one: (draw[one], -one))
-        if chosen and draw[row] <= 0.0:
+        candidate, features = candidates[row]
+        if chosen and draw[row] <= 0.0 and posterior.has_tried(*_kind(features)):
             continue
         chosen[row] = float(draw[row])
-        kinds.add(_kind(candidates[row][1]))
-        left[candidates[row][0].layer] -= 1
+        left[candidate.layer] -= 1
     rivals = tuple(
         Rival(candidates[row][0], Belief(mean=float(drawn.mean[row]), deviation=float(drawn.deviation[row]), draw=draw))
         for row, draw in chosen.items()
     )
     return Field(rivals, max(probability_positive(one.belief.mean, one.belief.deviation) for one in rivals))
+
+
+def _newest_kinds(features: Sequence[Features], rows: Sequence[int], chosen: Collection[int]) -> list[int]:
+    """Give the rows of families that nobody chosen is of; or else of kinds that nobody chosen is of."""
+    families = {features[row].family for row in chosen}
+    kinds = {_kind(features[row]) for row in chosen}
+    of_new_family = [row for row in rows if features[row].family not in families]
+    return of_new_family or [row for row in rows if _kind(features[row]) not in kinds]
 
 
 def _kind(features: Features) -> tuple[str, str]:

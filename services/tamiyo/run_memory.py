@@ -31,6 +31,8 @@ MAX_DECISIONS: Final = 256
 MAX_REWARDS_KEPT: Final = 200
 """Newest rewards of one seed that are kept."""
 
+_MOST_DOUBLINGS: Final = 16
+
 UNDER_WAY: Final = frozenset({SeedLifecycleState.LOADING, SeedLifecycleState.ACTIVE, SeedLifecycleState.EVALUATING})
 """States of a seed whose adaptation has not ended."""
 
@@ -70,6 +72,8 @@ class RunMemory:
         self._epoch = 0
         self._step = 0
         self._parameter_epoch: int | None = None
+        self._fruitless: dict[str, int] = {}
+        self._fruitful: set[str] = set()
 
     @property
     def is_decided(self) -> bool:
@@ -128,6 +132,7 @@ class RunMemory:
             self.contributions[report.adaptation_id] = report.contribution
         if not report.grew:
             return
+        self._note_fruit(report)
         record = self._record(report.layer, report.seed_index)
         record.last_step = self._step
         if report.reward is not None:
@@ -135,6 +140,21 @@ class RunMemory:
             del record.rewards[:-MAX_REWARDS_KEPT]
         if report.outcome is not AdaptationOutcome.KEPT and report.blueprint_id and not _only_outrun(report):
             self._embargoes[report.layer, report.blueprint_id] = max(self._epoch, report.begun_epoch)
+
+    def _note_fruit(self, report: FieldReport) -> None:
+        """Count the adaptations that came to nothing since the last that was kept; a race is one."""
+        if report.outcome is AdaptationOutcome.KEPT:
+            self._fruitless.clear()
+            self._fruitful.add(report.group)
+        elif report.outcome is not AdaptationOutcome.FAILED and report.group not in self._fruitful:
+            self._fruitless[report.group] = max(self._epoch, report.begun_epoch)
+
+    def rests(self, rest_epochs: int) -> bool:
+        """Say whether growing rests: ``rest_epochs`` after the first that came to nothing, doubled by each after it."""
+        if not self._fruitless:
+            return False
+        doublings = min(len(self._fruitless) - 1, _MOST_DOUBLINGS)
+        return self._epoch - max(self._fruitless.values()) < rest_epochs << doublings
 
     def pending(self, window_epochs: int) -> dict[str, Pending]:
         """Give the decisions that may still be taken up, by adaptation."""

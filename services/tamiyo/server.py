@@ -16,6 +16,7 @@ from esper.mesh.server import MeshServer
 from esper.services.tamiyo.bus_loop import BusLoopConfig, TamiyoBusLoop
 from esper.services.tamiyo.candidates import CandidateConfig, CandidateSource
 from esper.services.tamiyo.config import TamiyoConfig
+from esper.services.tamiyo.forecast import ForecastConfig, KernelForecaster
 from esper.services.tamiyo.policy import Policy
 from esper.services.tamiyo.service import Tamiyo
 from esper.services.tamiyo.servicer import TamiyoServicer
@@ -39,6 +40,8 @@ class TamiyoNodeConfig:
     """How fresh the candidates are."""
     bus_loop: BusLoopConfig = field(default_factory=BusLoopConfig)
     """How messages are treated."""
+    forecast: ForecastConfig = field(default_factory=ForecastConfig)
+    """How far ahead kernels are made ready."""
     random_seed: int = 0
     """Seed of the draws of SelectSeed."""
 
@@ -83,7 +86,12 @@ class TamiyoNode:
         tamiyo = Tamiyo(store, Policy(chosen.policy), candidates, random_seed=chosen.random_seed)
         try:
             await tamiyo.start()
-            loop = None if bus is None else TamiyoBusLoop(tamiyo, bus, tezzeret, chosen.bus_loop)
+            forecaster = None
+            if tezzeret is not None:
+                forecaster = KernelForecaster(tamiyo.policy.posterior, candidates, tezzeret, chosen.forecast)
+            loop = None
+            if bus is not None:
+                loop = TamiyoBusLoop(tamiyo, bus, tezzeret, chosen.bus_loop, forecaster=forecaster)
             if loop is not None:
                 await loop.start()
         except BaseException:

@@ -14,6 +14,7 @@ from esper.contracts.decision import AdaptationDecision, AdaptationPlan
 from esper.contracts.errors import InvalidInputError, NotFoundError
 from esper.contracts.run import FieldReport, SystemStatePacket
 from esper.mesh.validation import require_id, require_range
+from esper.services.tamiyo.calibration import MAX_CASES
 from esper.services.tamiyo.candidates import CandidateSource
 from esper.services.tamiyo.explanation import Explanation, explain
 from esper.services.tamiyo.performance_tracker import PerformanceTracker
@@ -56,8 +57,12 @@ class Tamiyo:
         Raises:
             UnavailableError: The store cannot be reached.
         """
-        for stored in await self.store.reports():
-            self.policy.recall(stored.report, family=stored.family)
+        reports = await self.store.reports()
+        recent = reports[-MAX_CASES * self.policy.config.race_size :]  # older ones the calibrator would let go again
+        begun = await self.store.decisions_of([stored.report.adaptation_id for stored in recent])
+        for stored in reports:
+            decision = begun.get(stored.report.adaptation_id)
+            self.policy.recall(stored.report, family=stored.family, begun=decision)
         log.info(
             "posterior_loaded",
             extra={"rewards": self.policy.posterior.num_observations, "unreadable": self.store.num_unreadable},
@@ -96,10 +101,9 @@ class Tamiyo:
             await self._restore(report.run_id)
             if not await self.store.add_report(report, family):
                 return False
-            self.policy.learn(report, family=family)
+            self.policy.learn(report, family=family, begun=begun)
         self.tracker.observe_report(report)
-        if report.site is not None:
-            self.candidates.note_report(report.site)
+        self.candidates.note_report(report)
         log.info(
             "report_learned",
             extra={

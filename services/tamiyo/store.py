@@ -45,6 +45,7 @@ SCHEMA_VERSION: Final = 1
 PACKETS_KEPT: Final = 2_000
 """Newest packets of one run that are kept."""
 
+_MAX_IDS: Final = 500
 _SQLITE_PREFIX: Final = "sqlite:///"
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -177,6 +178,24 @@ class TamiyoStore(WireStore):
             first = await session.scalar(select(DecisionRow).where(DecisionRow.adaptation_id == adaptation_id))
             row: DecisionRow | RivalRow | None = first or await session.get(RivalRow, adaptation_id)
         return None if row is None else self.read(row.payload, row.crc32, AdaptationDecision, row.adaptation_id)
+
+    async def decisions_of(self, adaptation_ids: Sequence[str]) -> dict[str, AdaptationDecision]:
+        """Give the decisions that began adaptations, by adaptation; those that are not ours are left out."""
+        found: dict[str, AdaptationDecision] = {}
+        for start in range(0, len(adaptation_ids), _MAX_IDS):
+            wanted = adaptation_ids[start : start + _MAX_IDS]
+            first = select(DecisionRow).where(DecisionRow.adaptation_id.in_(wanted))
+            rivals = select(RivalRow).where(RivalRow.adaptation_id.in_(wanted))
+            async with self._database.reading() as session:
+                rows: list[DecisionRow | RivalRow] = [
+                    *(await session.scalars(first)).all(),
+                    *(await session.scalars(rivals)).all(),
+                ]
+            for row in rows:
+                decision = self.read(row.payload, row.crc32, AdaptationDecision, row.adaptation_id)
+                if decision is not None:
+                    found[row.adaptation_id] = decision
+        return found
 
     async def run(self, run_id: str) -> StoredRun:
         """Give a run's packets and decisions; empty when nothing is known of it."""

@@ -62,12 +62,20 @@ class Germination(SeedHolder):
         return True
 
     def attach_kernel(
-        self, seed_idx: int, kernel: VerifiedKernel, *, adaptation_id: str = "", source: str = ""
+        self,
+        seed_idx: int,
+        kernel: VerifiedKernel,
+        *,
+        adaptation_id: str = "",
+        source: str = "",
+        random_seed: int | None = None,
     ) -> Seed:
         """Bring a verified kernel to ACTIVE at a DORMANT or LOADING seed.
 
-        With a ``source`` it becomes a skip seed: its x is the input of that layer, which runs before this one, and the
-        kernel must have been built for :meth:`skip_site`. On failure the seed passes through ERROR to CULLED.
+        It begins with the kernel's own weights, or, with a ``random_seed``, with weights drawn from that, as
+        :meth:`germinate` draws them. With a ``source`` it becomes a skip seed: its x is the input of that layer, which
+        runs before this one, and the kernel must have been built for :meth:`skip_site`. On failure the seed passes
+        through ERROR to CULLED.
 
         Raises:
             NotFoundError: The model has no layer of the source's name.
@@ -86,7 +94,7 @@ class Germination(SeedHolder):
                 artifact_id=manifest.artifact_id,
                 adaptation_id=adaptation_id,
             )
-            module = KernelExecutor().prepare(kernel, site, placement)
+            module = KernelExecutor().prepare(kernel, site, placement, random_seed=random_seed)
             return self._new_seed(seed_idx, module, origin, site, source)
 
         return self._germinate(seed_idx, prepare, source)

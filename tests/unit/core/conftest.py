@@ -160,6 +160,7 @@ def open_session(task: Task, line: KeptLine) -> Iterator[Callable[..., esper.Ses
             control_loader=control,
             mesh=OneLineMesh(line),
             budget=budget,
+            seed=settings.pop("seed", 0),
             step_optimizer=step_optimizer,
             config=esper.SessionConfig(run_id="r", **settings),
         )

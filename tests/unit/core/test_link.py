@@ -18,6 +18,7 @@ from torch import nn
 import esper
 from esper.contracts.decision import AdaptationDecision, ControlAction, ControlCommand, ControlResult
 from esper.contracts.errors import InvalidStateError, NotFoundError, UnavailableError
+from esper.contracts.kernel import MAX_FORECAST, KernelForecast
 from esper.contracts.run import CacheTierStatus
 from esper.contracts.wire import to_message, to_wire
 from esper.core.link import BusLink, KernelArrival, fresh_client
@@ -39,12 +40,17 @@ class Source:
 
     def __init__(self) -> None:
         self.kernels: dict[str, Any] = {}
+        self.warmed: list[Any] = []
         self.error: Exception = NotFoundError("no tier has it")
 
     async def fetch(self, artifact_id: str, *, announced: bool = False) -> Any:
         if artifact_id in self.kernels:
             return self.kernels[artifact_id]
         raise self.error
+
+    async def warm(self, artifact_ids: Any) -> tuple[str, ...]:
+        self.warmed.append(artifact_ids)
+        return ()
 
     def stats(self) -> tuple[CacheTierStatus, ...]:
         return (CacheTierStatus(tier="l1", hits=3, misses=1),)
@@ -65,13 +71,13 @@ class Wire:
         self.buses.append(MemoryBus(self.broker))
         return self.buses[-1]
 
-    def publish(self, kind: Kind, message: Any, payload: bytes | None = None) -> None:
+    def publish(self, kind: Kind, message: Any, payload: bytes | None = None, *, durable: bool = True) -> None:
         async def go() -> None:
             await MemoryBus(self.broker).publish(
                 build_subject("r", kind),
                 message.SerializeToString() if payload is None else payload,
                 headers={CONTENT_TYPE_HEADER: content_type(type(message))},
-                durable=True,
+                durable=durable,
             )
 
         asyncio.run(go())
@@ -203,6 +209,47 @@ def test_commands_arrive_and_results_go_out(wire: Wire) -> None:
     wire.link.send(Kind.CONTROL, ControlResult(request_id="q", run_id="r", accepted=True, detail="held"))
     wire.link.close()
     assert [item.WhichOneof("body") for item in wire.published(Kind.CONTROL)] == ["command", "result"]
+
+
+def test_the_kernels_of_a_forecast_are_brought_near_and_nothing_arrives(wire: Wire, tmp_path: Path) -> None:
+    artifact_id, data = kernel_bytes()
+    library = DirectoryTier(tmp_path)
+    source = TieredKernelSource(KernelCache(1 << 20), None, library, KEY.ring())
+    home = LoopThread("kernels")
+    wire.link._source = LoopSource(source, home)
+    home.run(library.write(artifact_id, data), 10)
+    ids = ("k" + "0" * 32, "../evil", artifact_id)
+    wire.publish(Kind.FORECAST, to_wire(KernelForecast(run_id="r", artifact_ids=ids)), durable=False)
+    tick, deadline_s = threading.Event(), time.monotonic() + 10
+    while artifact_id not in source._l1:
+        assert list(wire.link.arrivals()) == []
+        assert time.monotonic() < deadline_s, "a forecast must be acted on in time"
+        tick.wait(0.005)
+    l1, l3 = source.stats()
+    home.close()
+    assert (l1.hits, l1.misses, l3.hits, l3.warmed) == (0, 0, 0, 1)
+
+
+def test_of_a_forecast_no_more_than_its_bound_is_brought_near(wire: Wire) -> None:
+    ids = tuple(f"k{number:032x}" for number in range(MAX_FORECAST + 9))
+    wire.publish(Kind.FORECAST, to_wire(KernelForecast(run_id="r", artifact_ids=ids)), durable=False)
+    tick, deadline_s = threading.Event(), time.monotonic() + 10
+    while not wire.source.warmed:
+        assert list(wire.link.arrivals()) == []
+        assert time.monotonic() < deadline_s
+        tick.wait(0.005)
+    assert wire.source.warmed == [ids[:MAX_FORECAST]]
+
+
+def test_a_forecast_after_the_publisher_has_ended_costs_nothing(wire: Wire) -> None:
+    wire.publish(Kind.FORECAST, to_wire(KernelForecast(run_id="r", artifact_ids=("k" + "0" * 32,))), durable=False)
+    tick, deadline_s = threading.Event(), time.monotonic() + 10
+    while not wire.link._forecasts:
+        assert time.monotonic() < deadline_s
+        tick.wait(0.005)
+    wire.client.close()
+    assert list(wire.link.arrivals()) == []
+    assert wire.source.warmed == []
 
 
 def test_its_own_results_do_not_come_back(wire: Wire) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import esper
+from esper.blueprints import to_module
 from esper.contracts.decision import AdaptationType, PlanStatus
 from esper.contracts.errors import InvalidInputError, InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState as State
@@ -210,6 +211,44 @@ def test_a_kernel_may_come_before_its_decision(
     line.incoming += [kernel_for(decision), decision]
     train(session, task, 1)
     assert state_of(session) is State.ACTIVE
+
+
+def born(session: esper.Session, task: Any, seed: int) -> dict[str, torch.Tensor]:
+    """Take one step, at whose end the kernel that lies in the mailbox germinates; gives the seed's first weights."""
+    x, y = next(iter(task.train))
+    loss = session._context.loss_fn(session._context.model(x), y)
+    loss.backward()
+    session.step(loss)
+    weights: dict[str, torch.Tensor] = session._context.model.kasmina_layers["0"].require_seed(seed).kernel.state_dict()
+    return {name: value.clone() for name, value in weights.items()}
+
+
+@pytest.mark.parametrize(("run_seed", "seed", "drawn_from"), [(5, 0, 5), (5, 2, 7), (6, 0, 6), (-1, 0, 2**63 - 1)])
+def test_one_kernel_begins_in_every_run_with_the_weights_that_the_runs_seed_draws(
+    task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any, run_seed: int, seed: int, drawn_from: int
+) -> None:
+    session = open_session(seed=run_seed)
+    decision = grow(session, line, decide, kernel_for, seed_index=seed)
+    weights = born(session, task, seed)
+    expected = to_module(decision.blueprint.ir, decision.site, seed=drawn_from).state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    own = kernel_for(decision).kernel.weights
+    assert any(not torch.equal(weights[name], value) for name, value in own.items())
+
+
+def test_a_seed_built_in_place_begins_with_the_same_weights_as_one_from_a_kernel(
+    task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any
+) -> None:
+    session = open_session(seed=5)
+    grow(session, line, decide, kernel_for, seed_index=1)
+    from_kernel = born(session, task, 1)
+    session.close()
+    session = open_session(seed=5)
+    in_place = decide(session._context.model, seed_index=1)
+    session.orchestrator.decide(in_place)
+    session.orchestrator.germinate_in_place(in_place.adaptation_id)
+    built = session._context.model.kasmina_layers["0"].require_seed(1).kernel.state_dict()
+    assert all(torch.equal(from_kernel[name], value) for name, value in built.items())
 
 
 def test_a_bad_batch_is_left_out(task: Any, open_session: Any) -> None:

@@ -183,6 +183,25 @@ def test_an_announced_kernel_is_attached_where_it_was_loading(warm: Any) -> None
     assert layer.layer_status().seeds[2].adaptation_id == "a7"
 
 
+def test_with_a_random_seed_a_kernel_begins_with_the_weights_that_the_seed_draws(warm: Any) -> None:
+    layer = warm.model.layer1
+    kernel = kernel_for(layer.site, "gated_mlp")
+    drawn = [layer.attach_kernel(index, kernel, random_seed=seed) for index, seed in enumerate((11, 11, 12))]
+    built = layer.germinate(3, kernel.ir, random_seed=11)
+    first, again, other, in_place = (dict(seed.kernel.state_dict()) for seed in (*drawn, built))
+    assert all(torch.equal(first[key], again[key]) and torch.equal(first[key], in_place[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+    assert not any(torch.equal(first[key], kernel.weights[key]) for key in first)
+
+
+def test_a_kernel_whose_own_weights_do_not_fit_is_refused_with_a_random_seed_too(warm: Any) -> None:
+    layer = warm.model.layer1
+    elsewhere = Site(kind=SiteKind.LINEAR, input_shape=(7,), output_shape=(9,))
+    with pytest.raises(ShapeMismatchError, match="weights must fit the module at this site, got"):
+        layer.attach_kernel(0, kernel_for(elsewhere, "bottleneck_adapter"), random_seed=3)
+    assert layer.state_layout.state(0) is State.CULLED
+
+
 def scripted(site: Site, name: str) -> bytes:
     module = to_module(blueprint_for(site, name).ir, site, seed=5).eval()
     with torch.no_grad():

@@ -354,6 +354,33 @@ async def test_warming_brings_what_it_can(tiers: Tiers) -> None:
     assert all(tiers.source.cached(artifact_id) for artifact_id in made)
 
 
+async def test_what_is_warmed_is_no_lookup_of_anybodys(tiers: Tiers) -> None:
+    tiers.l3.entries[ID] = DATA
+    await tiers.source.warm([ID, "k" + "0" * 32])
+    l1, l2, l3 = tiers.source.stats()
+    assert (l3.warmed, l3.hits, l3.misses, l3.lookup_s) == (1, 0, 0, 0.0)
+    assert (l2.misses, l1.hits, l1.misses) == (0, 0, 0)
+    assert (await tiers.source.fetch(ID)).artifact_id == ID
+    assert (tiers.status("l1").hits, tiers.l3.reads) == (1, 2)
+
+
+async def test_a_kernel_that_is_asked_for_while_it_is_warmed_counts_as_asked_for(tiers: Tiers) -> None:
+    tiers.l3.entries[ID] = DATA
+    tiers.l3.gate = asyncio.Event()
+    warming = asyncio.create_task(tiers.source.warm([ID]))
+    await tiers.l3.asked.wait()
+    asking = asyncio.create_task(tiers.source.fetch(ID))
+    async with asyncio.timeout(5):
+        while not tiers.source._wanted:  # noqa: ASYNC110 - the source sets no event
+            await asyncio.sleep(0)
+    tiers.l3.gate.set()
+    assert (await asking).artifact_id == ID
+    assert await warming == (ID,)
+    assert (tiers.status("l3").hits, tiers.status("l3").warmed, tiers.l3.reads) == (1, 0, 1)
+    await tiers.source.warm(["k" + "0" * 32])
+    assert tiers.source._wanted == set()
+
+
 async def test_a_name_of_ones_own(tiers: Tiers) -> None:
     tiers.l3.entries[ID] = DATA
     with pytest.raises(NotFoundError, match="no kernel is named kernel_123"):

@@ -75,7 +75,7 @@ def test_a_gate_multiplies_an_inner_value(linear_site):
 def test_shrinking_lowers_the_cost_until_nothing_is_left_to_take(linear_site):
     random = np.random.default_rng(0)
     grammar = Grammar(linear_site)
-    ir = default_registry().create_blueprint("image_conv").ir
+    ir = default_registry().create_blueprint("signal_conv").ir
     costs = [cost(ir, linear_site)]
     for _ in range(4):
         smaller = grammar.shrink(ir, random)

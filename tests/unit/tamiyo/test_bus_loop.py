@@ -13,7 +13,7 @@ from esper.blueprints import default_registry
 from esper.contracts.blueprint import BlueprintState
 from esper.contracts.decision import AdaptationDecision, AdaptationPlan, PlanStatus
 from esper.contracts.errors import InvalidInputError, InvalidStateError, NotFoundError, UnavailableError
-from esper.contracts.kernel import KernelReady
+from esper.contracts.kernel import CompileJob, CompileSpec, JobPhase, KernelForecast, KernelReady
 from esper.contracts.run import AdaptationOutcome, FieldReport, SystemStatePacket
 from esper.contracts.wire import from_wire, serialize, to_wire
 from esper.mesh import InProcessChannel
@@ -23,7 +23,7 @@ from esper.services.tamiyo.server import REGISTRAR, TamiyoNode, TamiyoNodeConfig
 from esper.telemetry import DEAD, EVENTS, MemoryBroker, MemoryBus, build_subject, dead_subject
 from esper.telemetry.bus import CONTENT_TYPE_HEADER
 from esper.telemetry.consumer import content_type, decode
-from esper.v1 import decision_pb2, kernel_pb2, tamiyo_service_pb2, telemetry_pb2
+from esper.v1 import decision_pb2, kernel_pb2, tamiyo_service_pb2, telemetry_pb2, tezzeret_service_pb2
 from esper.v1.tamiyo_service_pb2_grpc import TamiyoServiceStub
 from esper.v1.tezzeret_service_pb2 import CompileResponse
 from esper.v1.tezzeret_service_pb2_grpc import (
@@ -33,12 +33,22 @@ from esper.v1.tezzeret_service_pb2_grpc import (
 )
 from esper.v1.urza_service_pb2 import SearchBlueprintsResponse
 from esper.v1.urza_service_pb2_grpc import UrzaServiceServicer, UrzaServiceStub, add_UrzaServiceServicer_to_server
+from tests.unit.tamiyo.conftest import MOMENT, SITES
 
 MESSAGES = {
     SystemStatePacket: ("state", telemetry_pb2.SystemStatePacket),
     FieldReport: ("field_report", telemetry_pb2.FieldReport),
     AdaptationPlan: ("plan", decision_pb2.AdaptationPlan),
 }
+JOB = CompileJob(
+    job_id="j1",
+    content_key="0" * 64,
+    blueprint_id="b",
+    spec=CompileSpec(ir=default_registry().create_blueprint("lora").ir, site=SITES["hidden"]),
+    phase=JobPhase.QUEUED,
+    artifact_id="k" + "1" * 32,
+    created_at=MOMENT,
+)
 
 
 class Library(UrzaServiceServicer):
@@ -58,11 +68,16 @@ class Compiler(TezzeretServiceServicer):
 
     def __init__(self):
         self.requests = []
+        self.foreseen = []
+        self.phase = JobPhase.SUCCEEDED
         self.contexts = []
         self.asked = asyncio.Event()
         self.refuses = False
 
     async def Compile(self, request, context):
+        if not request.adaptation_id:  # nobody waits for it
+            self.foreseen.append(request)
+            return CompileResponse(job=to_wire(replace(JOB, phase=self.phase)))
         self.requests.append(request)
         self.contexts.append(trace.get_current_span().get_span_context())
         self.asked.set()
@@ -97,9 +112,9 @@ class Mesh:
             headers = {CONTENT_TYPE_HEADER: content_type(message)}
             await self.bus.publish(build_subject(value.run_id, kind), serialize(value), headers=headers, durable=True)
 
-    async def published(self, kind, message, cls, count):
+    async def published(self, kind, message, cls, count, run="run-1"):
         """Give the first ``count`` messages of a kind, waiting for them at most ten seconds."""
-        consumer = await self.bus.consume(EVENTS.name, f"test-{kind}", build_subject("run-1", kind))
+        consumer = await self.bus.consume(EVENTS.name, f"test-{kind}-{run}", build_subject(run, kind))
         found = []
         async with asyncio.timeout(10):
             while len(found) < count:
@@ -109,8 +124,8 @@ class Mesh:
         await consumer.close()
         return found
 
-    async def decisions(self, count):
-        return await self.published("decision", decision_pb2.AdaptationDecision, AdaptationDecision, count)
+    async def decisions(self, count, run="run-1"):
+        return await self.published("decision", decision_pb2.AdaptationDecision, AdaptationDecision, count, run)
 
     async def dead(self):
         consumer = await self.bus.consume(DEAD.name, "test-dead", dead_subject(EVENTS.name))
@@ -141,7 +156,43 @@ async def test_every_packet_is_answered_and_growth_is_sent_to_be_compiled(mesh, 
     assert request.adaptation_id == grown[0].adaptation_id
     assert request.run_id == "run-1"
     assert not request.wait
-    assert request.spec.random_seed == 7 + grown[0].seed_index
+    assert request.spec.random_seed == 0
+
+
+async def test_runs_of_other_seeds_ask_for_the_same_kernels(mesh, flattening):
+    await mesh.open()
+    for seed in (7, 8):
+        run = f"run-{seed}"
+        await mesh.send(*(replace(one, run_id=run, random_seed=seed) for one in flattening))
+        await mesh.decisions(len(flattening), run)
+    asked = {(one.run_id, one.spec.random_seed) for one in mesh.compiler.requests}
+    assert {run for run, _ in asked} == {"run-7", "run-8"}
+    assert {seed for _, seed in asked} == {0}
+
+
+async def test_a_run_is_told_which_kernels_it_is_likely_to_want_next(mesh, flattening):
+    await mesh.open()
+    told = await mesh.bus.subscribe(build_subject("run-1", "forecast"))
+    await mesh.send(*flattening)
+    async with asyncio.timeout(10):
+        message = await anext(told)
+    forecast = from_wire(decode(message, kernel_pb2.KernelForecast), KernelForecast)
+    assert forecast == KernelForecast(run_id="run-1", artifact_ids=(JOB.artifact_id,) * len(forecast.artifact_ids))
+    assert len(forecast.artifact_ids) == len(mesh.compiler.foreseen) > 8
+    assert {one.priority for one in mesh.compiler.foreseen} == {tezzeret_service_pb2.JOB_PRIORITY_BULK}
+    assert {one.run_id for one in mesh.compiler.foreseen} == {""}
+
+
+async def test_a_forecaster_that_fails_costs_no_decision(mesh, flattening, monkeypatch, caplog):
+    await mesh.open()
+
+    async def broken(_):
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(mesh.node._loop._forecaster, "foresee", broken)
+    await mesh.send(*flattening)
+    assert len(await mesh.decisions(len(flattening))) == len(flattening)
+    assert "forecast_failed" in caplog.text
 
 
 async def test_a_redelivered_packet_publishes_nothing_new(mesh, flattening):
@@ -369,7 +420,8 @@ async def test_a_decision_is_explained_with_its_race_and_what_became_of_it(mesh,
     assert [one.report_id for one in answer.reports] == ["r1", "r2"]
     text = "\n".join(answer.lines)
     assert f"{first.adaptation_id}, run run-1, epoch {first.epoch}: {first.adaptation_type.value}, acted on" in text
-    assert f"confidence {first.confidence:.2f} (threshold 0.7)" in text
+    assert f"confidence {first.confidence:.2f} (" in text
+    assert " before calibration, threshold 0.7)" in text
     assert "curve: plateau" in text
     assert "cusum = " in text
     assert f"raced against {1 + len(others)}:" in text

@@ -43,16 +43,27 @@ class Library:
 
 
 class Designer:
-    """Answers ProposeBlueprints with one design."""
+    """Answers ProposeBlueprints with one design; writes down what it is told and asked, in order."""
 
     def __init__(self, blueprint):
         self.blueprint = blueprint
         self.away = False
         self.barren = False
+        self.refuses_reports = False
         self.requests = []
+        self.heard = []
+
+    async def SubmitFieldReport(self, request, **_):
+        if self.away:
+            raise UnavailableError("the designer is away")
+        self.heard.append(request.report.report_id)
+        if self.refuses_reports:
+            raise InvalidInputError("report.price must be >= 0")
+        return karn_service_pb2.KarnServiceSubmitFieldReportResponse()
 
     async def ProposeBlueprints(self, request, **_):
         self.requests.append(request)
+        self.heard.append("asked")
         if self.away:
             raise UnavailableError("the designer is away")
         if self.barren:
@@ -97,6 +108,19 @@ async def test_places_of_skip_seeds_take_the_librarys_blueprints_and_no_designs(
     assert at_skip.site == skip.site
     assert at_skip.cost == cost(lora.ir, skip.site)
     assert len(designer.requests) == 2, "once for each layer's own site"
+
+
+async def test_what_reads_the_layers_output_alone_is_no_skip_seed(make_packet, make_layer):
+    skip = SkipSite(source="hidden", site=Site(kind=SiteKind.LINEAR, input_shape=(64,), output_shape=(10,)))
+    layers = (replace(make_layer("head"), skip_sites=(skip,)),)
+    designs = [one for one in TEMPLATES if one.name in ("norm_shift", "deepen", "lora")]
+    found = await CandidateSource(Library(designs)).candidates(make_packet(1, 1.0, layers=layers))
+    assert sorted((one.blueprint.name, one.source) for one in found) == [
+        ("deepen", ""),
+        ("lora", ""),
+        ("lora", "hidden"),
+        ("norm_shift", ""),
+    ]
 
 
 async def test_the_library_is_asked_again_only_when_its_answer_is_old(make_packet):
@@ -154,17 +178,51 @@ async def test_designs_are_asked_for_within_the_budget_left(make_packet):
     assert designer.requests[1].constraints.max_parameters == 448
 
 
-async def test_a_report_has_designs_asked_for_anew(make_packet):
+async def test_a_report_has_designs_asked_for_anew(make_packet, make_report):
     designer = Designer(TEMPLATES[0])
     source = CandidateSource(None, designer)
     packet = make_packet(1, 1.0)
     await source.candidates(packet, {"hidden"})
-    source.note_report(Site(kind=SiteKind.CONV2D, input_shape=(1, 4, 4), output_shape=(1, 4, 4)))
+    elsewhere = Site(kind=SiteKind.CONV2D, input_shape=(1, 4, 4), output_shape=(1, 4, 4))
+    source.note_report(make_report(site=elsewhere))
     await source.candidates(packet, {"hidden"})
     assert len(designer.requests) == 1
-    source.note_report(packet.layers[1].site)
+    source.note_report(make_report("r2"))
     await source.candidates(packet, {"hidden"})
     assert len(designer.requests) == 2
+
+
+async def test_karn_knows_every_report_that_was_learned_from_before_it_is_asked(make_packet, make_report):
+    designer, packet = Designer(TEMPLATES[0]), make_packet(1, 1.0)
+    source = CandidateSource(None, designer)
+    for name in ("r1", "r2"):
+        source.note_report(make_report(name))
+    await source.candidates(packet, {"hidden"})
+    assert designer.heard == ["r1", "r2", "asked"]
+    await source.candidates(replace(packet, run_id="run-2"), {"hidden"})
+    assert designer.heard == ["r1", "r2", "asked", "asked"], "each run asks for itself; a report is told once"
+
+
+async def test_reports_wait_for_a_designer_that_is_away_and_one_it_refuses_keeps_none_from_it(make_packet, make_report):
+    designer, clock = Designer(TEMPLATES[0]), Clock()
+    source = CandidateSource(None, designer, CandidateConfig(refresh_s=10.0), clock=clock)
+    before = await source.candidates(make_packet(1, 1.0), {"hidden"})
+    source.note_report(make_report("r1"))
+    source.note_report(make_report("r2"))
+    designer.away = True
+    assert await source.candidates(make_packet(2, 1.0), {"hidden"}) == before, "the last answer stands"
+    designer.away, designer.refuses_reports, clock.now_s = False, True, 10.0
+    assert await source.candidates(make_packet(3, 1.0), {"hidden"}) == before
+    assert designer.heard == ["asked", "r1", "r2", "asked"]
+
+
+async def test_the_age_of_designs_is_no_reason_to_ask_again(make_packet):
+    designer, clock = Designer(TEMPLATES[0]), Clock()
+    source = CandidateSource(None, designer, CandidateConfig(refresh_s=1.0), clock=clock)
+    await source.candidates(make_packet(1, 1.0), {"hidden"})
+    clock.now_s = 1e6
+    await source.candidates(make_packet(2, 1.0), {"hidden"})
+    assert len(designer.requests) == 1
 
 
 async def test_that_no_design_keeps_the_bounds_is_no_failure(make_packet):

@@ -14,6 +14,7 @@ from esper.contracts.decision import AdaptationPlan, AdaptationType, CurveState,
 from esper.contracts.errors import InvalidInputError, InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import AdaptationOutcome, BudgetStatus, Contribution, RunPhase, SeedStatus
+from esper.services.tamiyo.calibration import Asked
 from esper.services.tamiyo.config import TamiyoConfig
 from esper.services.tamiyo.policy import Policy, adaptation_id
 from esper.services.tamiyo.posterior import observation_of
@@ -57,7 +58,8 @@ def test_a_flattening_run_is_grown_a_few_epochs_in(flattening, candidates):
     assert grown.seed_index in range(4)
     assert grown.blueprint is not None
     assert grown.blueprint.id == grown.blueprint_id
-    assert grown.confidence >= 0.7
+    assert Asked.of(grown).raw >= 0.7
+    assert 0.2 < grown.confidence < 0.7, "whether a first race keeps anything is open"
     assert grown.urgency >= 0.6
     assert grown.expected_reward is not None
     assert grown.exploration_bonus is not None
@@ -220,7 +222,7 @@ def test_candidates_known_to_harm_are_not_acted_on(flattening, make_candidates, 
         policy.learn(report)
     decisions = feed(policy, flattening, one)
     assert not any(each.actionable for each in decisions)
-    assert min(each.confidence for each in decisions if each.blueprint_id) < 0.5
+    assert min(Asked.of(each).raw for each in decisions if each.blueprint_id) < 0.5
 
 
 def test_what_paid_before_is_drawn_more_often(flattening, make_candidates, make_report):

@@ -13,7 +13,7 @@ from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import AdaptationOutcome, BudgetStatus, SeedStatus
 from esper.services.tamiyo.config import TamiyoConfig
 from esper.services.tamiyo.policy import Policy
-from esper.services.tamiyo.posterior import PosteriorConfig, RewardPosterior, family_of, features_of
+from esper.services.tamiyo.posterior import Observation, PosteriorConfig, RewardPosterior, family_of, features_of
 from esper.services.tamiyo.rivals import draw_rivals
 
 
@@ -102,12 +102,43 @@ def test_kinds_repeat_only_until_the_race_is_half_full(make_candidates):
         assert len({one.candidate.blueprint.id for one in field.rivals}) == 3
 
 
-def test_nobody_enters_on_a_draw_that_promises_nothing(make_candidates):
+def test_of_what_was_never_tried_every_kind_enters(make_candidates):
     hopeless = RewardPosterior(PosteriorConfig(prior_mean=-1.0))
     field = field_of(make_candidates, kinds=3, size=6, seed=0, believed=hopeless)
-    assert len(field.rivals) == 1
-    assert field.rivals[0].belief.draw < 0.0
+    assert sorted(family_of(one.candidate.blueprint.ir) for one in field.rivals) == ["conv", "linear", "pointwise"]
+    assert all(one.belief.draw < 0.0 for one in field.rivals)
     assert field.helps < 1e-6
+
+
+def test_of_kinds_that_were_tried_nobody_enters_on_a_draw_that_promises_nothing(make_candidates):
+    hopeless = RewardPosterior(PosteriorConfig(prior_mean=-1.0))
+    for number, one in enumerate(make_candidates(["hidden"])):
+        features = features_of(
+            one.site, one.blueprint.id, parameters=1, progress=None, family=family_of(one.blueprint.ir)
+        )
+        hopeless.learn(Observation(report_id=f"r{number}", features=features, reward=-1.0, variance=0.01))
+    field = field_of(make_candidates, kinds=3, size=6, seed=0, believed=hopeless)
+    assert len(field.rivals) == 1
+
+
+def test_every_family_comes_in_before_a_second_reach_of_one(make_candidates):
+    candidates = make_candidates(["hidden"])
+    asked = [
+        (one, features_of(one.site, one.blueprint.id, parameters=1, progress=None, family=family, reach=reach))
+        for one in candidates
+        for family in [family_of(one.blueprint.ir)]
+        for reach in ("own", "skip")
+    ]
+    families = {features.family for _, features in asked}
+    for seed in range(10):
+        field = draw_rivals(
+            RewardPosterior(PosteriorConfig(prior_mean=1.0)),
+            asked,
+            size=6,
+            free={"hidden": len(families)},
+            random=np.random.default_rng(seed),
+        )
+        assert {family_of(one.candidate.blueprint.ir) for one in field.rivals} == families
 
 
 def test_a_seed_that_was_only_outrun_may_try_again(flattening, make_candidates, make_report):

@@ -10,14 +10,17 @@ import pytest
 from esper.blueprints import default_registry
 from esper.contracts.blueprint import BlueprintState
 from esper.contracts.errors import InvalidInputError, InvalidStateError, UnavailableError
-from esper.contracts.run import Contribution
+from esper.contracts.run import AdaptationOutcome, Contribution
 from esper.contracts.wire import to_wire
+from esper.services.tamiyo.calibration import Asked
 from esper.services.tamiyo.candidates import CandidateSource
 from esper.services.tamiyo.policy import Policy
 from esper.services.tamiyo.seed_selection import SeedHistory
 from esper.services.tamiyo.service import Tamiyo
 from esper.services.tamiyo.store import open_store
 from esper.v1 import urza_service_pb2
+
+CULLED = AdaptationOutcome.CULLED
 
 
 class Library:
@@ -73,6 +76,24 @@ async def test_reports_survive_a_restart_and_count_once(tmp_path, make_report):
     assert not await second.learn(make_report("r1"))
     assert second.posterior(None) == arms
     assert arms[0][0].num_reports == 1
+    await second.store.database.close()
+
+
+async def test_confidence_survives_a_restart(tmp_path, flattening, make_report):
+    url = f"sqlite:///{tmp_path}/tamiyo.db"
+    first = await open_tamiyo(url)
+    race = next(row for row in [await first.analyze(packet) for packet in flattening] if row[0].actionable)
+    fresh, asked = first.policy.calibrator.confidence(Asked.of(race[0])), Asked.of(race[0])
+    for one in race:
+        report = make_report(
+            f"r-{one.adaptation_id}", adaptation_id=one.adaptation_id, race_id=one.race_id, outcome=CULLED
+        )
+        await first.learn(report)
+    learned = first.policy.calibrator.confidence(asked)
+    await first.store.database.close()
+    second = await open_tamiyo(url)
+    assert second.policy.calibrator.confidence(asked) == learned < fresh == race[0].confidence
+    assert second.policy.calibrator.ask(asked.kind, 0.9, run_id="run-1", under_way=()).fruitless == 1
     await second.store.database.close()
 
 
