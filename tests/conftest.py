@@ -26,3 +26,15 @@ def no_python_code_inside_collections() -> None:
     statistics.
     """
     gc.callbacks[:] = [call for call in gc.callbacks if not getattr(call, "__module__", "").startswith("hypothesis")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a module that share one of its fixtures in one worker, so that it is made once."""
+    for item in items:
+        if isinstance(item, pytest.Function) and _shares(item) and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def _shares(item: pytest.Function) -> bool:
+    definitions = item._fixtureinfo.name2fixturedefs  # there is no public way to a fixture's scope
+    return any(one.scope == "module" and one.baseid for found in definitions.values() for one in found)

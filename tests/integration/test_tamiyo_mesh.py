@@ -59,6 +59,8 @@ class Compiler(TezzeretServiceServicer):
         self.refuses = False
 
     async def Compile(self, request: CompileRequest, context: Any) -> CompileResponse:
+        if not request.adaptation_id:  # of a forecast
+            return CompileResponse()
         self.requests.append(request)
         if self.refuses:
             raise InvalidStateError("no worker is left")

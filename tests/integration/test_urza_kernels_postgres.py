@@ -24,6 +24,11 @@ from esper.testing.urza_samples import kernel_bytes
 
 
 @pytest.fixture
+def database(empty_library: Database) -> Database:
+    return empty_library
+
+
+@pytest.fixture
 def rot(database: Database) -> Any:
     """A replica's session knows no foreign keys."""
 

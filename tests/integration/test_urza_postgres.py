@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -25,6 +26,18 @@ from esper.testing.urza_query_contract import (
     TagExpressionContract,
     TotalContract,
 )
+from esper.testing.urza_template import Library, rows_of
+
+
+@pytest.fixture
+async def empty_database(url: str) -> AsyncIterator[Database]:
+    async with Database.open(url) as opened:
+        yield opened
+
+
+@pytest.fixture
+def database(empty_library: Database) -> Database:
+    return empty_library
 
 
 class TestBlueprintStore(BlueprintStoreContract):
@@ -61,6 +74,19 @@ class TestFiguresMigration(FiguresMigrationContract):
 
 class TestMigrations(MigrationContract):
     pass
+
+
+async def test_a_library_that_was_emptied_is_as_its_migrations_left_it(database: Database, library: Library) -> None:
+    await put(UrzaStore(database), 1, tags=("cheap",))
+    assert await rows_of(database) != library.rows
+    async with Database.open(library.url) as other:
+        forgotten = other.session()
+        session = await forgotten.__aenter__()
+        await session.execute(text("SELECT count(*) FROM urza_blueprints"))  # its lock stays until it is ended
+        await library.clear(database)
+        with pytest.raises(UnavailableError, match="cannot be used"):
+            await forgotten.__aexit__(None, None, None)
+    assert await rows_of(database) == library.rows
 
 
 async def test_two_replicas_number_versions_without_gaps(database: Database, postgres: Any) -> None:

@@ -20,23 +20,25 @@ from esper.testing.urza_samples import kernel_bytes
 from esper.v1.urza_service_pb2_grpc import UrzaServiceStub
 
 
-def run(requests: str, *, l1: int = 0, l2: int = 0, l3: int = 0) -> RecordedRun:
+def run(requests: str, *, l1: int = 0, l2: int = 0, l3: int = 0, warmed: int = 0) -> RecordedRun:
     counts = {"l1": l1, "l2": l2, "l3": l3}
     return RecordedRun(
         requests=tuple(requests),
         tiers=tuple(
-            CacheTierStatus(tier=tier, hits=hits, misses=0, corrupt=0, errors=0, bytes_held=None)
-            for tier, hits in counts.items()
+            CacheTierStatus(tier=tier, hits=hits, warmed=warmed if tier == "l3" else 0) for tier, hits in counts.items()
         ),
     )
 
 
 def test_shares_are_of_requests_and_only_later_runs_are_held_against_the_goal() -> None:
-    figures = {figure.name: figure for figure in hit_figures([run("abcd", l3=4), run("abce", l2=2, l1=1, l3=1)])}
+    figures = {
+        figure.name: figure for figure in hit_figures([run("abcd", l3=4), run("abce", l2=2, l1=1, l3=1, warmed=7)])
+    }
     assert figures["requests of 2 runs"].value == 8
     assert figures["answered by L3, library"].value == 5 / 8
     later = figures["from the second run on, answered by L1 or L2"]
     assert (later.value, later.holds) == (0.75, False)
+    assert figures["brought into L1 before anybody asked"].value == 7
 
 
 def test_one_run_alone_claims_nothing_about_later_ones() -> None:
@@ -91,9 +93,8 @@ def test_a_run_asked_for_again_finds_what_the_directory_has(
 ) -> None:
     where, ids = settings
     with Replay(where, tmp_path, ids) as replay:
-        known, designs, again = replay.again_figures([ids[:2], ids[2:]])
+        known, again = replay.again_figures([ids[:2], ids[2:]])
         assert known.value == 0
-        assert designs.value == 1
         assert (again.value, again.holds) == (0.5, False)
         assert replay.again_figures([ids])[-1].value == 1
 

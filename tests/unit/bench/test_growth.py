@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache
 from itertools import count
 from pathlib import Path
 
@@ -166,6 +167,7 @@ def small_cell() -> Cell:
     return replace(MLP, settings=replace(MLP.settings, epochs=2))
 
 
+@cache  # every one is found by building networks until one is too large
 def first_options(cell: Cell) -> dict[Kind, Option]:
     return {kind: options(cell, kind)[0] for kind in KINDS if options(cell, kind)}
 

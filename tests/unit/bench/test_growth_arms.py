@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -46,6 +46,7 @@ def small(cell: Cell, epochs: int = 2) -> Cell:
 DIGITS = small(make_cell("digits", "mlp"))
 
 
+@cache  # every one is found by building networks until one is too large
 def first_options(cell: Cell) -> dict[Kind, Option]:
     return {kind: options(cell, kind)[0] for kind in KINDS if options(cell, kind)}
 

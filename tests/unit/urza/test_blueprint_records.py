@@ -16,13 +16,14 @@ from esper.services.urza.models import BlueprintRow
 from esper.services.urza.rules import BlueprintDraft, BlueprintQuery, PageRequest
 from esper.services.urza.store import UrzaStore
 from esper.testing.urza_samples import field_report, graph
+from esper.testing.urza_template import lay_out
 
 
 @pytest.fixture
 async def store() -> AsyncIterator[UrzaStore]:
     async with Database.open("sqlite://") as database:
         store = UrzaStore(database)
-        await store.migrate()
+        await lay_out(database)
         yield store
 
 

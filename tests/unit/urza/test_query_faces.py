@@ -22,6 +22,7 @@ from esper.services.urza.service import UrzaServicer
 from esper.services.urza.store import UrzaStore
 from esper.testing.urza_query_contract import KEY, kernel_with_latency
 from esper.testing.urza_samples import field_report, graph
+from esper.testing.urza_template import lay_out
 from esper.v1 import urza_service_pb2 as pb
 from esper.v1.urza_service_pb2_grpc import UrzaServiceStub
 
@@ -35,7 +36,7 @@ async def store() -> AsyncIterator[UrzaStore]:
     """Give a store of three blueprints; the last was tried twice with one kernel."""
     async with Database.open("sqlite://") as database:
         store = UrzaStore(database, key_ring=KEY.ring())
-        await store.migrate()
+        await lay_out(database)
         for number, tags in enumerate((["validated", "conv2d"], ["validated", "old"], ["conv2d"])):
             kinds = (SiteKind.CONV2D,) if number else (SiteKind.LINEAR,)
             metadata = BlueprintMetadata(tags=tags, site_kinds=kinds)

@@ -16,6 +16,7 @@ from esper.services.urza.rest import build_app
 from esper.services.urza.rules import BlueprintDraft
 from esper.services.urza.store import UrzaStore
 from esper.testing.urza_samples import field_report, graph, kernel_bytes
+from esper.testing.urza_template import lay_out
 
 KEY = SigningKey.generate()
 TOKEN = "a-token-of-some-length"
@@ -38,9 +39,8 @@ async def database() -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def store(database: Database) -> UrzaStore:
-    store = UrzaStore(database, key_ring=KEY.ring())
-    await store.migrate()
-    return store
+    await lay_out(database)
+    return UrzaStore(database, key_ring=KEY.ring())
 
 
 def client_of(store: UrzaStore, **options: Any) -> httpx.AsyncClient:

@@ -28,6 +28,7 @@ from esper.testing.urza_kernel_contract import (
     UploadStoreContract,
 )
 from esper.testing.urza_samples import kernel_bytes
+from esper.testing.urza_template import lay_out
 
 
 @pytest.fixture
@@ -38,6 +39,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 async def database(path: Path) -> AsyncIterator[Database]:
     async with Database.open(f"sqlite:///{path}") as opened:
+        await lay_out(opened)
         yield opened
 
 

@@ -31,6 +31,7 @@ from esper.services.urza.server import register
 from esper.services.urza.service import UrzaServicer
 from esper.services.urza.store import StoreLimits, UrzaStore
 from esper.testing.urza_samples import field_report, graph, kernel_bytes
+from esper.testing.urza_template import lay_out
 from esper.v1 import blueprint_pb2, urza_service_pb2
 from esper.v1 import urza_service_pb2 as pb
 from esper.v1.urza_service_pb2_grpc import UrzaServiceStub
@@ -43,7 +44,7 @@ LIMITS = StoreLimits(max_kernel_bytes=2_000_000)
 async def store() -> AsyncIterator[UrzaStore]:
     async with Database.open("sqlite://") as database:
         store = UrzaStore(database, key_ring=KEY.ring(), limits=LIMITS)
-        await store.migrate()
+        await lay_out(database)
         yield store
 
 

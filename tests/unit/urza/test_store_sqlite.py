@@ -21,13 +21,20 @@ from esper.testing.urza_query_contract import (
     TagExpressionContract,
     TotalContract,
 )
+from esper.testing.urza_template import lay_out
 
 
 @pytest.fixture(params=["memory", "file"])
-async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
+async def empty_database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
     url = "sqlite://" if request.param == "memory" else f"sqlite:///{tmp_path}/state/urza.db"
     async with Database.open(url) as opened:
         yield opened
+
+
+@pytest.fixture
+async def database(empty_database: Database) -> Database:
+    await lay_out(empty_database)
+    return empty_database
 
 
 class TestBlueprintStore(BlueprintStoreContract):

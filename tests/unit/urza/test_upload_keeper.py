@@ -16,6 +16,7 @@ from esper.services.urza.kernel_upload import KernelUpload, UploadBudget
 from esper.services.urza.store import UrzaStore
 from esper.services.urza.upload_store import PIECE_BYTES
 from esper.testing.urza_samples import kernel_bytes
+from esper.testing.urza_template import lay_out
 
 KEY = SigningKey.generate()
 PAYLOAD = kernel_bytes(KEY, weight_floats=1_000_000)
@@ -27,7 +28,7 @@ CHUNKS = list(split(PAYLOAD, chunk_bytes=PIECE_BYTES // 2))
 async def store() -> AsyncIterator[UrzaStore]:
     async with Database.open("sqlite://") as database:
         store = UrzaStore(database, key_ring=KEY.ring())
-        await store.migrate()
+        await lay_out(database)
         yield store
 
 
