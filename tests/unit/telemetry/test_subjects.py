@@ -106,8 +106,8 @@ def test_an_illegal_pattern_is_refused(pattern: str) -> None:
         check_pattern(pattern)
 
 
-def test_only_health_is_not_durable() -> None:
-    assert [kind for kind in Kind if not kind.durable] == [Kind.HEALTH]
+def test_only_health_and_forecasts_are_not_durable() -> None:
+    assert [kind for kind in Kind if not kind.durable] == [Kind.HEALTH, Kind.FORECAST]
 
 
 def test_patterns_take_what_they_say() -> None:
