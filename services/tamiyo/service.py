@@ -187,12 +187,16 @@ class Tamiyo:
         stored = await self.store.run(run_id)
         if not stored.packets:
             return
-        reports = await self.store.reports_of(run_id)
+        reports = sorted((one.report for one in await self.store.reports_of(run_id)), key=lambda one: one.created_at)
         self.policy.forget(run_id)
+        noted = 0
         for packet in stored.packets:
+            while noted < len(reports) and reports[noted].created_at <= packet.created_at:
+                self.policy.note_report(reports[noted])  # rests and embargoes count from the epoch at which it came
+                noted += 1
             self.policy.restore(packet, stored.decisions.get(packet.sequence, ()))
-        for one in reports:
-            self.policy.note_report(one.report)
+        for report in reports[noted:]:
+            self.policy.note_report(report)
         log.info("run_restored", extra={"run_id": run_id, "packets": len(stored.packets), "reports": len(reports)})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
@@ -64,6 +65,27 @@ async def test_a_restart_changes_no_decision(tmp_path, flattening, tamiyo):
         found.append(await fresh.analyze(packet))
         await fresh.store.database.close()
     assert found == expected
+
+
+async def test_a_restart_lengthens_no_rest_and_no_embargo(tmp_path, flattening, make_report):
+    url = f"sqlite:///{tmp_path}/tamiyo.db"
+    packets = [replace(one, created_at=one.created_at + timedelta(minutes=one.epoch)) for one in flattening]
+    first, second = await open_tamiyo(url), await open_tamiyo(url)
+    for packet in packets[:5]:
+        await first.analyze(packet)
+    await first.learn(make_report("r1", outcome=CULLED, created_at=packets[5].created_at))
+    memory = first.policy._runs["run-1"]
+    assert memory.rests(3)
+    assert memory.embargoed("hidden", "b" * 64, 4)
+    for packet in packets[5:]:
+        await first.analyze(packet)
+    await second.analyze(packets[-1])  # reads the run back
+    for memory in (first.policy._runs["run-1"], second.policy._runs["run-1"]):
+        assert memory.last_sequence == len(packets)
+        assert not memory.rests(3)
+        assert not memory.embargoed("hidden", "b" * 64, 4)
+    for one in (first, second):
+        await one.store.database.close()
 
 
 async def test_reports_survive_a_restart_and_count_once(tmp_path, make_report):
