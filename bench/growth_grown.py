@@ -67,9 +67,9 @@ def grow_arm(open_mesh: OpenMesh, cell: Cell, *, seed: int, wait_s: float = DECI
     mesh that answers at once.
     """
     with open_mesh() as mesh:
-        counted = _grow_once(mesh, cell, seed=seed, wait_s=wait_s, counts=True)
+        counted = grow_once(mesh, cell, seed=seed, wait_s=wait_s, counts=True)
     with open_mesh() as mesh:
-        timed = _grow_once(mesh, cell, seed=seed, wait_s=wait_s, counts=False)
+        timed = grow_once(mesh, cell, seed=seed, wait_s=wait_s, counts=False)
     curve = tuple(
         replace(point, seconds=other.seconds) for point, other in zip(counted.curve, timed.curve, strict=True)
     )
@@ -83,7 +83,10 @@ def _came_to(outcome: Outcome) -> tuple[object, ...]:
     return outcome.accuracy, outcome.loss, outcome.parameters, ways, tried
 
 
-def _grow_once(mesh: MeshPort, cell: Cell, *, seed: int, wait_s: float, counts: bool) -> Outcome:
+def grow_once(
+    mesh: MeshPort, cell: Cell, *, seed: int, wait_s: float = DECISION_WAIT_S, counts: bool = False
+) -> Outcome:
+    """Grow the cell's host through a mesh, whatever that knows already; FLOPs are 0 unless they are counted."""
     task, settings, listening = load(cell.task), cell.settings, ListeningMesh(mesh)
     steps, own = _Counter(counts), _Counter(counts)
     began_s = time.perf_counter()
