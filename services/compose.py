@@ -143,7 +143,7 @@ async def _open_tamiyo(given: Surroundings) -> Node:
     from esper.services.tamiyo.server import TamiyoNode, TamiyoNodeConfig
 
     # An embedded mesh compiles in the training process and forgets at its end: making kernels ready would only cost.
-    forecast = ForecastConfig(size=0) if given.embedded else ForecastConfig()
+    forecast = ForecastConfig(size=0 if given.embedded else given.settings.tamiyo_forecast)
     config = TamiyoNodeConfig(database_url=given.database_of("tamiyo"), forecast=forecast)
     stubs = given.stubs
     return await TamiyoNode.open(

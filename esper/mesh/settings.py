@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from esper.contracts.errors import ConfigError
+from esper.contracts.kernel import MAX_FORECAST
 from esper.mesh.channel import ChannelConfig
 from esper.mesh.ports import LOOPBACK, is_loopback
 from esper.mesh.server import ServerConfig
@@ -62,6 +63,9 @@ class MeshSettings(BaseSettings):
     otlp_endpoint: str = Field("", description="OpenTelemetry collector, e.g. http://127.0.0.1:4317; empty: no traces.")
     log_json: bool | None = Field(None, description="Logs as JSON; default: JSON unless on a terminal.")
     drain_deadline_s: float = Field(10.0, gt=0, le=600, description="Time a stopping service gives running calls.")
+    tamiyo_forecast: int = Field(
+        32, ge=0, le=MAX_FORECAST, description="Kernels that Tamiyo has made ready for a run before it asks; 0: none."
+    )
     tezzeret_workers: int = Field(1, ge=1, le=64, description="Compile worker processes.")
     tezzeret_aot_inductor: bool = Field(
         False, description="Whether AOT_INDUCTOR is compiled where asked for: tens of seconds of C++ a kernel."
