@@ -178,7 +178,7 @@ async def _open_urza(given: Surroundings) -> Node:
     await urza.start()
     if given.embedded:
         return urza
-    node = _LibraryNode(urza, settings)
+    node = _LibraryNode(urza, settings, write_token=config.rest_write_token)
     try:
         await node.start()
     except BaseException:
@@ -190,14 +190,14 @@ async def _open_urza(given: Surroundings) -> Node:
 class _LibraryNode:
     """The library with its REST face: over TLS, to callers with a certificate, wherever the mesh has certificates."""
 
-    def __init__(self, urza: UrzaService, settings: MeshSettings) -> None:
+    def __init__(self, urza: UrzaService, settings: MeshSettings, *, write_token: str | None) -> None:
         from esper.mesh.http_server import HttpServer
         from esper.services.urza.rest import build_app
 
         names = tuple(name.strip() for name in settings.urza_rest_names.split(",") if name.strip())
         self._urza = urza
         self._rest = HttpServer(
-            build_app(urza.store, write_token=settings.rest_token(), allowed_hosts=names),
+            build_app(urza.store, write_token=write_token, allowed_hosts=names),
             name="urza-rest",
             host=settings.urza_rest_host,
             port=settings.urza_rest_port,

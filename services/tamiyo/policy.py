@@ -289,7 +289,7 @@ class Policy:
         if self._is_full(packet, memory):
             return _nothing(reading, "At a plateau, but as many adaptations as allowed are under way.")
         if memory.rests(self.config.rest_epochs):
-            return _nothing(reading, "At a plateau, but what was grown last came to nothing: growing rests.")
+            return _nothing(reading, "At a plateau, but what was tried lately came to nothing so far: growing rests.")
         seeds = self._open_seeds(packet, memory)
         open_candidates = self._affordable(packet, memory, seeds, candidates)
         if not open_candidates:

@@ -57,20 +57,20 @@ def draw_rivals(
 
     ``free`` holds the dormant seeds of each layer; no more rivals than those stand at one.
     """
-    drawn = posterior.draw([features for _, features in candidates], random, count=size)
+    asked = [features for _, features in candidates]
+    drawn = posterior.draw(asked, random, count=size)
     left = Counter(free)
     chosen: dict[int, float] = {}
     for draw in drawn.draws:
         open_rows = [row for row, (one, _) in enumerate(candidates) if row not in chosen and left[one.layer] > 0]
-        new = _newest_kinds([features for _, features in candidates], open_rows, chosen)
+        new = _of_new_kinds(asked, open_rows, chosen)
         if not new and (not open_rows or 2 * len(chosen) >= size):
             break
         row = max(new or open_rows, key=lambda one: (draw[one], -one))
-        candidate, features = candidates[row]
-        if chosen and draw[row] <= 0.0 and posterior.has_tried(*_kind(features)):
+        if chosen and draw[row] <= 0.0 and posterior.has_tried(*_kind(asked[row])):
             continue
         chosen[row] = float(draw[row])
-        left[candidate.layer] -= 1
+        left[candidates[row][0].layer] -= 1
     rivals = tuple(
         Rival(candidates[row][0], Belief(mean=float(drawn.mean[row]), deviation=float(drawn.deviation[row]), draw=draw))
         for row, draw in chosen.items()
@@ -78,7 +78,7 @@ def draw_rivals(
     return Field(rivals, max(probability_positive(one.belief.mean, one.belief.deviation) for one in rivals))
 
 
-def _newest_kinds(features: Sequence[Features], rows: Sequence[int], chosen: Collection[int]) -> list[int]:
+def _of_new_kinds(features: Sequence[Features], rows: Sequence[int], chosen: Collection[int]) -> list[int]:
     """Give the rows of families that nobody chosen is of; or else of kinds that nobody chosen is of."""
     families = {features[row].family for row in chosen}
     kinds = {_kind(features[row]) for row in chosen}
