@@ -10,9 +10,8 @@ from __future__ import annotations
 from enum import Enum
 
 from esper.contracts.run import Contribution
-from esper.core.control import ControlSplit
-from esper.core.losses import PerExampleLoss
-from esper.core.morphable import MorphableModel
+from esper.core.adaptation import Adaptation
+from esper.core.context import RunContext
 from esper.execution.counterfactual import measure_contribution
 
 
@@ -36,11 +35,16 @@ def judge(contribution: Contribution, price: float) -> Judgement:
     return Judgement.OPEN
 
 
-def seed_contribution(
-    model: MorphableModel, split: ControlSplit, loss: PerExampleLoss, *, layer: str, seed_index: int, level: float
-) -> Contribution:
+def seed_contribution(context: RunContext, adaptation: Adaptation, *, level: float) -> Contribution:
     """Give the effect of one live seed at alpha 1 against alpha 0 on the control split; model and streams untouched."""
-    return measure_contribution(model, split.batches, loss, layer=layer, seed_index=seed_index, confidence_level=level)
+    return measure_contribution(
+        context.model,
+        context.control.batches,
+        context.loss_rows,
+        layer=adaptation.layer,
+        seed_index=adaptation.seed_index,
+        confidence_level=level,
+    )
 
 
 def level_per_look(level: float, looks: int) -> float:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import NoneType
 from typing import Any, Final, Protocol
 
 from torch.optim.swa_utils import AveragedModel
 
 from esper.contracts.errors import CorruptDataError, EsperError, InvalidInputError, InvalidStateError
+from esper.contracts.run import AdaptationOutcome
+from esper.core.adaptation import Adaptation
 from esper.core.averaging import GrowingAverage
 from esper.core.capture import (
     Stateful,
@@ -168,7 +170,7 @@ class RunMemory:
         self.rollbacks += 1
         log.warning("rolled_back", extra={"run_id": self._context.run_id, "reason": reason})
         known = self._snapshot["orchestrator"]
-        removed = self._orchestrator.removed_since(known)
+        removed = _removed_since(known, self._orchestrator.adaptations.values())
         self._orchestrator.abandon_since(known["adaptations"], reason)
         self.restore(cloned(self._snapshot))
         self._orchestrator.remove_again(removed)
@@ -213,3 +215,10 @@ def _check_form(tolaria: Mapping[str, Any]) -> None:
         if type(tolaria[name]) not in kinds:
             rule = " or ".join(kind.__name__ for kind in kinds)
             raise CorruptDataError(f"{name} must be {rule}, got {type(tolaria[name]).__name__}", parameter=name)
+
+
+def _removed_since(state: Mapping[str, Any], adaptations: Iterable[Adaptation]) -> list[Adaptation]:
+    """Give the adaptations that were under way in an orchestrator's state and have been removed or undone since."""
+    was_open = {key for key, item in state["adaptations"].items() if item["outcome"] is None}
+    gone = {AdaptationOutcome.CULLED, AdaptationOutcome.FAILED, AdaptationOutcome.ROLLED_BACK}
+    return [item for item in adaptations if item.id in was_open and item.outcome in gone]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -33,6 +33,7 @@ from esper.core.evaluation import Judgement, judge, level_per_look, seed_contrib
 from esper.core.incubator import Incubator, affordable_way
 from esper.core.link import KernelArrival
 from esper.core.pacing import SeedPacer
+from esper.core.smoothing import EpochMean
 from esper.core.telling import Teller
 from esper.core.tuning import TrialBench
 from esper.execution.layers.base import KasminaLayer
@@ -54,6 +55,7 @@ class SeedOrchestrator:
         self._incubators: dict[str, Incubator] = {}
         self._ramps: dict[str, BlendSchedule] = {}
         self._trials = TrialBench(context)
+        self._mean = EpochMean(context.model)
         self._pacer = SeedPacer(context.optimizer, context.clock, context.growth)
         self._early_kernels: dict[str, KernelArrival] = {}
         self._embargo_until: dict[tuple[str, int], int] = {}
@@ -115,9 +117,10 @@ class SeedOrchestrator:
         """Do one step's share: seeds that learn alone learn, alphas on a ramp move. Nothing to do costs nothing."""
         if not self._incubators and not self._ramps:
             return
+        grafted = {self.adaptations[key].decision.group for key in self._ramps}
         for adaptation_id, incubator in list(self._incubators.items()):
             adaptation = self.adaptations[adaptation_id]
-            if self._tripped(adaptation):
+            if self._tripped(adaptation) or adaptation.decision.group in grafted:
                 continue
             adaptation.isolated_steps += incubator.step(batch)
         for adaptation_id, ramp in list(self._ramps.items()):
@@ -127,11 +130,12 @@ class SeedOrchestrator:
             adaptation.graft_steps += 1
             layer = self.layers[adaptation.layer]
             layer.set_alpha(adaptation.seed_index, ramp.alpha_at(adaptation.graft_steps))
+        self._mean.note()
 
     def end_epoch(self) -> None:
         """Move every adaptation on that has come to a gate; call after the clock has counted the epoch."""
         self._clear_failed()
-        for adaptation in self.ongoing():
+        for adaptation in self._each_open():
             if adaptation.decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
                 self._judge_trial(adaptation)
             elif adaptation.state is State.LOADING:
@@ -142,12 +146,13 @@ class SeedOrchestrator:
                 self._check_incubation(adaptation)
             elif adaptation.state is State.EVALUATING:
                 self._check_graft(adaptation)
+        self._mean.restart()
         self._lift_embargoes()
 
     def finish(self) -> None:
         """End what is still open at the end of the run: measured and kept if it pays, else removed."""
         self._clear_failed()
-        for adaptation in self.ongoing():
+        for adaptation in self._each_open():
             if adaptation.decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
                 self._judge_trial(adaptation, final=True)
             elif adaptation.state is State.EVALUATING:
@@ -221,12 +226,6 @@ class SeedOrchestrator:
             if adaptation.id not in known:
                 self._close(adaptation, AdaptationOutcome.ROLLED_BACK, reason)
 
-    def removed_since(self, state: Mapping[str, Any]) -> list[Adaptation]:
-        """Give the adaptations that were under way in ``state`` and have been removed or undone since."""
-        was_open = {key for key, item in state["adaptations"].items() if item["outcome"] is None}
-        gone = {AdaptationOutcome.CULLED, AdaptationOutcome.FAILED, AdaptationOutcome.ROLLED_BACK}
-        return [item for item in self.adaptations.values() if item.id in was_open and item.outcome in gone]
-
     def remove_again(self, removed: Iterable[Adaptation]) -> None:
         """Take out once more what a loaded state brought back; each was told when it ended, and is not told again."""
         for later in removed:
@@ -275,6 +274,7 @@ class SeedOrchestrator:
             "ramps": {key: asdict(ramp) for key, ramp in self._ramps.items()},
             "trials": self._trials.state_dict(),
             "paces": self._pacer.state_dict(),
+            "mean": self._mean.state_dict(),
             "embargo": [(layer, index, until) for (layer, index), until in self._embargo_until.items()],
         }
 
@@ -306,6 +306,7 @@ class SeedOrchestrator:
                 layer = self.layers[adaptation.layer]
                 layer.record_contribution(adaptation.seed_index, adaptation.contribution)
         self._pacer.load_state_dict(state.get("paces", {"begun": ()}), self.layers)
+        self._mean.load_state_dict(state.get("mean", {"steps": 0, "means": {}}))
         for key, item in state["incubators"].items():
             self._incubate(found[key])
             self._incubators[key].load_state_dict(item)
@@ -369,6 +370,10 @@ class SeedOrchestrator:
         )
         self.adaptations[adaptation.id] = adaptation
         return adaptation
+
+    def _each_open(self) -> Iterator[Adaptation]:
+        """Give the adaptations under way, each unless what was done with one before it ended it."""
+        return (item for item in self.ongoing() if item.open)
 
     # ------------------------------------------------------------------ on the way
 
@@ -434,7 +439,8 @@ class SeedOrchestrator:
 
     def _run_round(self, rivals: list[Adaptation], *, last: bool) -> list[Adaptation]:
         """Hold the rivals of a race against each other; gives those that stay, best first."""
-        stay, gone = race.run_round(self._context, rivals, last=last)
+        with self._mean.applied():
+            stay, gone = race.run_round(self._context, rivals, last=last)
         sound = [item for item in rivals if not self._tripped(item)]
         if len(sound) < len(rivals):
             return self._run_round(sound, last=last) if len(sound) > 1 else sound
@@ -493,15 +499,8 @@ class SeedOrchestrator:
             self._remove(adaptation, AdaptationOutcome.CULLED, reason, (check,))
 
     def _measure(self, adaptation: Adaptation, level: float) -> Contribution:
-        context = self._context
-        return seed_contribution(
-            context.model,
-            context.control,
-            context.loss_rows,
-            layer=adaptation.layer,
-            seed_index=adaptation.seed_index,
-            level=level,
-        )
+        with self._mean.applied():
+            return seed_contribution(self._context, adaptation, level=level)
 
     # ------------------------------------------------------------------ ending
 
@@ -511,6 +510,9 @@ class SeedOrchestrator:
         self.layers[adaptation.layer].record_contribution(adaptation.seed_index, adaptation.contribution)
         self._move(adaptation, State.FOSSILIZED, "its effect is above its price", (check,))
         self._close(adaptation, AdaptationOutcome.KEPT, f"kept: {check.detail}")
+        for other in self.ongoing():
+            if other.decision.group == adaptation.decision.group:
+                self._remove(other, AdaptationOutcome.CULLED, f"lost its race to {adaptation.label}, which was kept")
 
     def _fail(self, adaptation: Adaptation, reason: str) -> None:
         if self.layers[adaptation.layer].state_layout.state(adaptation.seed_index) is State.LOADING:

@@ -8,10 +8,12 @@
 
 After each round those go that are in the worse half, or for which the interval of n_b - n_r, paired over the examples,
 lies above 0; but one that already helps (the interval of its own effect lies above 0) goes on learning. After the last
-round b alone goes on. The interval's level is split evenly over the comparisons of the whole race (Bonferroni). Prices
-are left out before the last round: rivals have not learnt what they will have learnt, but a price is due in full, and
-would have those stay that do nothing for nothing. A large seed is slow to begin: in experiment 0003 the best was 0.02
-behind after two epochs, and far ahead at the end elsewhere.
+round b is grafted, and those whose n is above 0 wait, without learning on, for what comes of it: what a seed learns
+behind a host that knows its training set says little of what it would bring. Where b is not kept they are held against
+each other once more, and the next is grafted; where it is kept they go. The interval's level is split evenly over the
+comparisons of the whole race (Bonferroni). Prices are left out before the last round: rivals have not learnt what they
+will have learnt, but a price is due in full, and would have those stay that do nothing for nothing. A large seed is
+slow to begin: in experiment 0003 the best was 0.02 behind after two epochs, and far ahead at the end elsewhere.
 
 Sources: O. Maron, A. Moore, Hoeffding races, NIPS 1993 (here with paired t-intervals); Z. Karnin, T. Koren, O. Somekh,
 Almost optimal exploration in multi-armed bandits, ICML 2013 (halving).
@@ -108,7 +110,7 @@ def standings(
 def losers(found: Sequence[Standing], *, last: bool) -> list[Standing]:
     """Give those that go after a round; ``found`` best first."""
     if last:
-        return list(found[1:])
+        return [one for one in found[1:] if one.net <= 0.0]
     half = (len(found) + 1) // 2
     behind = (one for place, one in enumerate(found) if place >= half or one.is_beaten)
     return [one for one in behind if one.effect.low <= 0.0]

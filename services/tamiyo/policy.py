@@ -238,7 +238,7 @@ class Policy:
             )
         if packet.sequence > memory.last_sequence:
             memory.observe(packet)
-        return read_curve(memory.points, self.config.curve)
+        return read_curve(memory.curve, self.config.curve)
 
     def _decide(
         self, packet: SystemStatePacket, reading: CurveReading, memory: RunMemory, candidates: Sequence[Candidate]

@@ -219,8 +219,11 @@ class RewardPosterior:
         """Give ``count`` independent draws, each of all candidates jointly."""
         mean, covariance = self._joint(candidates)
         values, vectors = np.linalg.eigh(covariance)
+        # The symmetric root is one and continuous; eigenvectors are not: equal candidates make equal eigenvalues, and
+        # which basis of theirs comes out, and with which signs, is up to the processor and the last bit.
+        root = vectors * np.sqrt(np.clip(values, 0.0, None)) @ vectors.T
         noise = random.standard_normal((count, len(candidates)))
-        draws = mean + noise * np.sqrt(np.clip(values, 0.0, None)) @ vectors.T
+        draws = mean + noise @ root
         return Draws(mean=mean, deviation=np.sqrt(np.diagonal(covariance)), draws=draws)
 
     def arms(self, site_kind: SiteKind | None = None) -> list[Arm]:

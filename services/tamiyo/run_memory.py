@@ -74,6 +74,12 @@ class RunMemory:
         self._parameter_epoch: int | None = None
         self._fruitless: dict[str, int] = {}
         self._fruitful: set[str] = set()
+        self._grown_epoch = 0
+
+    @property
+    def curve(self) -> list[CurvePoint]:
+        """The learning curve of the network as it is: from the last seed that was kept on."""
+        return [point for point in self.points if point.epoch > self._grown_epoch]
 
     @property
     def is_decided(self) -> bool:
@@ -146,6 +152,7 @@ class RunMemory:
         if report.outcome is AdaptationOutcome.KEPT:
             self._fruitless.clear()
             self._fruitful.add(report.group)
+            self._grown_epoch = max(self._epoch, report.begun_epoch)
         elif report.outcome is not AdaptationOutcome.FAILED and report.group not in self._fruitful:
             self._fruitless[report.group] = max(self._epoch, report.begun_epoch)
 

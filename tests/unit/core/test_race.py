@@ -68,17 +68,73 @@ def test_the_better_half_goes_on_and_the_best_is_grafted(
     assert len([item for item in still if item.contribution.low <= 0.0]) <= 2
     assert len(still) < 4
     train(session, large_task, 2)
-    (winner,) = session.orchestrator.ongoing()
+    winner, *waiting = sorted(session.orchestrator.ongoing(), key=lambda item: item.state is not State.EVALUATING)
     assert winner.state is State.EVALUATING
+    assert all(item.state is State.ACTIVE and item.contribution.estimate > item.price for item in waiting)
     reports = line.values(Kind.FIELD_REPORT)
-    assert len(reports) == 3
+    assert len(reports) == 3 - len(waiting)
     for report in reports:
         assert report.race_id == RACE
         assert report.outcome is AdaptationOutcome.CULLED
         assert report.contribution is not None, "what was learnt of a loser is told"
         assert report.graft_steps == 0
         assert "lost its race to" in report.reason
-    assert {report.adaptation_id for report in reports} == {one.adaptation_id for one in decisions} - {winner.id}
+    gone = {report.adaptation_id for report in reports}
+    assert gone == {one.adaptation_id for one in decisions} - {winner.id, *(item.id for item in waiting)}
+
+
+@pytest.fixture
+def one_waits(large_task: Any, open_session: Any, enter: Any) -> Any:
+    """A race of two that both help: the better one is blended in, the other waits; gives session and both."""
+    model = esper.wrap(nn.Sequential(large_task.host()[0], nn.Linear(6, 2)))
+    session = open_session(model, control=large_task.control, growth=replace(GROWTH, price_per_host_share=0.0))
+    enter(model, ("bottleneck_adapter", "0", 0), ("gated_mlp", "0", 1))
+    train(session, large_task, 4)
+    found = {item.state: item for item in session.orchestrator.ongoing()}
+    return session, found[State.EVALUATING], found[State.ACTIVE]
+
+
+def test_one_that_helps_waits_without_learning_on_while_a_better_one_is_blended_in(
+    large_task: Any, one_waits: Any
+) -> None:
+    session, _, waiting = one_waits
+    learnt = waiting.isolated_steps
+    layer = session._context.model.kasmina_layers[waiting.layer]
+    before = [one.detach().clone() for one in layer.seed_parameters(waiting.seed_index)]
+    session.step(_loss(session._context.model, large_task))
+    assert waiting.isolated_steps == learnt
+    after = layer.seed_parameters(waiting.seed_index)
+    assert all(torch.equal(now, then) for now, then in zip(after, before, strict=True))
+
+
+def test_the_runner_up_is_grafted_where_the_winner_is_not_kept(large_task: Any, one_waits: Any) -> None:
+    session, winner, waiting = one_waits
+    winner.price = 1e6
+    train(session, large_task, 1 + session._context.growth.max_looks)
+    assert winner.outcome is AdaptationOutcome.CULLED
+    train(session, large_task, 2)
+    assert waiting.graft_steps > 0
+    assert waiting.outcome is AdaptationOutcome.KEPT
+
+
+def test_the_runner_up_goes_where_the_winner_is_kept(large_task: Any, line: Any, one_waits: Any) -> None:
+    session, winner, waiting = one_waits
+    winner.price = -1e6
+    train(session, large_task, 2)
+    assert winner.outcome is AdaptationOutcome.KEPT
+    assert waiting.outcome is AdaptationOutcome.CULLED
+    assert waiting.reason == f"lost its race to {winner.label}, which was kept"
+    assert session.orchestrator.ongoing() == []
+    assert [one.adaptation_id for one in line.values(Kind.FIELD_REPORT)] == [winner.id, waiting.id]
+
+
+def test_a_run_that_ends_while_one_waits_ends_both_once(line: Any, one_waits: Any) -> None:
+    session, winner, waiting = one_waits
+    session.finish()
+    assert not winner.open
+    assert waiting.outcome is AdaptationOutcome.CULLED
+    ended = [one.adaptation_id for one in line.values(Kind.FIELD_REPORT)]
+    assert sorted(ended) == sorted([winner.id, waiting.id])
 
 
 def test_the_best_by_effect_and_price_wins(large_task: Any, line: Any, open_session: Any, enter: Any) -> None:
@@ -197,7 +253,9 @@ def test_standings_are_paired_and_prices_count_where_they_are_given(task: Any, d
     assert found[2].behind is not None
     assert found[2].behind.confidence_level == pytest.approx(1 - 0.05 / 4)
     assert race.losers(found, last=False) == [], "all of them help, so all go on"
-    assert race.losers(found, last=True) == found[1:]
+    assert race.losers(found, last=True) == [], "those that help by more than their price wait"
+    dear = race.standings(rivals, effects, [0.0, 0.7, 0.0], level=0.95, rounds=2)
+    assert [one.adaptation.id for one in race.losers(dear, last=True)] == ["a2"]
     idle = race.standings(rivals, effects - 0.45, [0.0, 0.0, 0.0], level=0.95, rounds=2)
     assert race.losers(idle, last=False) == idle[1:], "beaten, and of no help"
 
@@ -208,7 +266,8 @@ def test_rivals_that_cannot_be_told_apart_are_halved_and_then_one_is_left(task: 
     effects = torch.randn(4, 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     found = race.standings(rivals, effects, [0.0] * 4, level=0.95, rounds=2)
     assert race.losers(found, last=False) == found[2:]
-    assert race.losers(found, last=True) == found[1:]
+    useless = race.standings(rivals, effects - 1.0, [0.0] * 4, level=0.95, rounds=2)
+    assert race.losers(useless, last=True) == useless[1:]
 
 
 @pytest.mark.parametrize(

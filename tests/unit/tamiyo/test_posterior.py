@@ -157,6 +157,30 @@ def test_draws_scatter_as_the_posterior_says():
     assert draws.std(axis=0) == pytest.approx([b.deviation for b in expected], rel=0.06)
 
 
+def test_equal_candidates_are_drawn_alike_whatever_basis_the_processor_gives(monkeypatch):
+    """Eigenvectors of equal eigenvalues, and every sign, are free: another library's answer must change no decision."""
+    places = [replace(CONV, layer=layer, blueprint_id=name) for layer in "abc" for name in ("m", "n")]
+
+    def drawn():
+        return RewardPosterior().draw(places, np.random.default_rng(7), count=4).draws
+
+    expected, eigh = drawn(), np.linalg.eigh
+
+    def turned(matrix):
+        values, vectors = eigh(matrix)
+        same = np.isclose(values[:, None], values[None, :])
+        first = int(np.argmax(same.sum(1)))
+        block = np.flatnonzero(same[first])
+        assert len(block) > 1, "there is a basis to be chosen"
+        turn = np.linalg.qr(np.random.default_rng(3).standard_normal((len(block), len(block))))[0]
+        vectors = -vectors
+        vectors[:, block] = vectors[:, block] @ turn
+        return values, vectors
+
+    monkeypatch.setattr(np.linalg, "eigh", turned)
+    assert drawn() == pytest.approx(expected, abs=1e-9)
+
+
 def test_arms_come_best_first_and_by_kind():
     posterior = RewardPosterior()
     for place in range(3):

@@ -75,3 +75,16 @@ def test_a_policy_at_rest_asks_for_no_candidates_and_says_why(flattening, make_c
 def test_rest_is_a_number_of_epochs():
     with pytest.raises(InvalidInputError, match="rest_epochs must be >= 0 epochs, got -1"):
         TamiyoConfig(rest_epochs=-1)
+
+
+def test_the_curve_begins_anew_with_every_seed_that_is_kept(ended):
+    memory = RunMemory()
+    for epoch in range(1, 6):
+        ended(memory, epoch, CULLED, group=f"a{epoch}")
+    assert [point.epoch for point in memory.curve][:5] == [1, 2, 3, 4, 5]
+    now = memory.points[-1].epoch + 1
+    ended(memory, now, KEPT, group="a9")
+    assert memory.curve == [], "nothing is known yet of the network that it is now"
+    ended(memory, now + 1, CULLED, group="a9", seed=1)
+    assert [point.epoch for point in memory.curve] == [now + 1]
+    assert memory.points[0].epoch == 1, "what was seen before is kept"

@@ -1,0 +1,130 @@
+"""Effects are measured at the mean of an epoch's weights, and the model stands where it stood afterwards, to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import esper
+from esper.core.smoothing import EpochMean
+from esper.execution.counterfactual import measure_contribution
+from tests.unit.core.test_session import grow, train
+
+GROWTH = esper.GrowthConfig(incubation_epochs=2, graft_epochs=1)
+
+
+def filled(model: nn.Module, value: float) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+
+
+def test_the_mean_is_that_of_every_step_since_the_epoch_began() -> None:
+    model = esper.wrap(nn.Sequential(nn.Linear(3, 2)))
+    mean = EpochMean(model)
+    filled(model, 100.0)
+    mean.note()
+    mean.restart()
+    for value in (1.0, 2.0, 6.0):
+        filled(model, value)
+        mean.note()
+    with mean.applied():
+        assert all(bool(one.eq(3.0).all()) for one in model.parameters())
+    assert all(bool(one.eq(6.0).all()) for one in model.parameters())
+
+
+def test_without_a_step_the_model_is_measured_as_it_stands() -> None:
+    model = esper.wrap(nn.Sequential(nn.Linear(3, 2)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with EpochMean(model).applied():
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_is_frozen_is_not_averaged_and_statistics_of_norms_are() -> None:
+    model = esper.wrap(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    frozen = model.get_parameter("0.weight").requires_grad_(False)
+    mean, statistics = EpochMean(model), model.get_buffer("1.running_mean")
+    for value in (1.0, 3.0):
+        with torch.no_grad():
+            frozen.fill_(value)
+            statistics.fill_(value)
+        mean.note()
+    with mean.applied():
+        assert bool(frozen.eq(3.0).all())
+        assert bool(statistics.eq(2.0).all())
+    assert bool(statistics.eq(3.0).all())
+
+
+def test_the_model_is_as_before_where_a_measurement_fails() -> None:
+    model = esper.wrap(nn.Sequential(nn.Linear(3, 2)))
+    mean = EpochMean(model)
+    for value in (1.0, 3.0):
+        filled(model, value)
+        mean.note()
+    with pytest.raises(RuntimeError, match="no figures"), mean.applied():
+        raise RuntimeError("no figures")
+    assert all(bool(one.eq(3.0).all()) for one in model.parameters())
+
+
+def test_a_mean_goes_on_from_its_state() -> None:
+    model, other = (esper.wrap(nn.Sequential(nn.Linear(3, 2))) for _ in range(2))
+    mean, resumed = EpochMean(model), EpochMean(other)
+    for value in (1.0, 2.0):
+        filled(model, value)
+        mean.note()
+    filled(other, 2.0)
+    resumed.load_state_dict(mean.state_dict())
+    for one, at in ((mean, model), (resumed, other)):
+        filled(at, 6.0)
+        one.note()
+        with one.applied():
+            assert all(bool(parameter.eq(3.0).all()) for parameter in at.parameters())
+
+
+def test_a_graft_is_judged_at_the_mean_of_the_epoch(
+    task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any
+) -> None:
+    model = esper.wrap(task.host())
+    session = open_session(model, growth=GROWTH)
+    decision = grow(session, line, decide, kernel_for, template="gated_mlp")
+    train(session, task, 2)
+    adaptation = session.orchestrator.adaptations[decision.adaptation_id]
+    assert adaptation.state is not None
+    weights: list[list[torch.Tensor]] = []
+    criterion = session._context.loss_fn
+    for x, y in task.train:
+        loss = criterion(model(x), y)
+        loss.backward()
+        session.step(loss)
+        weights.append([one.detach().clone() for one in model.parameters()])
+    last = weights[-1]
+    session.end_epoch()
+    measured = adaptation.contribution
+    assert measured is not None
+    assert adaptation.looks == 1
+    if adaptation.open:
+        assert all(torch.equal(now, then) for now, then in zip(model.parameters(), last, strict=True))
+    else:
+        pytest.fail("the seed was judged at once, so there is nothing to measure again")
+    control = session._context.control.batches
+    level = measured.confidence_level
+
+    def effect() -> float:
+        found = measure_contribution(
+            model,
+            control,
+            session._context.loss_rows,
+            layer=adaptation.layer,
+            seed_index=adaptation.seed_index,
+            confidence_level=level,
+        )
+        return found.estimate
+
+    assert effect() != pytest.approx(measured.estimate, rel=1e-9), "at the last step's weights it brings something else"
+    with torch.no_grad():
+        for place, parameter in enumerate(model.parameters()):
+            parameter.copy_(torch.stack([step[place] for step in weights]).double().mean(0))
+    assert effect() == pytest.approx(measured.estimate, rel=1e-4)
