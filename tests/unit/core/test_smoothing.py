@@ -1,4 +1,4 @@
-"""Effects are measured at the mean of an epoch's weights, and the model stands where it stood afterwards, to the bit."""
+"""Effects are measured at the mean of an epoch's weights; afterwards the model stands where it stood, to the bit."""
 
 from __future__ import annotations
 
