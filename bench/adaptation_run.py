@@ -7,6 +7,7 @@ Tezzeret for the kernel. Everything after that is the mesh's own work, between r
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
@@ -61,9 +62,9 @@ class DecidingSide:
         self._client = AsyncEsperClient(settings)
         self._bus: Bus = self._loop.run(connect_bus(settings), _DEADLINE_S)
 
-    def send(self, decision: AdaptationDecision, spec: CompileSpec) -> None:
-        """Publish a decision and ask for its kernel; returns at once."""
-        self._loop.submit(self._send(decision, spec))
+    def send(self, decision: AdaptationDecision, spec: CompileSpec) -> Future[None]:
+        """Publish a decision and ask for its kernel; returns at once, the future is done when the compiler answered."""
+        return self._loop.submit(self._send(decision, spec))
 
     def round_trip_ms(self, run_id: str) -> float:
         """Give the time of one durable publish, until the stream has acknowledged it."""
@@ -111,7 +112,7 @@ class AdaptationRun:
         self.step_ms = min(self._time_step() for _ in range(20))
 
     def adapt(self, blueprint: Blueprint, random_seed: int) -> Latency:
-        """Decide for a seed, train until it is ACTIVE, take it away again.
+        """Decide for a seed, train until it is ACTIVE, wait for the compiler's answer, take the seed away again.
 
         Raises:
             InvalidStateError: Every place is used, or the adaptation failed.
@@ -126,9 +127,10 @@ class AdaptationRun:
         )
         self._seen_ns.clear()
         start_ns = time.perf_counter_ns()
-        self._side.send(decision, CompileSpec(ir=blueprint.ir, site=site, random_seed=random_seed))
+        asked = self._side.send(decision, CompileSpec(ir=blueprint.ir, site=site, random_seed=random_seed))
         self._train_until_active(adaptation_id, start_ns)
         seen = self._seen_ns
+        asked.result(_DEADLINE_S)  # no work for this adaptation is left over for the next one's time
         self._session.orchestrator.remove_seed(layer, seed_index, "its latency is measured")
         return Latency(
             to_plan_ms=(seen[SeedLifecycleState.LOADING] - start_ns) / 1e6,

@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol, Self
 from esper.client import EsperClient
 from esper.client.transport import AsyncStubTransport, Transport
 from esper.contracts.errors import EsperError, InvalidStateError, UnavailableError
+from esper.contracts.kernel import CompileSpec
 from esper.contracts.run import CacheTierStatus
 from esper.core.link import BusLink, RunLink, fresh_client
 from esper.core.morphable import MorphableModel
@@ -58,8 +59,25 @@ class LoopSource:
         return self
 
     async def fetch(self, artifact_id: str, *, announced: bool = False) -> VerifiedKernel:
-        """Give a verified kernel from the nearest tier that has it; one just announced, whatever was found before."""
-        return await asyncio.wrap_future(self._home.submit(self._source.fetch(artifact_id, announced=announced)))
+        """Give a verified kernel from the nearest tier that has it; one just announced, whatever was found before.
+
+        What the first tier has is taken without a word to the home loop.
+        """
+        kernel = await self._source.near(artifact_id)
+        if kernel is None:
+            beyond = self._source.fetch_beyond(artifact_id, announced=announced)
+            kernel = await asyncio.wrap_future(self._home.submit(beyond))
+        if announced:
+            self._source.learn(kernel.manifest)
+        return kernel
+
+    def answer_to(self, spec: CompileSpec) -> str | None:
+        """Give the id of the kernel that the compiler named here for an equal request and has not taken back."""
+        return self._source.answer_to(spec)
+
+    def refuse(self, job_id: str) -> None:
+        """Note that the compiler says of a job that it has no kernel."""
+        self._source.refuse(job_id)
 
     async def warm(self, artifact_ids: Sequence[str]) -> tuple[str, ...]:
         """Bring kernels into the first tier; give those that are there now. Failures are logged, never raised."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -68,12 +70,49 @@ class WritesWhenLoaded(nn.Module):
         torch.save(torch.zeros(1), self.path)
 
 
+def _once(h: Tensor) -> Tensor:
+    return torch.add(h, 1)
+
+
+def _ten(h: Tensor) -> Tensor:
+    return _once(_once(_once(_once(_once(_once(_once(_once(_once(_once(h))))))))))
+
+
+def _hundred(h: Tensor) -> Tensor:
+    return _ten(_ten(_ten(_ten(_ten(_ten(_ten(_ten(_ten(_ten(h))))))))))
+
+
+def _thousand(h: Tensor) -> Tensor:
+    return _hundred(_hundred(_hundred(_hundred(_hundred(_hundred(_hundred(_hundred(_hundred(_hundred(h))))))))))
+
+
+def _ten_thousand(h: Tensor) -> Tensor:
+    h = _thousand(_thousand(_thousand(_thousand(_thousand(h)))))
+    return _thousand(_thousand(_thousand(_thousand(_thousand(h)))))
+
+
+class Multiplies(nn.Module):
+    """Adds 1 fifty thousand times in a few lines; torch makes this archive itself."""
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        h = torch.add(_ten_thousand(h), torch.mean(x))
+        return _ten_thousand(_ten_thousand(_ten_thousand(_ten_thousand(h))))
+
+
+class Calls(nn.Module):
+    """Adds 1 a hundred times: no more calls than a kernel may make."""
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.add(_hundred(h), torch.mean(x))
+
+
 def scripted(module: nn.Module) -> bytes:
     """Give the archive of a module, made by torch."""
     with quiet():
         return save_torchscript(script_of(module))
 
 
+@functools.cache
 def sound(target: CompileTarget = CompileTarget.TORCHSCRIPT) -> bytes:
     """Give the compiled form of a template, as the compiler makes it."""
     module = to_module(SPEC.ir, SITE, seed=0)
@@ -158,6 +197,8 @@ def hostile_scripts() -> Iterator[tuple[str, bytes, str]]:
     yield "lambda", with_source(with_line("_0 = lambda: h")), "Lambda"
     yield "loop without end", with_source(with_line("while True:\n      pass")), "While"
     yield from endless_loops()
+    yield from endless_calls()
+    yield from endless_lists()
     yield "builtin", with_source(with_line('print("x")')), "'print'"
     yield "called by subscript", with_source(with_line("_0 = [h][0](h)")), "by name"
     yield (
@@ -190,6 +231,129 @@ def endless_loops() -> Iterator[tuple[str, bytes, str]]:
     member = "for i in range(64):\n      _2 = (self.node_down).forward(h)"
     yield "loop that calls a module", with_source(with_line(member)), "operators alone within a loop, got 'self"
     yield "range for itself", with_source(with_line("_1 = range(3)")), "'range'"
+
+
+def endless_calls() -> Iterator[tuple[str, bytes, str]]:
+    """Give functions that call each other without end, or nearly so, and calls that may mean either of two."""
+    circle = "each other in a circle, got '"
+    owner = linear_class()
+    linear = "    weight = self.weight\n"
+    again = "    _9 = (self).forward(input, )\n"
+    yield (
+        "method that calls itself",
+        with_linear(linear, again + linear),
+        f"{circle}{owner}.forward -> {owner}.forward",
+    )
+    there = f"  def _conv_forward(self: {owner},\n    input: Tensor) -> Tensor:\n    return (self).forward(input, )\n"
+    back = again.replace("forward", "_conv_forward") + linear
+    yield (
+        "methods that call each other",
+        with_linear("  def forward", f"{there}  def forward", linear, back),
+        f"{circle}{owner}.forward -> {owner}._conv_forward -> {owner}.forward",
+    )
+    layer_norm = "__torch__.torch.nn.functional.layer_norm"
+    call = f"  _8 = {layer_norm}\n  _9 = _8(input, normalized_shape, weight, bias, eps, )\n"
+    body = "  _0 = torch.layer_norm("
+    yield "function that calls itself", with_functional(body, call + body), f"{circle}{layer_norm} -> {layer_norm}"
+    other = "__torch__.torch.nn.functional.other"
+    mutual = f"  _9 = {other}(input, )\n{body}"
+    define = f"def other(input: Tensor) -> Tensor:\n  return {layer_norm}(input, [6], )\ndef layer_norm"
+    yield (
+        "functions that call each other",
+        with_functional("def layer_norm", define, body, mutual),
+        f"{circle}{layer_norm} -> {other} -> {layer_norm}",
+    )
+    names = [f"f{index}" for index in range(17)]
+    chain = "".join(
+        f"def {name}(input: Tensor) -> Tensor:\n  return __torch__.torch.nn.functional.{below}(input, )\n"
+        for name, below in zip(names, [*names[1:], "layer_norm"], strict=True)
+    )
+    chain = chain.replace("layer_norm(input, )", "layer_norm(input, [6], )")
+    yield "calls within calls", with_functional("def layer_norm", f"{chain}def layer_norm"), "nest at most 16 functions"
+    yield "fifty thousand calls", scripted(Multiplies()), "take at most 250000 steps in '.*Multiplies.forward'"
+    meant = "by a name that stands for one alone, got "
+    either = f"    _1 = __torch__.a\n    _1 = {layer_norm}\n    _2 = _1(h, [6], )"
+    yield "name of two functions", with_source(with_line(either.strip())), f"{meant}'_1'"
+    unknown = "node_any = [self.node_up][0]\n    _2 = (node_any).forward(h, )"
+    yield "module from a list", with_source(with_line(unknown)), f"{meant}'node_any.forward'"
+    yield "function from nowhere", with_source(with_line("_2 = __torch__.nowhere(h, )")), f"{meant}'__torch__.nowhere'"
+    renamed = "torch = self.node_down"
+    yield "another torch", with_source(with_line(renamed)), "no other meaning to a name of torch's, got 'torch'"
+    twice = with_source(_swap("def __code_getter", "def forward"))
+    yield "two methods of a name", twice, "every member once, got 'forward'"
+    members = "  node_up : __torch__.torch.nn.modules.linear.Linear\n  node_up : "
+    yield "two members of a name", with_source(_swap("  node_up : ", members)), "every member once, got 'node_up'"
+    yield "two classes of a name", with_source(lambda source: source + source), "every name once, got 'Seed'"
+    yield (
+        "statement outside",
+        with_source(lambda source: f"_0 = 1\n{source}"),
+        "modules and functions alone, got '_0 = 1'",
+    )
+    hooked = "  __buffers__ = []\n  __forward_hooks__ = []"
+    yield "hooks", with_source(_swap("  __buffers__ = []", hooked)), "members and methods alone in a module"
+    inner = with_line("def inner(h: Tensor) -> Tensor:\n      return h")
+    yield "function in a function", with_source(inner), "declare nothing within a function, got 'inner'"
+    foreign = with_source(_swap("forward(self: __torch__", "forward(self: __torch__.elsewhere"))
+    yield "self of another class", foreign, "begin the parameters of 'forward' with its module"
+    yield "any number of parameters", with_source(_swap("h: Tensor)", "*h: Tensor)")), "plain parameters and defaults"
+    default = _swap("h: Tensor)", "h: int=torch.len([1]))")
+    yield "computed default", with_source(default), r"plain parameters and defaults, got 'torch.len\(\[1\]\)'"
+
+
+def endless_lists() -> Iterator[tuple[str, bytes, str]]:
+    """Give loops over the length of lists that may be of any length."""
+    said = "loop over the length of lists that have at most 128 items for certain, got "
+    doubled = "\n    ".join(["_2 = [1]", *(f"_{n} = torch.add(_{n - 1}, _{n - 1})" for n in range(3, 40))])
+    for name, lines, measured, shown in (
+        ("list times a number", "_1 = torch.mul([1], 1000000000)", "_1", r"torch.mul\(\[1\], 1000000000\)"),
+        ("list doubled again and again", doubled, "_39", r"torch.add\(_\d+, _\d+\)"),
+        ("batch", "_1 = 1", "h", "h"),
+        ("list from two places", "_1 = [1]\n    _1 = [1, 2]", "_1", "_1"),
+        ("list made from itself", "_1 = torch.add(_1, [1])", "_1", "_1"),
+        ("long list", f"_1 = [{'1, ' * 129}]", "_1", r"\[1, 1"),
+    ):
+        loop = f"{lines}\n    for i in range(torch.len({measured})):\n      pass"
+        yield name, with_source(with_line(loop)), f"{said}'{shown}"
+    header = "def verify(size: List[int]) -> NoneType:\n  for i in range(torch.len(size)):\n    pass\n  return None\n"
+    for name, given in (("list given", "torch.mul([1], 1000000000)"), ("nothing given", "")):
+        call = f"  _9 = __torch__.torch.nn.functional.verify({given})\n  _0 = torch.layer_norm("
+        binary = with_functional("def layer_norm", f"{header}def layer_norm", "  _0 = torch.layer_norm(", call)
+        yield name, binary, said
+    alias = "_1 = [1]\n    for i in range(__torch__.sub(torch.len(_1), 0)):\n      pass"
+    yield "function named like an operator", with_source(with_line(alias)), "or over the length of a list"
+
+
+def linear_class() -> str:
+    """Give the class of one of the sound archive's linear layers, which torch may number."""
+    records = unpacked(sound())
+    found = re.search(r"node_down : ([\w.]+)", records[source_name(records)].decode())
+    assert found is not None
+    return found[1]
+
+
+def _swap(old: str, new: str) -> Callable[[str], str]:
+    return lambda source: source.replace(old, new, 1)
+
+
+def with_record(name: str, *swaps: str) -> bytes:
+    """Give the sound archive with texts in one of its records replaced: old, new, old, new, and so on."""
+    records = unpacked(sound())
+    source = records[name].decode()
+    for old, new in zip(swaps[::2], swaps[1::2], strict=True):
+        assert old in source
+        source = source.replace(old, new, 1)
+    return packed({**records, name: source.encode()})
+
+
+def with_linear(*swaps: str) -> bytes:
+    """Give the sound archive with texts in the source of a linear layer replaced."""
+    path = linear_class().rpartition(".")[0].replace(".", "/")
+    return with_record(f"archive/code/{path}.py", *swaps)
+
+
+def with_functional(*swaps: str) -> bytes:
+    """Give the sound archive with texts in the source of its functions replaced."""
+    return with_record("archive/code/__torch__/torch/nn/functional.py", *swaps)
 
 
 def with_model(change: Callable[[dict[str, Any]], None]) -> bytes:

@@ -100,7 +100,7 @@ def _run_table(seed: int, settings: DemoSettings, record: EpochRecord, session: 
     for item in alive:
         shown = item.summary(record.step)
         effect = "" if shown.contribution is None else f"{shown.contribution:+.4f}"
-        table.add_row(shown.layer, shown.blueprint or shown.adaptation_type, shown.state, effect, str(shown.parameters))
+        table.add_row(shown.place, shown.blueprint or shown.adaptation_type, shown.state, effect, str(shown.parameters))
     return table
 
 
@@ -128,7 +128,7 @@ def _say_seed(run: SeedResult) -> None:
             effect = f"{item.contribution:+.4f} ({item.interval[0]:+.4f} to {item.interval[1]:+.4f})"
         name = item.blueprint or item.adaptation_type
         console.print(
-            f"    layer {item.layer or '(all)'}: {name}, {item.outcome}, contribution {effect}",
+            f"    layer {item.place or '(all)'}: {name}, {item.outcome}, contribution {effect}",
             highlight=False,
             soft_wrap=True,
         )

@@ -17,7 +17,7 @@ from esper.contracts.errors import CorruptDataError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import AdaptationOutcome, Contribution, FieldReport
 from esper.contracts.wire import parse, serialize
-from esper.core.report import AdaptationSummary
+from esper.core.report import AdaptationSummary, place_of
 from esper.telemetry.tracing import adaptation_span, extract_context
 from esper.telemetry.tracing_context import current_headers
 
@@ -84,7 +84,7 @@ class Adaptation:
     def label(self) -> str:
         """What people call it: blueprint and place."""
         name = self.decision.blueprint.name if self.decision.blueprint is not None else self.id
-        return f"{name} at {self.layer}" + (f" from {self.decision.source}" if self.decision.source else "")
+        return f"{name} at {place_of(self.layer, self.decision.source)}"
 
     @property
     def open(self) -> bool:
@@ -131,6 +131,7 @@ class Adaptation:
         return AdaptationSummary(
             id=self.id,
             layer=self.layer,
+            source=self.decision.source,
             seed_index=self.decision.seed_index,
             adaptation_type=self.decision.adaptation_type.value,
             blueprint=blueprint.name if blueprint is not None else "",

@@ -1,16 +1,21 @@
 """A run's line to the mesh, as the training thread sees it: words out, words in, never a wait.
 
-Everything that waits (bus, channels, kernel fetches) lives on the publisher's thread; the training thread appends to
-and pops from deques.
+Everything that waits (bus, channels, kernel fetches) lives on the publisher's thread, and begins there as a message
+comes in; the training thread appends to and pops from deques.
+
+A kernel that the compiler named for an equal request before is fetched as the decision comes in, and arrives with it;
+the announcement that follows only confirms it. Where none was named, where the compiler has taken it back since, or
+where it cannot be fetched, the announcement brings the kernel, or says why there is none.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol, TypeVar
 
 from google.protobuf.message import Message
@@ -18,13 +23,14 @@ from opentelemetry import context as otel_context
 
 from esper.contracts.decision import AdaptationDecision, ControlCommand, ControlResult
 from esper.contracts.errors import EsperError, InvalidInputError, InvalidStateError
-from esper.contracts.kernel import MAX_FORECAST, KernelForecast, KernelReady
+from esper.contracts.kernel import MAX_FORECAST, CompileSpec, KernelForecast, KernelReady
 from esper.contracts.run import CacheTierStatus
 from esper.contracts.wire import from_wire, to_message, to_wire
 from esper.core.morphable import MorphableModel
+from esper.execution.answers import job_id_of
 from esper.execution.artifact import VerifiedKernel
 from esper.telemetry.client import OonaClient
-from esper.telemetry.mailbox import Mail, Mailbox
+from esper.telemetry.mailbox import Mail, Mailbox, Watch
 from esper.telemetry.streams import EVENTS
 from esper.telemetry.subjects import Kind, build_subject, kind_patterns
 from esper.telemetry.tracing import adaptation_span, extract_context
@@ -35,13 +41,21 @@ M = TypeVar("M", bound=Message)
 
 _FORECASTS_KEPT: Final = 4
 """Forecasts that wait for the training thread; a new one says all that the ones before it said."""
+_LOOKS_KEPT: Final = 1024
+"""Adaptations of which it is remembered whether their kernel was looked for, or announced."""
 
 
 class TieredSource(Protocol):
-    """Where kernels come from: a tiered source with statistics, used on the publisher's loop alone."""
+    """Where kernels come from: a tiered source with statistics; its coroutines run on the publisher's loop alone."""
 
     async def fetch(self, artifact_id: str, *, announced: bool = False) -> VerifiedKernel:
         """Give a verified kernel, from the nearest tier that has it; one just announced, whatever was found before."""
+
+    def answer_to(self, spec: CompileSpec) -> str | None:
+        """Give the id of the kernel that the compiler named for an equal request and has not taken back, if any."""
+
+    def refuse(self, job_id: str) -> None:
+        """Note that the compiler says of a job that it has no kernel."""
 
     async def warm(self, artifact_ids: Sequence[str]) -> Sequence[str]:
         """Bring kernels nearer that are likely to be wanted; gives those that are near now."""
@@ -125,8 +139,10 @@ class BusLink:
         self._publisher = client.publisher
         self._source = source
         self._fetched: deque[KernelArrival] = deque()
-        self._decisions = self._open(Kind.DECISION, decision_pb2.AdaptationDecision)
-        self._kernels = self._open(Kind.KERNEL, kernel_pb2.KernelReady)
+        self._looks: OrderedDict[str, asyncio.Task[str | None] | None] = OrderedDict()
+        self._fetches: set[asyncio.Task[None]] = set()
+        self._decisions = self._open(Kind.DECISION, decision_pb2.AdaptationDecision, self._begin_to_look)
+        self._kernels = self._open(Kind.KERNEL, kernel_pb2.KernelReady, self._begin_to_fetch)
         self._controls = self._open(Kind.CONTROL, decision_pb2.ControlMessage)
         self.run_id = client.run_id
         subject = build_subject(self.run_id, Kind.FORECAST)
@@ -146,8 +162,7 @@ class BusLink:
         if self._decisions:
             yield from self._values(self._decisions, AdaptationDecision)
         if self._kernels:
-            for mail in self._kernels.drain():
-                self._fetch(mail)
+            self._kernels.drain()  # they are dealt with since they came in
         while self._fetched:
             yield self._fetched.popleft()
         if self._controls:
@@ -167,10 +182,14 @@ class BusLink:
         """Send what waits, then end the publisher's thread; idempotent."""
         self._client.close(deadline_s)
 
-    def _open(self, kind: Kind, message_type: type[M]) -> Mailbox[M]:
+    def _open(self, kind: Kind, message_type: type[M], watch: Watch[M] | None = None) -> Mailbox[M]:
         run_id = self._publisher.run_id
         return self._publisher.open_durable_mailbox(
-            EVENTS.name, f"run-{run_id}-{kind.value}", message_type, subject_filter=kind_patterns(kind, run_id)
+            EVENTS.name,
+            f"run-{run_id}-{kind.value}",
+            message_type,
+            subject_filter=kind_patterns(kind, run_id),
+            watch=watch,
         )
 
     def _values(self, box: Mailbox[M], cls: type[AdaptationDecision]) -> Iterator[Arrival]:
@@ -190,23 +209,6 @@ class BusLink:
             yield value
         mail.settle()
 
-    def _fetch(self, mail: Mail[kernel_pb2.KernelReady]) -> None:
-        try:
-            ready = from_wire(mail.message, KernelReady)
-        except InvalidInputError as error:
-            log.warning("arrival_refused", extra={"subject": mail.raw.subject, "error": str(error)})
-            mail.settle(give_up=str(error))
-            return
-        if ready.error is not None or not ready.artifact_id:
-            self._fetched.append(KernelArrival(ready=ready, error=ready.error or "no kernel was named"))
-            mail.settle()
-            return
-        try:
-            with _joined_trace(mail):
-                self._publisher.submit(self._fetch_into_mailbox(ready, mail))
-        except InvalidStateError as error:  # the publisher has ended: the training step goes on without it
-            self._fetched.append(KernelArrival(ready=ready, error=str(error)))
-
     def _warm(self, mail: Mail[kernel_pb2.KernelForecast]) -> None:
         """Have the kernels of a forecast brought nearer on the publisher's loop; a hint that fails costs nothing."""
         try:
@@ -224,19 +226,98 @@ class BusLink:
             extra = {"run_id": self.run_id, "asked": len(artifact_ids), "near": len(near)}
             log.info("kernels_warmed", extra=extra)
 
-    async def _fetch_into_mailbox(self, ready: KernelReady, mail: Mail[kernel_pb2.KernelReady]) -> None:
+    def _begin_to_look(self, mail: Mail[decision_pb2.AdaptationDecision]) -> None:
+        """Look for the kernel of a decision that has come in; on the publisher's loop."""
+        try:
+            decision = from_wire(mail.message, AdaptationDecision)
+        except InvalidInputError:  # who reads the mailbox refuses it, and says so
+            return
+        if not (decision.actionable and decision.adaptation_type.grows):
+            return
+        if decision.adaptation_id in self._looks:  # announced already: the mailboxes keep no order between them
+            return
+        if decision.blueprint is None or decision.site is None:
+            return
+        spec = CompileSpec(ir=decision.blueprint.ir, site=decision.site)
+        artifact_id = self._source.answer_to(spec)
+        if artifact_id is None:
+            return
+        ready = KernelReady(
+            adaptation_id=decision.adaptation_id,
+            run_id=self.run_id,
+            job_id="",
+            blueprint_id=decision.blueprint_id,
+            site=decision.site,
+            artifact_id=artifact_id,
+        )
+        with _joined_trace(mail):
+            look = asyncio.create_task(self._look_near(ready), name=f"kernel-look-{decision.adaptation_id}")
+        self._remember(decision.adaptation_id, look)
+
+    def _remember(self, adaptation_id: str, look: asyncio.Task[str | None] | None) -> None:
+        self._looks[adaptation_id] = look
+        while len(self._looks) > _LOOKS_KEPT:
+            self._looks.popitem(last=False)
+
+    async def _look_near(self, ready: KernelReady) -> str | None:
+        """Have a kernel arrive that was named before; what goes wrong is left to the announcement."""
+        try:
+            with adaptation_span("load", ready.adaptation_id, artifact_id=ready.artifact_id):
+                kernel = await self._source.fetch(ready.artifact_id)
+        except EsperError as error:
+            log.info("kernel_not_near", extra={"artifact_id": ready.artifact_id, "error": str(error)})
+            return None
+        except Exception:  # a defect of a tier; the announcement says what becomes of the kernel
+            log.exception("kernel_not_near", extra={"artifact_id": ready.artifact_id})
+            return None
+        job_id = job_id_of(kernel.manifest.content_key)
+        arrival = KernelArrival(ready=replace(ready, job_id=job_id, size_bytes=kernel.size_bytes), kernel=kernel)
+        self._fetched.append(arrival)
+        return ready.artifact_id
+
+    def _begin_to_fetch(self, mail: Mail[kernel_pb2.KernelReady]) -> None:
+        """Fetch a kernel whose announcement has come in; on the publisher's loop."""
+        try:
+            ready = from_wire(mail.message, KernelReady)
+        except InvalidInputError as error:
+            log.warning("arrival_refused", extra={"subject": mail.raw.subject, "error": str(error)})
+            mail.settle(give_up=str(error))
+            return
+        look = self._looks.get(ready.adaptation_id)
+        self._remember(ready.adaptation_id, look)
+        with _joined_trace(mail):
+            fetch = asyncio.create_task(self._follow(ready, mail, look), name=f"kernel-fetch-{ready.adaptation_id}")
+        self._fetches.add(fetch)
+        fetch.add_done_callback(self._fetches.discard)
+
+    async def _follow(
+        self, ready: KernelReady, mail: Mail[kernel_pb2.KernelReady], look: asyncio.Task[str | None] | None
+    ) -> None:
+        """Have what an announcement is about arrive, unless it arrived with its decision."""
+        try:
+            given = None if look is None else await look
+            if ready.error is not None or not ready.artifact_id:
+                self._source.refuse(ready.job_id)
+                if given is None or ready.job_id:  # without a job nobody could be asked: what was named before stands
+                    self._fetched.append(KernelArrival(ready=ready, error=ready.error or "no kernel was named"))
+            elif given != ready.artifact_id:
+                self._fetched.append(await self._announced(ready))
+        except asyncio.CancelledError:
+            self._fetched.append(KernelArrival(ready=ready, error="the publisher ended before the kernel was here"))
+            raise
+        mail.settle()
+
+    async def _announced(self, ready: KernelReady) -> KernelArrival:
         try:
             with adaptation_span("load", ready.adaptation_id, artifact_id=ready.artifact_id):
                 kernel = await self._source.fetch(ready.artifact_id, announced=True)
         except EsperError as error:
             log.warning("kernel_fetch_failed", extra={"artifact_id": ready.artifact_id, "error": str(error)})
-            self._fetched.append(KernelArrival(ready=ready, error=str(error)))
+            return KernelArrival(ready=ready, error=str(error))
         except Exception as error:  # a defect of a tier must not leave the seed waiting
             log.exception("kernel_fetch_failed", extra={"artifact_id": ready.artifact_id})
-            self._fetched.append(KernelArrival(ready=ready, error=f"{type(error).__name__}: {error}"))
-        else:
-            self._fetched.append(KernelArrival(ready=ready, kernel=kernel))
-        mail.settle()
+            return KernelArrival(ready=ready, error=f"{type(error).__name__}: {error}")
+        return KernelArrival(ready=ready, kernel=kernel)
 
 
 @contextlib.contextmanager

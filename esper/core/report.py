@@ -18,6 +18,8 @@ class AdaptationSummary:
     """Adaptation."""
     layer: str
     """Dotted module name."""
+    source: str = ""
+    """Layer whose input its seed reads; empty where the seed reads that of its own layer."""
     seed_index: int | None
     """Seed within the layer; ``None`` when no seed was meant."""
     adaptation_type: str
@@ -47,6 +49,11 @@ class AdaptationSummary:
     reason: str
     """Why it ended so."""
 
+    @property
+    def place(self) -> str:
+        """Layer, and source where it is another, as people read it; empty when no layer was meant."""
+        return place_of(self.layer, self.source)
+
     @staticmethod
     def interval_of(contribution: Contribution | None) -> tuple[float, float] | None:
         """Give the interval of a contribution as a pair."""
@@ -68,7 +75,7 @@ class EpochRecord:
     control_accuracy: float | None
     """Accuracy on the control split, 0 to 1."""
     parameters: int
-    """Parameters of the model."""
+    """Parameters that the model's output came from: seeds that learn alone have no part in it."""
     seconds: float
     """Wall time of the epoch."""
 
@@ -142,6 +149,11 @@ class RunReport:
         return target
 
 
+def place_of(layer: str, source: str) -> str:
+    """Give where a seed stands, as people read it, with the layer whose input it reads where that is another."""
+    return f"{layer} from {source}" if source else layer
+
+
 def _adaptation_rows(adaptations: tuple[AdaptationSummary, ...]) -> list[str]:
     if not adaptations:
         return ["None was tried."]
@@ -155,7 +167,7 @@ def _adaptation_rows(adaptations: tuple[AdaptationSummary, ...]) -> list[str]:
             effect = f"{item.contribution:+.4f} ({item.interval[0]:+.4f} to {item.interval[1]:+.4f})"
         price = "" if item.price is None else f"{item.price:.4f}"
         rows.append(
-            f"| {item.begun_epoch} | {item.layer} | {item.blueprint or item.adaptation_type} | {item.outcome} "
+            f"| {item.begun_epoch} | {item.place} | {item.blueprint or item.adaptation_type} | {item.outcome} "
             f"| {effect} | {price} | {item.parameters:,} | {item.reason} |"
         )
     return rows

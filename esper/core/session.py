@@ -41,6 +41,7 @@ from esper.core.orchestrator import SeedOrchestrator
 from esper.core.packets import EpochMeter, PacketBuilder
 from esper.core.report import EpochRecord, RunReport
 from esper.core.settings import SessionConfig
+from esper.core.size import output_parameters
 from esper.execution.layers.ranks import world_size
 from esper.telemetry.subjects import Kind
 
@@ -167,7 +168,7 @@ class Session:
             train_loss=self._meter.train_loss,
             control_loss=figures.loss,
             control_accuracy=figures.accuracy,
-            parameters=sum(parameter.numel() for parameter in context.model.parameters()),
+            parameters=output_parameters(context.model),
             seconds=seconds,
         )
         self._history.append(record)

@@ -4,8 +4,8 @@ The source is what torch prints of a graph: a small part of Python. It is read a
 later, so whatever the two might read differently (backslashes, comments, other quotes, other characters) is refused.
 
 A loop ends soon: it goes over a range of a written number of steps, `MAX_LOOP_STEPS` at most, or over one list, holds
-no other loop, and calls no function of the archive, which might hold one. How often functions call each other without a
-loop is not bounded here.
+no other loop, and calls no function of the archive, which might hold one. How long such a list is and how often
+functions call each other is seen only in all sources together: `archive_calls`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import ast
 import re
 from typing import Final
 
-from esper.execution.archive_errors import refuse
+from esper.execution.archive_errors import refuse, shown
 
 OPERATORS: Final = frozenset(
     {f"torch.{name}" for name in (
@@ -46,8 +46,8 @@ _NODES: Final = frozenset(
 )  # fmt: skip
 
 
-def inspect_source(data: bytes, name: str) -> None:
-    """Do nothing when a source calls listed operators and the archive's own functions alone.
+def inspect_source(data: bytes, name: str) -> ast.Module:
+    """Give the syntax tree of a source that calls listed operators and the archive's own functions alone.
 
     Raises:
         CorruptDataError: It does anything else; the message names the record and what it is.
@@ -55,9 +55,10 @@ def inspect_source(data: bytes, name: str) -> None:
     if not re.fullmatch(rb"[ -~\n]*", data) or re.search(rb"[\\#']|\"\"\"", data):
         raise refuse('be printable ASCII without backslashes, comments and quotes but "', "other", record=name)
     try:
-        waiting: list[ast.AST] = [ast.parse(data)]
+        tree = ast.parse(data)
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise refuse("be source", error, record=name) from error
+    waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
         if type(node) not in _NODES:
@@ -69,6 +70,7 @@ def inspect_source(data: bytes, name: str) -> None:
         else:
             _check_node(node, name)
             waiting += _children(node)
+    return tree
 
 
 def _children(node: ast.AST) -> list[ast.AST]:
@@ -84,37 +86,46 @@ def _children(node: ast.AST) -> list[ast.AST]:
 
 def _check_loop(node: ast.For, name: str) -> ast.expr:
     """Check that a loop ends soon; give the number of its steps, which is still to be looked at."""
-    match node:
-        case ast.For(iter=ast.Call(func=ast.Name(id="range"), args=[steps], keywords=[]), orelse=[]):
-            _check_steps(steps, name)
-        case _:
-            raise refuse("loop over range(STEPS) alone", ast.unparse(node.iter), record=name)
+    steps_of(node, name)
     for statement in node.body:
         for part in ast.walk(statement):
             if isinstance(part, ast.For):
-                raise refuse("hold no loop within a loop", ast.unparse(part.iter), record=name)
-            if isinstance(part, ast.Call) and not _is_operator(part.func):
-                raise refuse("call operators alone within a loop", ast.unparse(part.func), record=name)
-    return steps
+                raise refuse("hold no loop within a loop", shown(part.iter), record=name)
+            if isinstance(part, ast.Call) and not is_operator(part.func):
+                raise refuse("call operators alone within a loop", shown(part.func), record=name)
+    assert isinstance(node.iter, ast.Call)
+    return node.iter.args[0]
 
 
-def _check_steps(steps: ast.expr, name: str) -> None:
+def steps_of(node: ast.For, name: str) -> int | ast.Name:
+    """Give the number of steps of a loop, or the list that has at least as many items.
+
+    Raises:
+        CorruptDataError: The loop goes over anything else; the message names the record and what it is.
+    """
+    match node:
+        case ast.For(iter=ast.Call(func=ast.Name(id="range"), args=[steps], keywords=[]), orelse=[]):
+            pass
+        case _:
+            raise refuse("loop over range(STEPS) alone", shown(node.iter), record=name)
     match steps:
         case ast.Constant(value=int(count)) if 0 <= count <= MAX_LOOP_STEPS:
-            return
-        case ast.Call(func=ast.Attribute(attr="sub"), args=[length, ast.Constant(value=int(less))]) if less >= 0:
+            return count
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id="torch"), attr="sub"), args=[length, ast.Constant(value=int(less))]
+        ) if less >= 0:
             pass
         case _:
             length = steps
     match length:
-        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="len"), args=[ast.Name()]):
-            return
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="len"), args=[ast.Name() as measured]):
+            return measured
         case _:
             rule = f"loop over a written number of steps, at most {MAX_LOOP_STEPS}, or over the length of a list"
-            raise refuse(rule, ast.unparse(steps), record=name)
+            raise refuse(rule, shown(steps), record=name)
 
 
-def _is_operator(called: ast.expr) -> bool:
+def is_operator(called: ast.expr) -> bool:
     """Say whether an operator or a cast is called, and no function of the archive; the lists are held to later."""
     while isinstance(called, ast.Attribute):
         called = called.value

@@ -1,7 +1,8 @@
 """Compiled bytes proven harmless without being run: what an archive may hold is listed, and all else is refused.
 
-    TORCHSCRIPT        records of a scripted module; source of which every call is a listed operator; pickles of listed
-                       opcodes and names, tensors within their records
+    TORCHSCRIPT        records of a scripted module; source of which every call is a listed operator, or a function
+                       of the archive that calls none of its callers; pickles of listed opcodes and names, tensors
+                       within their records
     EXPORTED_PROGRAM   records of an exported program without pickled weights; a graph of listed operators, in which
                        every string is a plain word and every expression arithmetic
     AOT_INDUCTOR       refused: machine code shows nothing of what it does
@@ -9,11 +10,13 @@
 
 ``torch.jit.load`` runs code of the archive, and ``torch.export.load`` unpickles and evaluates text: both come after
 this. Records are read by the very reader that loads them, so that what was looked at is what will run. What a form
-computes is not proven here, only that it can do nothing but compute; nor for how long, beyond that no loop is long.
+computes is not proven here, only that it can do nothing but compute; nor for how long, beyond that the steps of a
+script are bounded: an operator takes as long as its tensors are large.
 """
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import struct
@@ -25,7 +28,7 @@ from typing import Any, Final
 import torch
 
 from esper.contracts.kernel import CompileTarget
-from esper.execution import archive_pickle, archive_program, archive_script
+from esper.execution import archive_calls, archive_pickle, archive_program, archive_script
 from esper.execution.archive_errors import refuse
 
 MAX_RECORDS: Final = 4096
@@ -96,6 +99,7 @@ def inspect_binary(binary: bytes, target: CompileTarget) -> None:
 
 def _inspect_script(archive: _Archive) -> None:
     archive.require(*_SCRIPT_PICKLES)
+    sources: dict[str, ast.Module] = {}
     for name in archive.sizes:
         if name in _PLAIN or _SCRIPT_TENSOR.fullmatch(name):
             continue
@@ -103,11 +107,12 @@ def _inspect_script(archive: _Archive) -> None:
             folder = _SCRIPT_PICKLES[name]
             archive_pickle.inspect_pickle(archive.read(name), name, _tensors_of(archive, folder))
         elif _SCRIPT_CODE.fullmatch(name):
-            archive_script.inspect_source(archive.read(name), name)
+            sources[name] = archive_script.inspect_source(archive.read(name), name)
         elif _SCRIPT_CODE.fullmatch(name.removesuffix(".debug_pkl") if name.endswith(".debug_pkl") else ""):
             archive_pickle.inspect_pickle(archive.read(name), name, {})
         else:
             raise refuse("hold the records of a scripted module alone", name)
+    archive_calls.inspect_calls(sources)
 
 
 def _inspect_program(archive: _Archive) -> None:

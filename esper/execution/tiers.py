@@ -27,8 +27,10 @@ from esper.contracts.errors import (
     InvalidStateError,
     NotFoundError,
 )
+from esper.contracts.kernel import CompileSpec, KernelManifest
 from esper.contracts.run import CacheTierStatus
 from esper.execution._native import KernelCache
+from esper.execution.answers import KernelAnswers
 from esper.execution.artifact import ARTIFACT_ID, VerifiedKernel, require_artifact_id
 from esper.execution.keys import KeyRing
 from esper.execution.tier_guard import GuardedTier, TierCounts
@@ -39,6 +41,8 @@ log = logging.getLogger(__name__)
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,127}")
 _AT_ONCE_S: Final = 1e-9
+_SMALL_BYTES: Final = 512 * 1024
+"""Largest kernel that is proven on an event loop and not in a thread, in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +74,7 @@ class TierConfig:
 
 
 class TieredKernelSource:
-    """The three tiers as one. Coroutines belong to one event loop; `cached`, `name` and `stats` to any thread."""
+    """The three tiers as one. Coroutines but `near` belong to one event loop; all else to any thread."""
 
     def __init__(
         self,
@@ -99,6 +103,7 @@ class TieredKernelSource:
         self._flights: dict[str, asyncio.Task[HeldKernel]] = {}
         self._wanted: set[str] = set()
         self._names: dict[str, str] = {}
+        self._answers = KernelAnswers()
 
     def name(self, name: str, artifact_id: str) -> None:
         """Let a kernel be fetched by a name of one's own, e.g. ``kernel_123``; a name may move.
@@ -110,23 +115,55 @@ class TieredKernelSource:
             raise InvalidInputError.of("name", "match [a-z0-9][a-z0-9_.-]{0,127} and be no artefact id", name)
         self._names[name] = require_artifact_id(artifact_id)
 
+    def answer_to(self, spec: CompileSpec) -> str | None:
+        """Give the id of the kernel that the compiler named here for an equal request and has not taken back.
+
+        ``None`` where it named none. What is fetched by the id is proven like any other.
+        """
+        return self._answers.find(spec)
+
+    def learn(self, manifest: KernelManifest) -> None:
+        """Note that the compiler has named a kernel, by its proven manifest, as what answers its request now."""
+        self._answers.learn(manifest)
+
+    def refuse(self, job_id: str) -> None:
+        """Note that the compiler says of a job that it has no kernel: what it named for it before answers nothing."""
+        if self._answers.refuse(job_id):
+            log.warning("kernel_taken_back", extra={"job_id": job_id})
+
     def cached(self, artifact_id: str) -> VerifiedKernel | None:
         """Give a kernel that is in the first tier now, ``None`` for one that is not; takes 1 ms for each MB.
 
         An entry that has changed in memory is dropped and counted, and not given.
-        """
-        artifact_id = self._names.get(artifact_id, artifact_id)
-        begun_s = time.perf_counter()
-        try:
-            return self._take_from_l1(artifact_id)
-        finally:
-            self._l1_counts.lookup_s += time.perf_counter() - begun_s
 
-    def _take_from_l1(self, artifact_id: str) -> VerifiedKernel | None:
-        held: HeldKernel | None = self._l1.get(artifact_id)
+        Raises:
+            InvalidInputError: The id is not well formed.
+            NotFoundError: It is a name that was given to no kernel.
+        """
+        held = self._held(artifact_id)
+        return None if held is None else self._taken(held)
+
+    async def near(self, artifact_id: str) -> VerifiedKernel | None:
+        """Give what `cached` gives, on any event loop, which it holds up for no longer than 1 ms."""
+        held = self._held(artifact_id)
+        if held is None:
+            return None
+        # Two hand-overs between threads take longer than proving a small kernel, above all beside a training thread.
+        return self._taken(held) if held.size_bytes <= _SMALL_BYTES else await asyncio.to_thread(self._taken, held)
+
+    def _held(self, artifact_id: str) -> HeldKernel | None:
+        """Look into the first tier, and count where it has nothing."""
+        begun_s = time.perf_counter()
+        held: HeldKernel | None = self._l1.get(self._resolve(artifact_id))
         if held is None:
             self._l1_counts.misses += 1
-            return None
+            self._l1_counts.lookup_s += time.perf_counter() - begun_s
+        return held
+
+    def _taken(self, held: HeldKernel) -> VerifiedKernel | None:
+        """Prove what the first tier has once more, and count."""
+        begun_s = time.perf_counter()
+        artifact_id = held.manifest.artifact_id
         try:
             kernel = held.take()
         except CorruptDataError as error:
@@ -134,6 +171,8 @@ class TieredKernelSource:
             log.warning("cache_entry_corrupt", extra={"artifact_id": artifact_id, "tier": "l1", "error": str(error)})
             self._l1.erase(artifact_id)
             return None
+        finally:
+            self._l1_counts.lookup_s += time.perf_counter() - begun_s
         self._l1_counts.hits += 1
         return kernel
 
@@ -151,10 +190,14 @@ class TieredKernelSource:
             CorruptDataError: The library's own copy does not verify.
             UnavailableError: The tiers that may have it cannot be reached.
         """
+        kernel = await self.near(artifact_id) or await self.fetch_beyond(artifact_id, announced=announced)
+        if announced:
+            self.learn(kernel.manifest)
+        return kernel
+
+    async def fetch_beyond(self, artifact_id: str, *, announced: bool = False) -> VerifiedKernel:
+        """Give a kernel that the first tier was found not to have; otherwise as `fetch`."""
         artifact_id = self._resolve(artifact_id)
-        found = await asyncio.to_thread(self.cached, artifact_id)
-        if found is not None:
-            return found
         if announced:
             held = await self._announced(artifact_id)
         elif self._l1.is_negative(artifact_id):
@@ -164,9 +207,10 @@ class TieredKernelSource:
         return await asyncio.to_thread(held.take)
 
     async def warm(self, artifact_ids: Iterable[str]) -> tuple[str, ...]:
-        """Bring kernels into the first tier; give the ids that are there now. Failures are logged, never raised.
+        """Bring kernels that the compiler named into the first tier; give the ids that are there now.
 
-        What is read for it counts as ``warmed``, unless somebody asks for the kernel while it is on its way.
+        Failures are logged, never raised. What is read for it counts as ``warmed``, unless somebody asks for the kernel
+        while it is on its way.
         """
         gate = asyncio.Semaphore(self._config.warm_concurrency)
 
@@ -175,7 +219,7 @@ class TieredKernelSource:
                 try:
                     artifact_id = self._resolve(asked)
                     if artifact_id not in self._l1:
-                        await self._flight(artifact_id)
+                        self.learn((await self._flight(artifact_id)).manifest)
                 except EsperError as error:
                     log.info("kernel_not_warmed", extra={"artifact_id": asked, "error": str(error)})
                     return None

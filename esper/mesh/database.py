@@ -14,10 +14,11 @@ A ``Database`` belongs to one event loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -43,6 +44,8 @@ T = TypeVar("T")
 _DRIVER_ERRORS: Final = (
     *(exc.TimeoutError, exc.DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError, sqlite3.Error),
 )
+_CLOSE_S: Final = 2.0
+"""Longest wait of a store that is closed for the transactions under way, in seconds."""
 _WRITE_OPTION: Final = "esper_write"
 _SQLITE_FULL: Final = {13}
 _SQLITE_DAMAGED: Final = {11, 26}
@@ -71,6 +74,9 @@ class Database:
         self._reads: DriverReads | None = None
         self._shown_url = shown_url
         self._anchor = anchor
+        self._num_transactions = 0
+        self._is_quiet = asyncio.Event()
+        self._closed = False
         self._write_gate = asyncio.Lock() if engine.dialect.name == "sqlite" else None
 
     @classmethod
@@ -194,6 +200,7 @@ class Database:
             UnavailableError: The store cannot be reached, or was busy for too long.
             CorruptDataError: The store says it is damaged.
         """
+        self._require_open()
         if self._make_reads is None:
             return await self._read_in_memory(script)
         with self._translated(connecting=True):
@@ -225,7 +232,14 @@ class Database:
             await session.execute(text("SELECT 1"))
 
     async def close(self) -> None:
-        """Close every connection; an in-memory store is gone then. Idempotent."""
+        """Close every connection; an in-memory store is gone then. Idempotent.
+
+        No transaction begins from now on; those under way have 2 s to end.
+        """
+        self._closed = True
+        if self._num_transactions:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._is_quiet.wait(), _CLOSE_S)
         if self._reads is not None:
             await self._reads.close()
             self._reads = None
@@ -244,16 +258,32 @@ class Database:
 
     @asynccontextmanager
     async def _transaction(self, options: dict[str, Any]) -> AsyncIterator[AsyncSession]:
-        with self._translated():
-            async with AsyncSession(self._engine, expire_on_commit=False) as session:
+        with self._counted(), self._translated():
+            session = AsyncSession(self._engine, expire_on_commit=False)
+            try:
                 with self._translated(connecting=True):
                     await session.connection(execution_options=options)
-                try:
-                    yield session
-                except BaseException:
-                    await session.rollback()
-                    raise
-                await session.commit()
+                yield session
+            except BaseException:
+                await _to_its_end(session.close())
+                raise
+            await _to_its_end(_committed(session))
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._require_open()
+        self._num_transactions += 1
+        self._is_quiet.clear()
+        try:
+            yield
+        finally:
+            self._num_transactions -= 1
+            if not self._num_transactions:
+                self._is_quiet.set()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise UnavailableError(f"store {self.url} must be open, it was closed")
 
     @contextmanager
     def _translated(self, *, connecting: bool = False) -> Iterator[None]:
@@ -291,6 +321,26 @@ def _is(origin: BaseException, sqlite_codes: set[int], postgres_prefixes: tuple[
         return (code & 0xFF) in sqlite_codes
     state = getattr(origin, "sqlstate", None)
     return isinstance(state, str) and state.startswith(postgres_prefixes)
+
+
+async def _committed(session: AsyncSession) -> None:
+    try:
+        await session.commit()
+    finally:
+        await session.close()
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Run what ends a transaction to its end, also where the caller is cancelled meanwhile.
+
+    Cut short, it would leave a connection that nobody can use or close; SQLAlchemy logs each with a stack.
+    """
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 def _parse_url(url: str) -> URL:

@@ -87,6 +87,10 @@ class Mailbox(Generic[M]):
             self._dropped += 1
 
 
+Watch = Callable[["Mail[M]"], None]
+"""Told of each mail as it is put in, on the publisher's loop; must not wait."""
+
+
 class Feed(Protocol):
     """What fills a mailbox; the publisher's loop runs it."""
 
@@ -133,8 +137,10 @@ class DurableFeed(Generic[M]):
         durable_name: str,
         message_type: type[M],
         subject_filter: str | Sequence[str],
+        watch: Watch[M] | None = None,
     ) -> None:
         self.box = box
+        self._watch = watch
         self.ack_wait_s = 30.0
         self._stream = stream
         self._durable_name = durable_name
@@ -190,7 +196,16 @@ class DurableFeed(Generic[M]):
         known = sequence in self._open
         self._open[sequence] = delivery
         if not known:
-            self.box.put(received)
+            self._hand_over(self.box.put(received))
+
+    def _hand_over(self, mail: Mail[M]) -> None:
+        """Tell who watches; what goes wrong there keeps no mail from its reader."""
+        if self._watch is None:
+            return
+        try:
+            self._watch(mail)
+        except Exception:
+            log.exception("mail_watch_failed", extra={"subject": mail.raw.subject})
 
     async def _release(self) -> None:
         """Settle what was settled and give the rest back at once; on the first failure leave it to the clock."""

@@ -33,7 +33,7 @@ from esper.contracts.errors import (
 from esper.telemetry.bus import CONTENT_TYPE_HEADER, Bus
 from esper.telemetry.consumer import PUBLISHER_HEADER, content_type
 from esper.telemetry.health_wire import MAX_SIGNAL_BYTES, Columns, count_signals, encode_health
-from esper.telemetry.mailbox import DurableFeed, FanOutFeed, Feed, M, Mailbox
+from esper.telemetry.mailbox import DurableFeed, FanOutFeed, Feed, M, Mailbox, Watch
 from esper.telemetry.outbox import Event, EventBox, HealthBox, HealthRows, Offer, OfferQueue, Tally, kind_of
 from esper.telemetry.streams import STREAMS, StreamSpec
 from esper.telemetry.subjects import build_subject, check_run_id
@@ -286,15 +286,19 @@ class OonaPublisher:
         *,
         subject_filter: str | Sequence[str],
         max_mail: int = 1024,
+        watch: Watch[M] | None = None,
     ) -> Mailbox[M]:
         """Give a mailbox that durable messages land in, each once, until it is settled; live once this returns.
+
+        ``watch`` is told of each message as it lands, on the publisher's loop: work on it can begin there before the
+        reader looks.
 
         Raises:
             InvalidStateError: The publisher does not run.
             NotFoundError: There is no such stream.
         """
         box: Mailbox[M] = Mailbox(max_mail)
-        self._open_feed(DurableFeed(box, stream, durable_name, message_type, subject_filter))
+        self._open_feed(DurableFeed(box, stream, durable_name, message_type, subject_filter, watch))
         return box
 
     def _open_feed(self, feed: Feed) -> None:

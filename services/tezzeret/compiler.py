@@ -49,6 +49,9 @@ _MAX_REASON_CHARS: Final = 500
 _AOT_OPTIONS: Final = {"joint_graph_constant_folding": False, "always_keep_tensor_constants": True}
 """Every weight stays a weight that can be set: a kernel is born with maps of zeros, and folded into the program they
 would leave one that gives 0 for ever."""
+_NOT_SCRIPTED: Final = ["_graph"]
+"""The graph that a graph module's code was made of: torch would try to compile its Python class, fail, and leave it
+out, which takes longer than all the rest of scripting."""
 _ORIGINS: Final = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node", "custom")
 _quiet_lock = threading.RLock()
 
@@ -142,6 +145,9 @@ def set_aot_weights(forward: Forward, weights: Mapping[str, torch.Tensor]) -> No
 
 def script_of(module: nn.Module) -> torch.jit.ScriptModule:
     """Give the scripted form of a module."""
+    if isinstance(module, fx.GraphModule):
+        own: Any = type(module)  # every graph module has a class to itself
+        own.__jit_ignored_attributes__ = _NOT_SCRIPTED
     with quiet():
         scripted: torch.jit.ScriptModule = torch.jit.script(module)
     return scripted

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import version
 
-from esper.blueprints.ir import content_id
-from esper.contracts.kernel import CompileSpec, DeviceKind
+from esper.contracts.kernel import CompileSpec
+from esper.execution import answers
+from esper.execution.answers import job_id_of
+
+__all__ = ["content_key", "job_id_of", "toolchain"]
 
 _RECIPE = "2"
 """Raise when the compiler's recipe changes in a way that must yield new kernels."""
@@ -29,27 +30,5 @@ def toolchain() -> Mapping[str, str]:
 
 
 def content_key(spec: CompileSpec, *, optimized: bool | None = None, blueprint_id: str = "") -> str:
-    """Give the key of a request, 64 hex digits.
-
-    Args:
-        spec: What is to be compiled; must be legal.
-        optimized: Whether the inference form is meant; ``None`` follows from the device, as in `TezzeretWorker`.
-        blueprint_id: Content id of the graph where it is known; it costs as much as all the rest.
-    """
-    inference = spec.device is not DeviceKind.CPU if optimized is None else optimized
-    said = {
-        "ir": blueprint_id or content_id(spec.ir),
-        "site": [spec.site.kind.name, list(spec.site.input_shape), list(spec.site.output_shape)],
-        "target": spec.target.name,
-        "device": spec.device.name,
-        "form": "inference" if inference else "trainable",
-        "seed": spec.random_seed,
-        "toolchain": dict(toolchain()),
-    }
-    canonical = json.dumps(said, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(b"esper-compile-v1\n" + canonical.encode()).hexdigest()
-
-
-def job_id_of(key: str) -> str:
-    """Give the id of the job of a content key."""
-    return f"j{key[:32]}"
+    """Give the key of a request to this process's toolchain; see `esper.execution.answers.content_key`."""
+    return answers.content_key(spec, toolchain(), optimized=optimized, blueprint_id=blueprint_id)

@@ -17,9 +17,7 @@ equality fail where nothing but zeros was compared.
 from __future__ import annotations
 
 import hashlib
-import os
-import select
-import signal
+import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,8 +32,10 @@ from esper.blueprints.check import check_blueprint
 from esper.contracts.blueprint import BlueprintCost
 from esper.contracts.kernel import CompileSpec, CompileTarget, DeviceKind, ValidationCheck
 from esper.contracts.memory import raise_if_out_of_memory
+from esper.contracts.wire import parse, serialize
 from esper.services.tezzeret.compiler import CompiledForm, Forward, example_inputs, load_binary, set_aot_weights
 from esper.services.tezzeret.config import CompilerConfig
+from esper.services.tezzeret.second_process import SecondProcess
 
 BATCHES: Final = (1, 2, 5)
 """Batch sizes that a compiled form must take."""
@@ -56,9 +56,10 @@ _OPTIMIZED_ROWS: Final = frozenset({"optimized_equality", "optimized_latency"})
 _ROW_NAMES: Final = {"identity": "identity_at_birth", "gradients": "gradient_flow"}
 _RUNS: Final = 5
 _EXTREME: Final = 1e4
-_FORK_DEADLINE_S: Final = 20.0
 _STIR: Final = 0.05
 _FLOAT_BYTES: Final = 4
+_REQUEST: Final = struct.Struct(">BI")
+"""Target and length of the spec; spec and compiled bytes follow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,8 @@ class Candidate:
     def pair(self) -> tuple[nn.Module, nn.Module | Forward]:
         """The module and the compiled form with equal weights, away from birth."""
         spec = self.spec
-        return _stirred_pair(to_module(spec.ir, spec.site, seed=spec.random_seed), self)
+        module = to_module(spec.ir, spec.site, seed=spec.random_seed)
+        return _stirred_pair(module, spec, self.form.target, self.form.binary)
 
 
 def required_rows(target: CompileTarget, device: DeviceKind) -> frozenset[str]:
@@ -96,9 +98,8 @@ def contract_rows(spec: CompileSpec) -> list[ValidationCheck]:
 
 
 def figure_rows(candidate: Candidate, config: CompilerConfig) -> list[ValidationCheck]:
-    """Give the rows about a whole kernel: a second process where one may be forked, latency, memory."""
-    rows = [_processes(candidate)] if config.check_processes else []
-    return [*rows, latency_row(candidate, config.max_latency_ms), _memory(candidate, config.max_memory_bytes)]
+    """Give the rows about a whole kernel: latency, memory."""
+    return [latency_row(candidate, config.max_latency_ms), _memory(candidate, config.max_memory_bytes)]
 
 
 def compiled_rows(candidate: Candidate, config: CompilerConfig) -> list[ValidationCheck]:
@@ -149,13 +150,14 @@ def stir(module: nn.Module, seed: int) -> nn.Module:
     return module
 
 
-def _stirred_pair(module: nn.Module, candidate: Candidate) -> tuple[nn.Module, nn.Module | Forward]:
+def _stirred_pair(
+    module: nn.Module, spec: CompileSpec, target: CompileTarget, binary: bytes
+) -> tuple[nn.Module, nn.Module | Forward]:
     """Stir a freshly built module, and give it with the compiled form, loaded once more, under the same weights."""
-    form = candidate.form
-    eager = stir(module, candidate.spec.random_seed + 1)
-    if form.target is CompileTarget.EAGER:
+    eager = stir(module, spec.random_seed + 1)
+    if target is CompileTarget.EAGER:
         return eager, eager
-    compiled = load_binary(form.binary, form.target)
+    compiled = load_binary(binary, target)
     if isinstance(compiled, nn.Module):
         compiled.load_state_dict(eager.state_dict())
     else:
@@ -247,57 +249,48 @@ def _finite(compiled: Forward, candidate: Candidate, dtype: torch.dtype) -> Vali
     return ValidationCheck(name=name, figure=float(len(wrong)), limit=0.0, passed=not wrong, detail=detail)
 
 
-def output_digest(candidate: Candidate, pair: tuple[nn.Module, nn.Module | Forward], birth: nn.Module) -> bytes:
+def output_digest(spec: CompileSpec, pair: tuple[nn.Module, nn.Module | Forward], birth: nn.Module) -> bytes:
     """Give the SHA-256 of a module's weights at birth, and of what it and its compiled form compute once stirred."""
     digest = hashlib.sha256()
     for name, tensor in sorted(birth.state_dict().items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    x, h = example_inputs(candidate.spec.site, 2)
+    x, h = example_inputs(spec.site, 2)
     with torch.no_grad():
         for form in pair:
             digest.update(form(x, h).contiguous().numpy().tobytes())
     return digest.digest()
 
 
-def _processes(candidate: Candidate) -> ValidationCheck:
-    """Compute the digest here and in a fork of this process, which must have no other threads."""
-    wanted = output_digest(candidate, candidate.pair, candidate.module)
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _answer_and_exit(writer, candidate)
-    os.close(writer)
-    got = _read_all(reader, 32)
-    os.close(reader)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+def second_process() -> SecondProcess:
+    """Give the process that `ask_second` asks; it must be first asked where there are no other threads."""
+    return SecondProcess(_digest_anew)
+
+
+def ask_second(second: SecondProcess, candidate: Candidate) -> None:
+    """Have a second process build and load everything anew and compute the digest, while this one goes on."""
+    form, spec = candidate.form, serialize(candidate.spec)
+    second.ask(_REQUEST.pack(int(form.target), len(spec)) + spec + form.binary)
+
+
+def processes_row(second: SecondProcess, candidate: Candidate) -> ValidationCheck:
+    """Compute the digest here too, and hold it against what the second process answers; see `ask_second`."""
+    wanted = output_digest(candidate.spec, candidate.pair, candidate.module)
+    got = second.answer()
     passed = got == wanted
+    if not passed:
+        second.end()
     same = "a second process gave the same bits, built and compiled"
     detail = same if passed else f"a second process gave {got.hex() or 'nothing'}"
     return ValidationCheck(name="determinism_processes", passed=passed, detail=detail)
 
 
-def _answer_and_exit(writer: int, candidate: Candidate) -> None:
-    """Run in the fork: build and load everything anew, send the digest, end without any of the parent's clean-up."""
-    spec = candidate.spec
-    try:
-        birth, twin = (to_module(spec.ir, spec.site, seed=spec.random_seed) for _ in range(2))
-        os.write(writer, output_digest(candidate, _stirred_pair(twin, candidate), birth))
-    finally:
-        os.close(writer)
-        signal.pause()  # until the parent ends it: a forked torch must not run its exit handlers
-
-
-def _read_all(reader: int, size: int) -> bytes:
-    deadline = time.monotonic() + _FORK_DEADLINE_S
-    data = b""
-    while len(data) < size:
-        ready, _, _ = select.select([reader], [], [], max(0.0, deadline - time.monotonic()))
-        piece = os.read(reader, size - len(data)) if ready else b""
-        if not piece:
-            break
-        data += piece
-    return data
+def _digest_anew(request: bytes) -> bytes:
+    """Run in the second process."""
+    target, size = _REQUEST.unpack_from(request)
+    end = _REQUEST.size + size
+    spec = parse(request[_REQUEST.size : end], CompileSpec)
+    birth, twin = (to_module(spec.ir, spec.site, seed=spec.random_seed) for _ in range(2))
+    return output_digest(spec, _stirred_pair(twin, spec, CompileTarget(target), request[end:]), birth)
 
 
 def latency_row(candidate: Candidate, limit_ms: float) -> ValidationCheck:

@@ -15,7 +15,7 @@ import grpc
 from esper.blueprints.ir import content_id
 from esper.contracts.errors import CorruptDataError, InvalidInputError
 from esper.contracts.kernel import CompileSpec, KernelManifest
-from esper.contracts.wire import from_wire
+from esper.contracts.wire import from_wire, serialize
 from esper.execution.artifact import (
     MAX_ARTIFACT_BYTES,
     PART_NAMES,
@@ -55,10 +55,23 @@ class KernelLookup:
         if known is not None and known[0] == said and known[1].size_bytes == response.size_bytes:
             return known[1]
         found = check_answer(response, spec, key)
+        self._remember(key, said, found)
+        return found
+
+    def learn(self, manifest: KernelManifest, size_bytes: int, spec: CompileSpec, key: str) -> StoredKernel:
+        """Check a kernel that the library took from here, as its answer would be, so that the answer is known.
+
+        Raises:
+            CorruptDataError: It does not answer the request; the message names what differs.
+        """
+        found = _check(manifest, size_bytes, spec, key)
+        self._remember(key, serialize(manifest), found)
+        return found
+
+    def _remember(self, key: str, said: bytes, found: StoredKernel) -> None:
         self._checked[key] = (said, found)
         while len(self._checked) > _MAX_CHECKED:
             self._checked.popitem(last=False)
-        return found
 
 
 async def find_kernel(stub: Any, spec: CompileSpec, key: str) -> StoredKernel:
@@ -83,6 +96,10 @@ def check_answer(response: urza_service_pb2.GetKernelResponse, spec: CompileSpec
         manifest = from_wire(response.manifest, KernelManifest)
     except InvalidInputError as error:
         raise CorruptDataError(f"library must give a legal manifest, got one that is not: {error}") from error
+    return _check(manifest, response.size_bytes, spec, key)
+
+
+def _check(manifest: KernelManifest, size_bytes: int, spec: CompileSpec, key: str) -> StoredKernel:
     blueprint_id = content_id(spec.ir)
     digests = {part.name: part.sha256.hex() for part in manifest.parts}
     held_bytes = sum(part.size_bytes for part in manifest.parts)
@@ -94,12 +111,12 @@ def check_answer(response: urza_service_pb2.GetKernelResponse, spec: CompileSpec
         "site": manifest.site == spec.site,
         "device": manifest.device == spec.device,
         "checks": manifest.validated,
-        "size_bytes": held_bytes < response.size_bytes <= MAX_ARTIFACT_BYTES,
+        "size_bytes": held_bytes < size_bytes <= MAX_ARTIFACT_BYTES,
     }
     wrong = [name for name, holds in agrees.items() if not holds]
     if wrong:
         raise CorruptDataError(f"library must name a kernel that answers the request, it differs in {', '.join(wrong)}")
-    return StoredKernel(artifact_id=manifest.artifact_id, size_bytes=response.size_bytes)
+    return StoredKernel(artifact_id=manifest.artifact_id, size_bytes=size_bytes)
 
 
 def check_kept(data: bytes) -> KernelManifest:

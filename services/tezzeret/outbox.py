@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -36,7 +37,7 @@ from esper.contracts.wire import serialize
 from esper.execution.tier_urza import upload_kernel
 from esper.services.tezzeret.config import TezzeretConfig
 from esper.services.tezzeret.job_store import Asker, JobStore
-from esper.services.tezzeret.library import StoredKernel, check_kept, find_kernel
+from esper.services.tezzeret.library import KernelLookup, StoredKernel, check_kept, find_kernel
 from esper.telemetry.bus import CONTENT_TYPE_HEADER, Bus
 from esper.telemetry.consumer import content_type
 from esper.telemetry.subjects import Kind, build_subject
@@ -59,17 +60,20 @@ class Outbox:
         store: JobStore,
         bus: Bus,
         urza: Any,
+        library: KernelLookup,
         config: TezzeretConfig,
         on_change: Callable[[CompileJob], None],
     ) -> None:
         self._store = store
         self._bus = bus
         self._urza = urza
+        self._library = library
         self._config = config
         self._on_change = on_change
         self._wake = asyncio.Event()
         self._closing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._forget_at_s = 0.0
         self._traces: dict[tuple[str, str], dict[str, str]] = {}
 
     def start(self) -> None:
@@ -120,7 +124,7 @@ class Outbox:
             await _either(self._wake, self._config.max_backoff_s)
 
     async def _empty(self) -> None:
-        """Upload, then announce; an upload that fails holds no announcement back. Old jobs go at the same time."""
+        """Upload, then announce; an upload that fails holds no announcement back. Old jobs go now and then."""
         trouble: EsperError | None = None
         for job_id in await self._store.outbox():
             try:
@@ -129,9 +133,15 @@ class Outbox:
                 trouble = error
         for job, asker in await self._store.unannounced():
             await self._announce(job, asker)
-        await self._store.forget_ended(datetime.now(UTC) - timedelta(seconds=self._config.keep_jobs_s))
+        await self._forget()
         if trouble is not None:
             raise trouble
+
+    async def _forget(self) -> None:
+        """Let old jobs go, now and then: with every job, it would cost each more than its upload."""
+        if time.monotonic() >= self._forget_at_s:
+            await self._store.forget_ended(datetime.now(UTC) - timedelta(seconds=self._config.keep_jobs_s))
+            self._forget_at_s = time.monotonic() + self._config.sweep_interval_s
 
     async def _upload(self, job_id: str) -> None:
         data = await self._store.artifact(job_id)
@@ -160,7 +170,7 @@ class Outbox:
         """Upload; give what the library has now: this kernel, or the one it had for the request before."""
         named, _ = await upload_kernel(self._urza, data, timeout_s=self._config.upload_timeout_s)
         if named == manifest.artifact_id:
-            return StoredKernel(artifact_id=named, size_bytes=len(data))
+            return self._library.learn(manifest, len(data), job.spec, job.content_key)
         try:
             found = await find_kernel(self._urza, job.spec, manifest.content_key)
         except NotFoundError as error:

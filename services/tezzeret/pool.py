@@ -42,6 +42,7 @@ class WorkerPool:
         self._workers: set[WorkerProcess] = set()
         self._refills: set[asyncio.Task[None]] = set()
         self._start_trouble = ""
+        self._failed_starts = 0
         self._threads: ThreadPoolExecutor | None = None
         self._abandoned: set[threading.Event] = set()
         self._sandbox: tuple[ValidationCheck, ...] = ()
@@ -77,6 +78,9 @@ class WorkerPool:
     async def start(self) -> None:
         """Start every worker and return when all are warm; after a failure it may be called again.
 
+        The ``max_failed_starts``-th failure is no error: those that did not come up are started from then on as those
+        that die are replaced, so that jobs are taken, and lost where no worker comes up for them.
+
         Raises:
             UnavailableError: A worker ended before it was ready.
             DeadlineExceededError: A worker was not ready in time.
@@ -90,9 +94,25 @@ class WorkerPool:
             log.warning("compile_pool_inline", extra={"num_workers": self.config.num_workers})
             await asyncio.get_running_loop().run_in_executor(self._threads, _warm_up_inline)
         else:
-            missing = self.config.num_workers - len(self._workers)
-            await asyncio.gather(*(self._add_worker() for _ in range(missing)))
+            await self._start_missing()
         self._started = True
+
+    async def _start_missing(self) -> None:
+        """Start the workers that are not there; after so many failures, go on with that in the background."""
+        starts = (self._add_worker() for _ in range(self._num_missing()))
+        failures = [error for error in await asyncio.gather(*starts, return_exceptions=True) if error is not None]
+        if not failures:
+            return
+        self._failed_starts += 1
+        if self._failed_starts < self.config.max_failed_starts or not isinstance(failures[0], EsperError | OSError):
+            raise failures[0]
+        self._start_trouble = str(failures[0])
+        log.error("compile_workers_not_started", extra={"error": self._start_trouble, "starts": self._failed_starts})
+        for _ in range(self._num_missing()):
+            self._begin_refill(None)
+
+    def _num_missing(self) -> int:
+        return self.config.num_workers - len(self._workers)
 
     async def compile(
         self,
@@ -180,19 +200,22 @@ class WorkerPool:
 
     def _replace(self, worker: WorkerProcess) -> None:
         self._workers.discard(worker)
-        if self._closed:
-            return
-        refill = asyncio.create_task(self._refill(worker))
+        if not self._closed:
+            self._begin_refill(worker)
+
+    def _begin_refill(self, worn: WorkerProcess | None) -> None:
+        refill = asyncio.create_task(self._refill(worn))
         self._refills.add(refill)
         refill.add_done_callback(self._refills.discard)
 
-    async def _refill(self, worn: WorkerProcess) -> None:
-        """Put a fresh worker in the place of one that is gone, as long as it takes.
+    async def _refill(self, worn: WorkerProcess | None) -> None:
+        """Put a fresh worker in the place of one that is gone, or never came up, as long as it takes.
 
         Where no worker is left, so many starts that fail in a row end the patience of the job that has waited
         longest: another replica may have a worker for it, and where none has, it is listed as dead in the end.
         """
-        await worn.end()
+        if worn is not None:
+            await worn.end()
         pause_s, failed = _MIN_PAUSE_S, 0
         while not self._closed:
             try:

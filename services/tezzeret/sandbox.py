@@ -103,6 +103,19 @@ def allow_cpu(limits: WorkerLimits) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
+def follow_worker(worker: int) -> None:
+    """Have a fork of a worker, which inherits all else, end with it too; each of its answers has a deadline of its own.
+
+    Args:
+        worker: Process id of the worker.
+    """
+    _die_with_parent()
+    if os.getppid() != worker:  # it died before it could be followed
+        os._exit(1)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
+
+
 def readable_paths() -> tuple[Path, ...]:
     """Give what a worker must read: interpreter, installed packages, Esper's own code, system libraries."""
     code = [str(Path(errors.__file__).parents[1]), str(Path(__file__).parents[1])]

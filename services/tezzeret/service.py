@@ -81,7 +81,7 @@ class TezzeretService:
         self._done: OrderedDict[str, CompileJob] = OrderedDict()
         self._config = config or TezzeretConfig()
         self._changes = JobChanges(store, self._config.poll_interval_s)
-        self._outbox = Outbox(store, bus, urza_stub, self._config, self._changed)
+        self._outbox = Outbox(store, bus, urza_stub, self._library, self._config, self._tell)
         self._runner = JobRunner(store, bus, pool, signer, self._config, self._changed)
         sweeper = Sweeper(store.attempts, self._config, self._runner.reached_us, self._publish, self._changed)
         self._sweeping = Periodic("tezzeret-sweep", sweeper.sweep, interval_s=self._config.sweep_interval_s)
@@ -370,13 +370,17 @@ class TezzeretService:
             self._done.popitem(last=False)
 
     def _changed(self, job: CompileJob) -> None:
+        """Tell of a change that the outbox did not make itself: it may have something to send now."""
+        self._tell(job)
+        if job.phase in ENDED_PHASES or job.phase is JobPhase.PACKAGING:
+            self._outbox.wake()
+
+    def _tell(self, job: CompileJob) -> None:
         if job.phase is JobPhase.SUCCEEDED:
             self._remember(job)
         else:
             self._done.pop(job.job_id, None)
         self._changes.tell(job)
-        if job.phase in ENDED_PHASES or job.phase is JobPhase.PACKAGING:
-            self._outbox.wake()
 
 
 def _names(job: CompileJob, stored: StoredKernel) -> bool:

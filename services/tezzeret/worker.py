@@ -27,10 +27,13 @@ from esper.services.tezzeret.default_sites import default_site
 from esper.services.tezzeret.kernel_optimizer import KernelOptimizer
 from esper.services.tezzeret.kernel_validator import (
     Candidate,
+    ask_second,
     compiled_rows,
     contract_rows,
     failed_rows,
     figure_rows,
+    processes_row,
+    second_process,
 )
 from esper.services.tezzeret.packaging import CompiledKernel, Ingredients, KernelMetadata, package
 from esper.services.tezzeret.warm_up import warm_up
@@ -42,7 +45,10 @@ OnPhase = Callable[[JobPhase], None]
 
 
 class TezzeretWorker:
-    """Compiles blueprints in this process. Thread-safe: nothing is shared between compiles."""
+    """Compiles blueprints in this process.
+
+    Thread-safe, as nothing is shared between compiles, unless it checks a second process too: then for one thread.
+    """
 
     def __init__(
         self, config: CompilerConfig | None = None, signer: SigningKey | None = None, *, warm: bool = True
@@ -59,6 +65,7 @@ class TezzeretWorker:
             warm_up(CompileTarget.TORCHSCRIPT)
         self._config = config or CompilerConfig()
         self._signer = signer
+        self._second = second_process() if self._config.check_processes else None
 
     def compile_blueprint(
         self,
@@ -100,7 +107,7 @@ class TezzeretWorker:
         module = build_plan(layout, seed=spec.random_seed)
         candidate, compiled, fallbacks = self._compile(spec, module, cost, on_phase)
         form = candidate.form
-        rows = (*contract_rows(spec), *compiled, *figure_rows(candidate, self._config))
+        rows = self._rows(candidate, compiled)
         failed = failed_rows(rows)
         if failed:
             raise CompilationError(f"kernel must pass every check, failed {failed}")
@@ -114,6 +121,16 @@ class TezzeretWorker:
             checks=rows,
         )
         return self._finish(spec, module, form, cost, metadata)
+
+    def _rows(self, candidate: Candidate, compiled: list[ValidationCheck]) -> tuple[ValidationCheck, ...]:
+        """Give all rows of a form from those about the compiled form alone; a second process works meanwhile."""
+        second, spec = self._second, candidate.spec
+        if second is not None:
+            ask_second(second, candidate)
+        rows = [*contract_rows(spec), *compiled]
+        if second is not None:
+            rows.append(processes_row(second, candidate))
+        return (*rows, *figure_rows(candidate, self._config))  # last: latency is taken while the second process rests
 
     def _compile(
         self, spec: CompileSpec, module: nn.Module, cost: BlueprintCost, on_phase: OnPhase

@@ -20,6 +20,7 @@ from sqlalchemy import Select, delete, func, insert, literal, select, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from esper.contracts.blueprint import KernelStatistics
 from esper.contracts.chunks import DOWNLOAD_CHUNK_BYTES, Chunk, split
 from esper.contracts.errors import (
     CapacityExceededError,
@@ -47,7 +48,9 @@ from esper.services.urza.kernel_rows import (
     use_key,
 )
 from esper.services.urza.models import KernelChunkRow, KernelPinRow, KernelRow, LooseBlobRow
+from esper.services.urza.report_store import read_kernel_statistics
 from esper.services.urza.rules import (
+    ARTIFACT_ID,
     MAX_ACTOR_CHARS,
     MAX_REASON_CHARS,
     Page,
@@ -157,6 +160,14 @@ class KernelStore:
             SignatureError: The key that signed it is no longer trusted. It stays until it is built again or swept.
         """
         return record_of(await self._get(artifact_id, content_key))
+
+    async def get_counted(
+        self, *, artifact_id: str = "", content_key: str = ""
+    ) -> tuple[KernelRecord, KernelStatistics | None]:
+        """Give what `get` gives, and what the reports of the kernel add up to; one read for both."""
+        column, wanted = _named(artifact_id, content_key)
+        row, counted = await self._database.read(_with_counts(column, wanted, self._database.dialect))
+        return record_of(await self._usable(row, column, wanted)), counted
 
     async def complete(self, sha256: bytes) -> KernelRecord | None:
         """Give the stored and trusted kernel whose serialised artefact has a digest; ``None`` where there is none."""
@@ -271,16 +282,14 @@ class KernelStore:
         return unpinned
 
     async def _get(self, artifact_id: str, content_key: str) -> KernelRow:
-        if bool(artifact_id) == bool(content_key):
-            raise InvalidInputError.of("key", "be exactly one of artifact_id and content_key", "both or neither")
-        if artifact_id:
-            require_artifact_id("artifact_id", artifact_id)
-        else:
-            require_content_id("content_key", content_key)
-        column, wanted = ("artifact_id", artifact_id) if artifact_id else ("content_key", content_key)
+        column, wanted = _named(artifact_id, content_key)
         row = await self._database.read(find_row(column, wanted, self._database.dialect))
+        return await self._usable(row, column, wanted)
+
+    async def _usable(self, row: KernelRow | None, column: str, wanted: str) -> KernelRow:
+        """Give a row back when there is one, it is as it was written, and its signature counts."""
         if row is None:
-            raise _unknown("artifact_id" if artifact_id else "content_key", artifact_id or content_key)
+            raise _unknown(column, wanted)
         await self._require_sound(row)
         if self._outdated(row):
             raise SignatureError(
@@ -432,6 +441,25 @@ class KernelStore:
                 f"bytes beyond the {held} it holds",
                 parameter="max_stored_bytes",
             )
+
+
+def _named(artifact_id: str, content_key: str) -> tuple[str, str]:
+    """Give the column by which a kernel is asked for, and the value, which keeps its rule."""
+    if bool(artifact_id) == bool(content_key):
+        raise InvalidInputError.of("key", "be exactly one of artifact_id and content_key", "both or neither")
+    if artifact_id:
+        return "artifact_id", require_artifact_id("artifact_id", artifact_id)
+    require_content_id("content_key", content_key)
+    return "content_key", content_key
+
+
+def _with_counts(
+    column: str, wanted: str, dialect: str
+) -> ReadScript[tuple[KernelRow | None, KernelStatistics | None]]:
+    row = yield from find_row(column, wanted, dialect)
+    if row is None or not ARTIFACT_ID.fullmatch(row.artifact_id):  # the row's own rot: nothing is counted for that
+        return row, None
+    return row, (yield from read_kernel_statistics(row.artifact_id))
 
 
 def _pieces_of(row: KernelRow, index: int, end: int) -> ReadScript[Sequence[Row] | None]:

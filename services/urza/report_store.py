@@ -20,6 +20,7 @@ from esper.contracts.blueprint import BlueprintStatistics, KernelStatistics
 from esper.contracts.errors import InvalidInputError
 from esper.contracts.run import AdaptationOutcome, FieldReport
 from esper.mesh.database import Database
+from esper.mesh.driver_reads import ReadScript, Statement
 from esper.mesh.validation import require_id, require_size
 from esper.services.urza.blueprint_records import mean
 from esper.services.urza.clock import now_us
@@ -80,10 +81,7 @@ class ReportStore:
     async def kernel_statistics(self, artifact_id: str) -> KernelStatistics | None:
         """Give what the reports of a kernel add up to; ``None`` while none came."""
         require_artifact_id("artifact_id", artifact_id)
-        statement = select(KernelStatisticsRow).where(KernelStatisticsRow.artifact_id == artifact_id)
-        async with self._database.reading() as session:
-            row = await session.scalar(statement)
-        return None if row is None else _kernel_statistics_of(row)
+        return await self._database.read(read_kernel_statistics(artifact_id))
 
     async def _keep(self, session: AsyncSession, report: FieldReport, data: bytes) -> bool:
         fresh = self._database.insert(FieldReportRow).values(
@@ -143,12 +141,21 @@ def _counted(report: FieldReport, latency_ms: float | None) -> Mapping[str, floa
     }
 
 
-def _kernel_statistics_of(row: KernelStatisticsRow) -> KernelStatistics:
+def read_kernel_statistics(artifact_id: str) -> ReadScript[KernelStatistics | None]:
+    """Give what the reports of a kernel add up to; by the driver, since it goes with every look at a kernel."""
+    rows = yield Statement(
+        "SELECT trials, kept, contribution_sum, contribution_count, latency_ms_sum, latency_count "
+        "FROM urza_kernel_statistics WHERE artifact_id = $1",
+        (artifact_id,),
+    )
+    if not rows:
+        return None
+    trials, kept, contribution_sum, contribution_count, latency_ms_sum, latency_count = rows[0]
     return KernelStatistics(
-        trials=row.trials,
-        kept=row.kept,
-        mean_contribution=mean(row.contribution_sum, row.contribution_count),
-        mean_latency_ms=mean(row.latency_ms_sum, row.latency_count),
+        trials=trials,
+        kept=kept,
+        mean_contribution=mean(contribution_sum, contribution_count),
+        mean_latency_ms=mean(latency_ms_sum, latency_count),
     )
 
 

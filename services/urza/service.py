@@ -159,8 +159,9 @@ class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
 
     async def GetKernel(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
         """Give a kernel's manifest by id or content key, with what runs reported of it."""
-        record = await self._store.kernels.get(artifact_id=request.artifact_id, content_key=request.content_key)
-        statistics = await self._store.reports.kernel_statistics(record.artifact_id)
+        record, statistics = await self._store.kernels.get_counted(
+            artifact_id=request.artifact_id, content_key=request.content_key
+        )
         return urza_service_pb2.GetKernelResponse(
             manifest=_manifest(record.manifest),
             size_bytes=record.size_bytes,

@@ -18,7 +18,7 @@ from esper.v1 import tezzeret_service_pb2 as pb
 from tests.integration.compile_mesh import CompileMesh
 from tests.stillborn_worker import NAME
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 ROOT = Path(__file__).parents[2]
 SPEC = CompileSpec(
     ir=default_registry().create_blueprint("lora").ir,
@@ -32,19 +32,32 @@ async def mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(ROOT))))
     made = CompileMesh(tmp_path, max_failed_starts=2)
     try:
-        await made.start()
         yield made
     finally:
         await made.open.aclose()
 
 
-@pytest.mark.timeout(240)
-async def test_a_job_for_which_no_worker_comes_up_is_listed_as_dead_and_can_be_put_back(
+async def test_a_job_of_a_service_that_never_had_a_worker_is_listed_as_dead_and_can_be_put_back(
     mesh: CompileMesh, tmp_path: Path
 ) -> None:
     (tmp_path / NAME).touch()
+    await mesh.start()
+    assert mesh.pool.pids == ()
+    await dead_until_a_worker_comes_up(mesh, tmp_path)
+
+
+async def test_a_job_for_which_no_worker_comes_up_is_listed_as_dead_and_can_be_put_back(
+    mesh: CompileMesh, tmp_path: Path
+) -> None:
+    await mesh.start()
+    (tmp_path / NAME).touch()
     [worker] = mesh.pool.pids
     os.kill(worker, signal.SIGKILL)
+    await dead_until_a_worker_comes_up(mesh, tmp_path)
+
+
+async def dead_until_a_worker_comes_up(mesh: CompileMesh, tmp_path: Path) -> None:
+    """Ask for a kernel that no worker makes, then have one come up that does."""
     job = await mesh.compile(SPEC)
     assert (job.phase, job.deliveries, job.error_reason) == (pb.JOB_PHASE_DEAD, 3, "UNAVAILABLE"), job.error
     said = "a compile worker must come up within 2 starts, none did: compile worker ended with code 1: "

@@ -37,6 +37,12 @@ class NoKernels:
     async def fetch(self, artifact_id: str, *, announced: bool = False) -> Any:
         raise NotFoundError(f"there is no kernel {artifact_id}")
 
+    def answer_to(self, spec: Any) -> None:
+        return None
+
+    def refuse(self, job_id: str) -> None:
+        return None
+
     def stats(self) -> tuple[()]:
         return ()
 

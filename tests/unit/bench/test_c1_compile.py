@@ -15,7 +15,9 @@ from bench.c1_compile import (
     cases,
     cold_figures,
     herd_figures,
+    lean_figure,
     time_case,
+    time_scripting,
 )
 from bench.compile_plane import CompilePlane
 from bench.loops import Loop
@@ -40,6 +42,16 @@ def test_a_template_counts_once_however_it_is_spread() -> None:
     assert p50.value == pytest.approx(0.12)
     assert p50.holds is True
     assert tail.value == pytest.approx(140 / 120)
+
+
+def test_the_ratio_to_lean_scripting_stands_beside_the_goals() -> None:
+    found = lean_figure({"a": times(100, 50), "b": times(120, 30)}, {"a": times(50, 10), "b": times(30, 15)})
+    assert found.value == pytest.approx(9.0)
+    assert found.holds is None
+
+
+def test_scripting_without_the_graph_takes_less() -> None:
+    assert time_scripting(next(cases()), rounds=3).ratio > 1.0
 
 
 def test_a_long_tail_misses_the_goal() -> None:

@@ -27,6 +27,7 @@ from esper.v1.tolaria_service_pb2_grpc import (
 )
 
 SURFACE = {
+    "audit verify": "RUN_ID --head --json --timeout",
     "bench": "NAME --json --quick",
     "blueprints cost": "FILE --json --site",
     "blueprints create": "FILE --citation --description --json --kinds --name --tags|-t --timeout",

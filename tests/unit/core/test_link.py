@@ -16,17 +16,21 @@ import torch
 from torch import nn
 
 import esper
-from esper.contracts.decision import AdaptationDecision, ControlAction, ControlCommand, ControlResult
+from esper.blueprints import content_id
+from esper.contracts.decision import AdaptationDecision, AdaptationType, ControlAction, ControlCommand, ControlResult
 from esper.contracts.errors import InvalidStateError, NotFoundError, UnavailableError
-from esper.contracts.kernel import MAX_FORECAST, KernelForecast
+from esper.contracts.kernel import MAX_FORECAST, CompileSpec, KernelForecast, KernelReady
 from esper.contracts.run import CacheTierStatus
 from esper.contracts.wire import to_message, to_wire
 from esper.core.link import BusLink, KernelArrival, fresh_client
 from esper.execution._native import KernelCache
+from esper.execution.artifact import artifact_bytes
 from esper.execution.tier_directory import DirectoryTier
 from esper.execution.tiers import TierConfig, TieredKernelSource
 from esper.mesh.loop_thread import LoopThread
 from esper.services.mesh import LoopSource
+from esper.services.tezzeret.content_key import content_key, job_id_of
+from esper.services.tezzeret.worker import TezzeretWorker
 from esper.telemetry import Bus, MemoryBroker, MemoryBus, OonaClient, build_subject
 from esper.telemetry.bus import CONTENT_TYPE_HEADER
 from esper.telemetry.consumer import content_type, replay_run
@@ -41,9 +45,17 @@ class Source:
     def __init__(self) -> None:
         self.kernels: dict[str, Any] = {}
         self.warmed: list[Any] = []
+        self.answers: dict[str, str] = {}
+        self.fetched: list[tuple[str, bool]] = []
+        self.stuck = False
+        self.defect: Exception | None = None
+        self.refused: list[str] = []
         self.error: Exception = NotFoundError("no tier has it")
 
     async def fetch(self, artifact_id: str, *, announced: bool = False) -> Any:
+        self.fetched.append((artifact_id, announced))
+        if self.stuck:
+            await asyncio.Event().wait()
         if artifact_id in self.kernels:
             return self.kernels[artifact_id]
         raise self.error
@@ -51,6 +63,19 @@ class Source:
     async def warm(self, artifact_ids: Any) -> tuple[str, ...]:
         self.warmed.append(artifact_ids)
         return ()
+
+    def answer_to(self, spec: CompileSpec) -> str | None:
+        if self.defect:
+            raise self.defect
+        return self.answers.get(content_id(spec.ir))
+
+    def names(self, arrival: KernelArrival) -> None:
+        """Have what a kernel answers named by the compiler, and the kernel at hand."""
+        self.kernels[arrival.ready.artifact_id] = arrival.kernel
+        self.answers[arrival.ready.blueprint_id] = arrival.ready.artifact_id
+
+    def refuse(self, job_id: str) -> None:
+        self.refused.append(job_id)
 
     def stats(self) -> tuple[CacheTierStatus, ...]:
         return (CacheTierStatus(tier="l1", hits=3, misses=1),)
@@ -147,6 +172,181 @@ def test_a_kernel_is_fetched_on_the_way(wire: Wire, decision: AdaptationDecision
     (found,) = wire.arrivals()
     assert found.kernel is arrival.kernel
     assert found.ready == arrival.ready
+
+
+def test_a_kernel_that_was_named_before_arrives_with_its_decision_and_is_confirmed_once(
+    wire: Wire, decision: AdaptationDecision, kernel_for: Any
+) -> None:
+    announced = kernel_for(decision)
+    wire.source.names(announced)
+    wire.publish(Kind.DECISION, to_wire(decision))
+    found, arrival = wire.arrivals(2)
+    assert found == decision
+    assert arrival.kernel is announced.kernel
+    manifest = announced.kernel.manifest
+    said = (arrival.ready.adaptation_id, arrival.ready.artifact_id, arrival.ready.blueprint_id, arrival.ready.site)
+    assert said == (decision.adaptation_id, manifest.artifact_id, manifest.blueprint_id, manifest.site)
+    assert arrival.ready.job_id == f"j{manifest.content_key[:32]}"
+    assert arrival.ready.size_bytes == announced.kernel.size_bytes
+    wire.publish(Kind.KERNEL, to_wire(announced.ready))
+    wire.publish(Kind.KERNEL, to_wire(replace(announced.ready, adaptation_id="another's")))
+    (other,) = wire.arrivals()
+    assert other.ready.adaptation_id == "another's", "the confirmation itself must not arrive"
+    assert wire.source.fetched == [(manifest.artifact_id, False), (manifest.artifact_id, True)]
+
+
+def test_where_the_compiler_names_another_kernel_by_now_that_one_is_fetched_too(
+    wire: Wire, decision: AdaptationDecision, kernel_for: Any
+) -> None:
+    before = kernel_for(decision)
+    wire.source.names(before)
+    wire.publish(Kind.DECISION, to_wire(decision))
+    assert wire.arrivals(2)[1].kernel is before.kernel
+    now = replace(before.ready, artifact_id="k" + "1" * 32)
+    wire.source.kernels[now.artifact_id] = before.kernel
+    wire.publish(Kind.KERNEL, to_wire(now))
+    (found,) = wire.arrivals()
+    assert found.ready.artifact_id == now.artifact_id
+    assert wire.source.fetched[-1] == (now.artifact_id, True)
+
+
+def test_a_decision_that_comes_in_after_its_announcement_brings_no_second_kernel(
+    wire: Wire, decision: AdaptationDecision, kernel_for: Any
+) -> None:
+    announced = kernel_for(decision)
+    wire.source.names(announced)
+    wire.publish(Kind.KERNEL, to_wire(announced.ready))
+    assert wire.arrivals()[0].kernel is announced.kernel
+    wire.publish(Kind.DECISION, to_wire(decision))
+    wire.publish(Kind.CONTROL, decision_pb2.ControlMessage(command=to_message(pause(), decision_pb2.ControlCommand)))
+    assert [type(item).__name__ for item in wire.arrivals(2)] == ["AdaptationDecision", "ControlCommand"]
+    assert wire.source.fetched == [(announced.ready.artifact_id, True)]
+
+
+@pytest.mark.parametrize("trouble", ["no tier has it", "a defect of a tier", "a defect of the answers"])
+def test_a_named_kernel_that_cannot_be_had_is_left_to_its_announcement(
+    wire: Wire, decision: AdaptationDecision, kernel_for: Any, trouble: str, caplog: Any
+) -> None:
+    announced = kernel_for(decision)
+    caplog.set_level("INFO", "esper.core.link")
+    wire.source.answers[announced.ready.blueprint_id] = announced.ready.artifact_id
+    if trouble == "a defect of a tier":
+        wire.source.error = OSError(5, trouble)
+    if trouble == "a defect of the answers":
+        wire.source.defect = RuntimeError(trouble)
+    wire.publish(Kind.DECISION, to_wire(decision))
+    assert wire.arrivals() == [decision]
+    assert wire.source.fetched == ([] if wire.source.defect else [(announced.ready.artifact_id, False)])
+    wire.source.kernels[announced.ready.artifact_id] = announced.kernel
+    wire.publish(Kind.KERNEL, to_wire(announced.ready))
+    (found,) = wire.arrivals()
+    assert (found.kernel, found.error) == (announced.kernel, "")
+    said = {record.message: record.levelname for record in caplog.records}
+    assert said.get("kernel_not_near") == {"no tier has it": "INFO", "a defect of a tier": "ERROR"}.get(trouble)
+    assert ("mail_watch_failed" in said) is (wire.source.defect is not None)
+
+
+@pytest.mark.parametrize(
+    "change", [{"adaptation_type": AdaptationType.REMOVE_SEED}, {"actionable": False}], ids=["removal", "not to act on"]
+)
+def test_nothing_is_looked_for_where_a_decision_grows_nothing(
+    wire: Wire, decision: AdaptationDecision, kernel_for: Any, change: dict[str, Any]
+) -> None:
+    wire.source.names(kernel_for(decision))
+    other = replace(decision, **change)
+    wire.publish(Kind.DECISION, to_wire(other))
+    assert wire.arrivals() == [other]
+    assert wire.source.fetched == []
+
+
+def test_what_the_compiler_refuses_is_taken_back_and_the_run_is_told(
+    wire: Wire, decision: AdaptationDecision, kernel_for: Any
+) -> None:
+    announced = kernel_for(decision)
+    wire.source.names(announced)
+    wire.publish(Kind.DECISION, to_wire(decision))
+    wire.arrivals(2)
+    wire.publish(Kind.KERNEL, to_wire(replace(announced.ready, artifact_id="", size_bytes=0, error="FAILED: no")))
+    (found,) = wire.arrivals()
+    assert (found.kernel, found.error) == (None, "FAILED: no")
+    assert wire.source.refused == [announced.ready.job_id]
+
+
+def test_a_compiler_that_cannot_be_asked_takes_nothing_back(
+    wire: Wire, decision: AdaptationDecision, kernel_for: Any
+) -> None:
+    announced = kernel_for(decision)
+    wire.source.names(announced)
+    unasked = replace(announced.ready, job_id="", artifact_id="", size_bytes=0, error="the kernel was not asked for")
+    wire.publish(Kind.DECISION, to_wire(decision))
+    assert wire.arrivals(2)[1].kernel is announced.kernel
+    wire.publish(Kind.KERNEL, to_wire(unasked))
+    wire.publish(Kind.KERNEL, to_wire(replace(unasked, adaptation_id="nobody's")))
+    (found,) = wire.arrivals()
+    assert (found.ready.adaptation_id, found.error) == ("nobody's", "the kernel was not asked for")
+
+
+def test_a_refused_kernel_is_never_served_from_the_first_tier_unasked(
+    wire: Wire, decision: AdaptationDecision, tmp_path: Path
+) -> None:
+    """The tiers as they are: named, served at once, refused, and from then on served to no decision."""
+    assert decision.blueprint is not None
+    assert decision.site is not None
+    spec = CompileSpec(ir=decision.blueprint.ir, site=decision.site)
+    kernel = TezzeretWorker(signer=KEY).compile_blueprint(decision.blueprint, site=decision.site)
+    library, home = DirectoryTier(tmp_path), LoopThread("kernels")
+    source = TieredKernelSource(KernelCache(1 << 20), None, library, KEY.ring())
+    wire.link._source = LoopSource(source, home)
+    home.run(library.write(kernel.artifact_id, artifact_bytes(kernel.artifact)), 10)
+    ready = KernelReady(
+        adaptation_id="a0",
+        run_id="r",
+        job_id=job_id_of(content_key(spec)),
+        blueprint_id=decision.blueprint.id,
+        site=decision.site,
+        artifact_id=kernel.artifact_id,
+    )
+    wire.publish(Kind.DECISION, to_wire(decision))
+    assert wire.arrivals() == [decision], "nothing was named before the announcement"
+    wire.publish(Kind.KERNEL, to_wire(ready))
+    assert wire.arrivals()[0].ready == ready
+    again = [replace(decision, adaptation_id=f"a{number:032x}") for number in (101, 102)]
+    wire.publish(Kind.DECISION, to_wire(again[0]))
+    served = wire.arrivals(2)[1]
+    assert (served.ready.adaptation_id, served.ready.artifact_id) == (again[0].adaptation_id, kernel.artifact_id)
+    refusal = replace(ready, artifact_id="", error="FAILED: it does harm")
+    wire.publish(Kind.KERNEL, to_wire(refusal))
+    assert wire.arrivals() == [KernelArrival(ready=refusal, error="FAILED: it does harm")]
+    wire.publish(Kind.DECISION, to_wire(again[1]))
+    assert wire.arrivals() == [again[1]]
+    wire.publish(Kind.KERNEL, to_wire(replace(refusal, adaptation_id="last")))
+    assert wire.arrivals()[0].error == "FAILED: it does harm"
+    assert [status.hits for status in source.stats()] == [1, 1]
+    home.close()
+
+
+def test_a_kernel_that_is_near_is_taken_while_the_meshs_loop_is_busy() -> None:
+    artifact_id, data = kernel_bytes()
+    source = TieredKernelSource(KernelCache(1 << 20), None, None, KEY.ring())
+    home, busy, free = LoopThread("kernels"), threading.Event(), threading.Event()
+    home.run(source.put(data), 10)
+
+    async def work() -> None:
+        busy.set()
+        free.wait(10)
+
+    async def take() -> Any:
+        return await asyncio.wait_for(LoopSource(source, home).fetch(artifact_id, announced=True), 5)
+
+    working = home.submit(work())
+    assert busy.wait(10)
+    kernel = asyncio.run(take())
+    assert not working.done()
+    free.set()
+    working.result(10)
+    home.close()
+    assert kernel.artifact_id == artifact_id
+    assert (source.stats()[0].hits, source.stats()[0].misses) == (1, 0)
 
 
 def test_a_kernel_announced_right_after_it_was_missed_is_fetched(
@@ -261,15 +461,16 @@ def test_its_own_results_do_not_come_back(wire: Wire) -> None:
 def test_when_the_publisher_has_ended_nothing_reaches_the_caller(
     wire: Wire, decision: AdaptationDecision, kernel_for: Any
 ) -> None:
+    wire.source.stuck = True
     wire.publish(Kind.KERNEL, to_wire(kernel_for(decision).ready))
     tick, deadline_s = threading.Event(), time.monotonic() + 10
-    while not wire.link._kernels:
+    while not wire.source.fetched:
         assert time.monotonic() < deadline_s
         tick.wait(0.005)
     wire.client.close()
     wire.link.send(Kind.DECISION, decision)
     (found,) = wire.link.arrivals()
-    assert "must run to take a coroutine" in found.error
+    assert (found.kernel, found.error) == (None, "the publisher ended before the kernel was here")
 
 
 def test_when_the_bus_dies_sending_and_looking_go_on(wire: Wire, decision: AdaptationDecision) -> None:

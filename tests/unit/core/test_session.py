@@ -114,6 +114,23 @@ def test_while_a_seed_learns_alone_the_host_is_untouched_to_the_bit(
     assert all(torch.equal(value, host[key]) for key, value in alone.state_dict().items())
 
 
+def test_an_epoch_counts_the_parameters_that_its_output_comes_from(
+    task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any
+) -> None:
+    model = esper.wrap(task.host())
+    host = sum(parameter.numel() for parameter in model.parameters())
+    session = open_session(model, growth=esper.GrowthConfig(incubation_epochs=2, graft_epochs=9))
+    grow(session, line, decide, kernel_for)
+    train(session, task, 1)
+    assert state_of(session) is State.ACTIVE
+    seed = sum(parameter.numel() for parameter in model.kasmina_layers["0"].seed_parameters(0))
+    train(session, task, 2)
+    assert state_of(session) is State.EVALUATING
+    counted = [record.parameters for record in session.report().history]
+    assert seed > 0
+    assert counted == [host, host, host + seed], "alone, blended in at the end of the epoch, and with a share"
+
+
 def test_a_cull_before_the_graft_leaves_no_trace(
     task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any
 ) -> None:

@@ -73,6 +73,8 @@ def test_a_skip_seed_goes_through_its_whole_life(
     train(session, large_task, 9)
     (adaptation,) = session.report().adaptations
     assert adaptation.outcome == "kept", adaptation
+    assert (adaptation.layer, adaptation.source) == ("2", "0")
+    assert "| 2 from 0 | gated_mlp |" in session.report().to_markdown()
     (report,) = line.values(Kind.FIELD_REPORT)
     assert (report.layer, report.source) == ("2", "0")
     assert report.site == decision.site

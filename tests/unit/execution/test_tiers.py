@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -23,13 +24,15 @@ from esper.contracts.errors import (
     StorageFullError,
     UnavailableError,
 )
-from esper.contracts.kernel import CompileTarget, DeviceKind, ValidationCheck
+from esper.contracts.kernel import CompileSpec, CompileTarget, DeviceKind, ValidationCheck
 from esper.contracts.run import CacheTierStatus, TierBreaker
 from esper.contracts.wire import from_wire, to_wire
 from esper.execution._native import KernelCache
-from esper.execution.artifact import KernelContent, artifact_bytes, pack, verify
+from esper.execution.answers import content_key, job_id_of
+from esper.execution.artifact import KernelContent, VerifiedKernel, artifact_bytes, pack, verify
 from esper.execution.keys import SigningKey
 from esper.execution.tier_directory import DirectoryTier
+from esper.execution.tier_memory import HeldKernel
 from esper.execution.tier_port import BreakerState
 from esper.execution.tiers import TierConfig, TieredKernelSource
 
@@ -38,19 +41,29 @@ RING = KEY.ring()
 IR = BlueprintIR(nodes=(IRNode(name="map", op="linear", inputs=("h",)),), output="map")
 
 
-def kernel_bytes(number: int = 0, key: SigningKey = KEY) -> tuple[str, bytes]:
+SITE = Site(kind=SiteKind.LINEAR, input_shape=(3,), output_shape=(2,))
+TOOLS = {"recipe": "2"}
+
+
+def spec(number: int = 0) -> CompileSpec:
+    """Give the request that the kernel of a number answers."""
+    return CompileSpec(ir=IR, site=SITE, random_seed=number)
+
+
+def kernel_bytes(number: int = 0, key: SigningKey = KEY, floats: int = 4) -> tuple[str, bytes]:
     """Give the id and bytes of a signed kernel; another number, another kernel."""
     content = KernelContent(
-        content_key=f"{number:064x}",
-        site=Site(kind=SiteKind.LINEAR, input_shape=(3,), output_shape=(2,)),
+        content_key=content_key(spec(number), TOOLS),
+        site=SITE,
         target=CompileTarget.EAGER,
         device=DeviceKind.CPU,
         ir=canonical_bytes(IR),
-        weights={"w": torch.full((4,), float(number))},
+        weights={"w": torch.full((floats,), float(number))},
         binary=b"",
         cost=BlueprintCost(parameters=4, flops=8, activation_bytes=8),
         checks=(ValidationCheck(name="shapes", passed=True),),
         compilation_time=timedelta(milliseconds=1),
+        toolchain=TOOLS,
     )
     data = artifact_bytes(pack(content, key))
     return verify(data, key.ring()).artifact_id, data
@@ -379,6 +392,54 @@ async def test_a_kernel_that_is_asked_for_while_it_is_warmed_counts_as_asked_for
     assert (tiers.status("l3").hits, tiers.status("l3").warmed, tiers.l3.reads) == (1, 0, 1)
     await tiers.source.warm(["k" + "0" * 32])
     assert tiers.source._wanted == set()
+
+
+async def test_what_the_compiler_announced_or_had_foreseen_answers_its_request(tiers: Tiers) -> None:
+    tiers.l3.entries = dict(kernel_bytes(number) for number in range(3))
+    first, second, third = tiers.l3.entries
+    await tiers.source.fetch(third)
+    assert tiers.source.answer_to(spec(2)) is None, "a kernel that somebody asked for by its id was named by nobody"
+    await tiers.source.fetch(first, announced=True)
+    await tiers.source.warm([second])
+    assert [tiers.source.answer_to(spec(number)) for number in range(3)] == [first, second, None]
+    await tiers.source.fetch(third, announced=True)
+    assert tiers.source.answer_to(spec(2)) == third
+    assert tiers.status("l1").hits == 1, "what is announced counts as found near where it is near"
+
+
+async def test_what_does_not_verify_answers_nothing(tiers: Tiers) -> None:
+    tiers.l3.entries[ID] = DATA[:-1]
+    with pytest.raises(CorruptDataError):
+        await tiers.source.fetch(ID, announced=True)
+    assert tiers.source.answer_to(spec()) is None
+
+
+async def test_what_the_compiler_takes_back_answers_nothing_and_stays_a_kernel(tiers: Tiers) -> None:
+    tiers.l3.entries[ID] = DATA
+    await tiers.source.fetch(ID, announced=True)
+    tiers.source.refuse(job_id_of(content_key(spec(), TOOLS)))
+    assert tiers.source.answer_to(spec()) is None
+    assert (await tiers.source.fetch(ID)).artifact_id == ID
+
+
+async def test_a_loop_is_held_up_by_small_kernels_alone(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = kernel_bytes(1), kernel_bytes(2, floats=200_000)
+    taken_in: dict[str, bool] = {}
+    take, loops_thread = HeldKernel.take, threading.get_ident()
+
+    def note(held: HeldKernel) -> VerifiedKernel:
+        taken_in[held.manifest.artifact_id] = threading.get_ident() == loops_thread
+        return take(held)
+
+    monkeypatch.setattr(HeldKernel, "take", note)
+    for artifact_id, data in (small, large):
+        await tiers.source.put(data)
+        found = await tiers.source.near(artifact_id)
+        assert found is not None
+        assert found.artifact_id == artifact_id
+    assert taken_in == {small[0]: True, large[0]: False}
+    assert await tiers.source.near(ID) is None
+    assert (tiers.status("l1").hits, tiers.status("l1").misses) == (2, 1)
 
 
 async def test_a_name_of_ones_own(tiers: Tiers) -> None:

@@ -11,6 +11,7 @@ from sqlalchemy import Column, ForeignKey, Integer, MetaData, Table, func, inser
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from esper.contracts.errors import ConfigError, CorruptDataError, StorageFullError, UnavailableError
+from esper.mesh import database as database_module
 from esper.mesh.database import Database
 
 METADATA = MetaData()
@@ -68,6 +69,66 @@ async def test_a_cancelled_session_leaves_nothing_and_blocks_nobody(database: Da
         await task
     await put(database, 2)
     assert await numbers(database) == [2]
+
+
+async def test_a_session_cancelled_at_its_end_ends_whole(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+    """Wherever in its end it is hit: its connection goes back clean, and what it wrote is there whole or not at all."""
+    kept = []
+    for number in range(0, 120, 2):
+        inside = asyncio.Event()
+
+        async def write(number: int, inside: asyncio.Event) -> None:
+            async with database.session() as session:
+                await session.execute(insert(NUMBERS).values([{"number": number}, {"number": number + 1}]))
+                inside.set()
+
+        task = asyncio.create_task(write(number, inside))
+        await inside.wait()
+        for _ in range(number // 2 % 20):  # another place every time
+            await asyncio.sleep(0)
+        task.cancel()
+        [outcome] = await asyncio.gather(task, return_exceptions=True)
+        kept += [number, number + 1] if outcome is None else []
+    found = await numbers(database)
+    assert set(kept) <= set(found)
+    assert [number for number in found if number % 2 == 0] == [number - 1 for number in found if number % 2]
+    assert [record.message for record in caplog.records if record.name.startswith("sqlalchemy")] == []
+
+
+async def test_a_store_that_is_closed_lets_sessions_end_and_begins_no_other(tmp_path: Path) -> None:
+    async with Database.open(f"sqlite:///{tmp_path}/x.db") as database:
+        await database.create_all(METADATA)
+        inside, closed = asyncio.Event(), asyncio.Event()
+        refused = r"store sqlite:///.*/x.db must be open, it was closed"
+
+        async def stay() -> None:
+            async with database.session() as session:
+                inside.set()
+                await closed.wait()
+                await session.execute(insert(NUMBERS).values(number=1))
+
+        staying = asyncio.create_task(stay())
+        await inside.wait()
+        waiting = asyncio.create_task(put(database, 2))
+        closing = asyncio.create_task(database.close())
+        await asyncio.sleep(0)
+        for begun in (numbers(database), database.ping()):
+            with pytest.raises(UnavailableError, match=refused):
+                await begun
+        assert not closing.done()
+        closed.set()
+        with pytest.raises(UnavailableError, match=refused):
+            await waiting
+        await asyncio.gather(staying, closing)
+    async with Database.open(f"sqlite:///{tmp_path}/x.db") as database:
+        assert await numbers(database) == [1]
+
+
+async def test_a_store_that_is_closed_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database_module, "_CLOSE_S", 0.05)
+    database = Database.open("sqlite://")
+    async with database.reading():
+        await asyncio.wait_for(database.close(), 5)
 
 
 async def test_parallel_writers_that_read_first_lose_no_update(database: Database) -> None:

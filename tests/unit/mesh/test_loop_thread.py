@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from esper.contracts.errors import DeadlineExceededError, InvalidStateError
+from esper.mesh import loop_thread
 from esper.mesh.loop_thread import LoopThread
 
 
@@ -102,6 +103,50 @@ def test_close_ends_work_generators_and_thread() -> None:
     one.close()
     assert slow.cleaned.is_set()
     assert left.is_set()
+    assert "test-closing" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_close_lets_what_cancelled_work_cleans_up_with_end() -> None:
+    """A task that work began is ended by the work alone, once, and one that is shielded is not ended at all."""
+    one, began, done = LoopThread("test-closing"), threading.Event(), []
+
+    async def tidy() -> None:
+        began.set()
+        await asyncio.sleep(0.05)
+        done.append("tidied")
+
+    async def helper() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05)  # which a second blow would cut short
+            done.append("helped")
+
+    async def work() -> None:
+        helping = asyncio.create_task(helper())
+        try:
+            await asyncio.shield(asyncio.create_task(tidy()))
+        finally:
+            helping.cancel()
+
+    one.submit(work())
+    assert began.wait(5)
+    one.close()
+    assert sorted(done) == ["helped", "tidied"]
+
+
+def test_close_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_thread, "_TIDY_S", 0.05)
+    one, slow = LoopThread("test-closing"), Slow()
+
+    async def leave_behind() -> None:
+        kept.append(asyncio.create_task(slow.run()))
+
+    kept: list[asyncio.Task[None]] = []
+    one.run(leave_behind(), 5.0)
+    assert slow.began.wait(5)
+    one.close()
+    assert slow.cleaned.is_set()
     assert "test-closing" not in {thread.name for thread in threading.enumerate()}
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from esper.blueprints import BlueprintRegistry, parse_text, to_module
+from esper.blueprints.ir import MAX_NODES
 from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.errors import CompilationError, CorruptDataError
 from esper.contracts.kernel import CompileSpec, CompileTarget, DeviceKind, KernelArtifact, KernelManifest
@@ -118,6 +119,29 @@ def test_a_script_that_does_more_than_compute_is_refused_by_name() -> None:
 )
 def test_a_loop_that_ends_soon_passes(loop: str) -> None:
     inspect_binary(hostile.with_source(hostile.with_line(f"_1 = torch.size(h)\n    {loop}")), SCRIPT)
+
+
+def test_calls_that_end_soon_pass() -> None:
+    inspect_binary(hostile.scripted(hostile.Calls()), SCRIPT)
+
+
+@pytest.mark.parametrize("operator", ["group_norm({}, groups=2)", "linear({})", "low_rank({})"])
+def test_the_largest_graph_passes(operator: str) -> None:
+    """As many nodes as are allowed, of the operator that calls most functions and loops, among others."""
+    lines = [f"{side}0 = {operator.format(start)}" for side, start in (("a", "x"), ("b", "h"))]
+    num_pairs = (MAX_NODES - 1) // 2
+    for index in range(1, num_pairs):
+        lines += [f"{side}{index} = {operator.format(f'{side}{index - 1}')}" for side in "ab"]
+    last = num_pairs - 1
+    text = "\n".join(["blueprint 1", *lines, f"c = add(a{last}, b{last})", "return c"])
+    module = to_module(parse_text(text), DEFAULT_SITES[0], seed=0)
+    inspect_binary(compile_module(module, DEFAULT_SITES[0], (SCRIPT,), CompilerConfig()).binary, SCRIPT)
+
+
+def test_a_message_about_a_call_nested_too_deep_to_print_is_short() -> None:
+    name = "self" + ".node_a" * 900
+    with pytest.raises(CorruptDataError, match="stands for one alone, got 'Attribute'"):
+        inspect_binary(hostile.with_source(hostile.with_line(f"_2 = ({name}).forward(h, )")), SCRIPT)
 
 
 def test_an_exported_program_that_does_more_than_compute_is_refused_by_name() -> None:

@@ -30,7 +30,7 @@ from esper.contracts.kernel import CompileSpec, CompileTarget, DeviceKind, JobPh
 from esper.contracts.wire import to_wire
 from esper.execution.artifact import KernelContent, artifact_bytes, pack, verify
 from esper.mesh import deadline_scope
-from esper.services.tezzeret import job_runner, phase_clock
+from esper.services.tezzeret import job_runner, library, phase_clock
 from esper.services.tezzeret.config import CompilerConfig
 from esper.services.tezzeret.content_key import content_key
 from esper.services.tezzeret.models import OutboxRow
@@ -384,6 +384,66 @@ async def test_what_the_library_says_of_a_kernel_is_held_against_the_request(
     asked, cached = await other.service.compile(spec)
     assert (asked.phase in (JobPhase.QUEUED, JobPhase.COMPILING), asked.artifact_id, cached) == (True, "", False)
     await other.close()
+
+
+async def test_a_kernel_that_went_to_the_library_from_here_is_known_in_its_answer(
+    mill: Mill, spec: CompileSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, _ = await mill.service.compile(spec, wait=True)
+    looked_through: list[str] = []
+    honest = library.check_answer
+
+    def noted(response: Any, spec: CompileSpec, key: str) -> Any:
+        looked_through.append(key)
+        return honest(response, spec, key)
+
+    monkeypatch.setattr(library, "check_answer", noted)
+    assert await mill.service.compile(spec, wait=True) == (job, True)
+    assert looked_through == []
+    mill.library.alter_answer = _set("size_bytes", job.size_bytes + 1)
+    await mill.service.compile(spec, wait=True)
+    assert looked_through == [job.content_key], "an answer that says anything else is looked through"
+    mill.library.kernels.clear()
+    again, cached = await mill.service.compile(spec, wait=True)
+    assert (again.artifact_id in mill.library.kernels, cached) == (True, False), (
+        "what is known is asked for all the same"
+    )
+
+
+async def test_a_kernel_is_known_only_if_it_answers_its_request(mill: Mill, spec: CompileSpec) -> None:
+    job, _ = await mill.service.compile(spec, wait=True)
+    manifest, data = mill.library.kernels[job.artifact_id]
+    lookup = library.KernelLookup(None)
+    assert lookup.learn(manifest, len(data), spec, job.content_key).artifact_id == job.artifact_id
+    with pytest.raises(CorruptDataError, match="it differs in site"):
+        lookup.learn(replace(manifest, site=replace(spec.site, input_shape=(9,))), len(data), spec, job.content_key)
+
+
+async def test_an_upload_is_one_pass_of_the_outbox_and_old_jobs_go_now_and_then(mill: Mill, spec: CompileSpec) -> None:
+    mill = type(mill)()
+    mill.config = replace(mill.config, max_backoff_s=60.0)
+    mill.service = mill.make_service()
+    passes: list[str] = []
+    for name in ("succeed", "outbox", "unannounced", "forget_ended"):
+        _note_calls(mill.store, name, passes)
+    await mill.open()
+    await mill.service.compile(spec, run_id="run-1", adaptation_id="a1", wait=True)
+    await mill.announced("run-1")
+    await mill.service.compile(spec, run_id="run-2", adaptation_id="a2", wait=True)
+    await mill.announced("run-2")
+    await mill.close()
+    assert passes[passes.index("succeed") :] == ["succeed", "unannounced", "outbox", "unannounced"]
+    assert passes.count("forget_ended") == 1
+
+
+def _note_calls(owner: Any, name: str, calls: list[str]) -> None:
+    honest = getattr(owner, name)
+
+    async def noted(*args: Any, **named: Any) -> Any:
+        calls.append(name)
+        return await honest(*args, **named)
+
+    setattr(owner, name, noted)
 
 
 async def test_an_unfinished_job_is_taken_up_at_the_next_start(mill: Mill, spec: CompileSpec) -> None:

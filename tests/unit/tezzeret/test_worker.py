@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -266,14 +268,22 @@ from esper.services.tezzeret.worker import TezzeretWorker
 torch.set_num_threads(1)
 site = Site(kind=SiteKind.LINEAR, input_shape=(16,), output_shape=(8,))
 spec = CompileSpec(ir=default_registry().create_blueprint("lora").ir, site=site)
+def detail_of(worker):
+    return {check.name: check for check in worker.compile_spec(spec).metadata.checks}["determinism_processes"].detail
+
 checked = TezzeretWorker(CompilerConfig(check_processes=True))
-print({check.name: check for check in checked.compile_spec(spec).metadata.checks}["determinism_processes"].detail)
+print(detail_of(checked))
+pid = checked._second.pid
+print(detail_of(checked), checked._second.pid == pid)
+misled = TezzeretWorker(CompilerConfig(check_processes=True))
 mine, honest = os.getpid(), kernel_validator.output_digest
 kernel_validator.output_digest = lambda *given: honest(*given) if os.getpid() == mine else bytes(32)
 try:
-    checked.compile_spec(spec)
+    misled.compile_spec(spec)
 except CompilationError as error:
     print(error)
+kernel_validator.output_digest = honest
+print(detail_of(misled))
 """
 
 
@@ -282,9 +292,42 @@ def test_a_second_process_gives_the_same_bits() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=120, check=True, env=dict(os.environ)
     )
-    same, different = done.stdout.strip().split("\n")
-    assert same == "a second process gave the same bits, built and compiled"
+    first, again, different, replaced = done.stdout.strip().split("\n")
+    same = "a second process gave the same bits, built and compiled"
+    assert (first, again) == (same, f"{same} True")
     assert "determinism_processes: a second process gave 0000" in different
+    assert replaced == same, "a process that gave other bits is not asked again"
+
+
+def test_the_graph_of_a_module_is_no_part_of_what_is_scripted(
+    blueprint: Blueprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch would try the class of the graph, fail and leave it out: without the attempt the archive is the same."""
+    tried: list[type] = []
+    honest = torch.jit._script._recursive_compile_class
+
+    def noted(cls: type, loc: Any) -> Any:
+        tried.append(cls)
+        return honest(cls, loc)
+
+    monkeypatch.setattr(torch.jit._script, "_recursive_compile_class", noted)
+    site = DEFAULT_SITES[0]
+    mine = compiler.save_torchscript(compiler.script_of(to_module(blueprint.ir, site, seed=0)))
+    assert tried == []
+    with compiler.quiet():
+        plain = compiler.save_torchscript(torch.jit.script(to_module(blueprint.ir, site, seed=0)))
+    assert tried, "torch no longer tries, so the list of what is left out can go"
+    assert _content(mine) == _content(plain)
+
+
+def _content(archive: bytes) -> dict[str, bytes]:
+    """Give the code and tensors of an archive without the numbers by which torch tells its classes apart."""
+    reader = torch._C.PyTorchFileReader(io.BytesIO(archive))
+    return {
+        re.sub(r"/___torch_mangle_\d+", "", name): re.sub(rb"\.___torch_mangle_\d+", b"", reader.get_record(name))
+        for name in reader.get_all_records()
+        if name.endswith(".py") or re.fullmatch(r"(data|constants)/\d+", name)
+    }
 
 
 @pytest.mark.parametrize("name", ["conv3x3", "low_rank_attention", "token_channel_mixer", "squeeze_excite"])
