@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def demo(
     epochs: Annotated[int, typer.Option(help="Epochs of every arm.", min=1, max=1000)] = 30,
-    seeds: Annotated[int, typer.Option(help="Runs with different weights and batches.", min=1, max=50)] = 3,
+    seeds: Annotated[int, typer.Option(help="Runs with different weights and batches.", min=1, max=50)] = 5,
     out: Annotated[Path, typer.Option(help="Directory of the report.")] = Path("demo-report"),
     state_dir: Annotated[Path, typer.Option(help="Where the mesh keeps its state.")] = Path(".state/demo"),
     first_seed: Annotated[int, typer.Option(help="Seed of the first run; the others count up from it.", min=0)] = 0,
@@ -84,7 +84,7 @@ def _live(seed: int, settings: DemoSettings) -> Iterator[Any]:
             if console.is_terminal:
                 live.update(_run_table(seed, settings, record, session))
             elif record.epoch % 10 == 0 or record.epoch == settings.epochs:
-                console.print(_line(seed, record, session))
+                console.print(_line(seed, record, session), soft_wrap=True)
 
         yield show
 
