@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from esper.contracts.run import Contribution
+from esper.contracts.run import Contribution, GateCheck
 from esper.core.adaptation import Adaptation
 from esper.core.context import RunContext
 from esper.execution.counterfactual import measure_contribution
@@ -26,13 +26,15 @@ class Judgement(Enum):
     """The interval holds the price."""
 
 
-def judge(contribution: Contribution, price: float) -> Judgement:
-    """Hold a measured effect against its price."""
+def judge(contribution: Contribution, price: float) -> tuple[Judgement, GateCheck]:
+    """Hold a measured effect against its price; gives the gate's answer as well."""
+    judgement = Judgement.OPEN
     if contribution.low > price:
-        return Judgement.PAYS
-    if contribution.high < price:
-        return Judgement.DOES_NOT_PAY
-    return Judgement.OPEN
+        judgement = Judgement.PAYS
+    elif contribution.high < price:
+        judgement = Judgement.DOES_NOT_PAY
+    detail = f"{contribution.estimate:+.5f} ({contribution.low:+.5f} to {contribution.high:+.5f}), price {price:.5f}"
+    return judgement, GateCheck(name="contribution", passed=judgement is Judgement.PAYS, detail=detail)
 
 
 def seed_contribution(context: RunContext, adaptation: Adaptation, *, level: float) -> Contribution:

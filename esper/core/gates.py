@@ -42,12 +42,20 @@ def check_removable(decision: AdaptationDecision, layer: KasminaLayer) -> GateCh
     return GateCheck(name="live", passed=state in _REMOVABLE, detail=f"seed {decision.seed_index} is {state.name}")
 
 
-def check_room(decision: AdaptationDecision, ongoing: Iterable[Adaptation], config: GrowthConfig) -> GateCheck:
-    """Check that the layer is free of other adaptations and that not too many are under way; a race counts as one."""
-    others = [other for other in ongoing if other.decision.group != decision.group]
-    if any(other.layer == decision.layer for other in others):
+def check_room(decision: AdaptationDecision, known: Iterable[Adaptation], config: GrowthConfig) -> GateCheck:
+    """Check that the layer is free of other adaptations and that not too many are under way; a race counts as one.
+
+    Who comes to a race when one of it is blended in already, or kept, comes too late. ``known`` may hold ended ones.
+    """
+    rivals, others = list[Adaptation](), list[Adaptation]()
+    for one in known:
+        (rivals if one.decision.group == decision.group else others).append(one)
+    if any(one.state in (SeedLifecycleState.EVALUATING, SeedLifecycleState.FOSSILIZED) for one in rivals):
+        return GateCheck(name="room", passed=False, detail="its race has gone on without it")
+    others = [one for one in others if one.open]
+    if any(one.layer == decision.layer for one in others):
         return GateCheck(name="room", passed=False, detail=f"{decision.layer} has an adaptation under way")
-    count = len({other.decision.group for other in others})
+    count = len({one.decision.group for one in others})
     passed = count < config.max_open
     return GateCheck(name="room", passed=passed, detail=f"{count} of {config.max_open} adaptations are under way")
 

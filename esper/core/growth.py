@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from esper.contracts.errors import InvalidInputError
-from esper.core.blending import BlendKind
+from esper.core.blending import BlendKind, BlendSchedule
 
 IncubationChoice = Literal["auto", "trial", "local"]
 
@@ -81,3 +81,7 @@ class GrowthConfig:
         for name, rule, holds in rules:
             if not holds:
                 raise InvalidInputError.of(f"growth.{name}", rule, getattr(self, name))
+
+    def ramp(self, steps_per_epoch: int) -> BlendSchedule:
+        """Give the way of a graft's alpha from 0 to ``hold_alpha``."""
+        return BlendSchedule(kind=self.blend, end=self.hold_alpha, num_steps=self.graft_epochs * steps_per_epoch)

@@ -4,8 +4,9 @@ Everything that waits (bus, channels, kernel fetches) lives on the publisher's t
 comes in; the training thread appends to and pops from deques.
 
 A kernel that the compiler named for an equal request before is fetched as the decision comes in, and arrives with it;
-the announcement that follows only confirms it. Where none was named, where the compiler has taken it back since, or
-where it cannot be fetched, the announcement brings the kernel, or says why there is none.
+the announcement that follows confirms it, or changes what the next decision finds; a seed that has begun goes on. Where
+none was named, where the compiler has taken it back since, or where it cannot be fetched, the announcement brings the
+kernel, or says why there is none.
 """
 
 from __future__ import annotations

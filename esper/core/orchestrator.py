@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Final
@@ -58,6 +59,8 @@ class SeedOrchestrator:
         self._mean = EpochMean(context.model)
         self._pacer = SeedPacer(context.optimizer, context.clock, context.growth)
         self._early_kernels: dict[str, KernelArrival] = {}
+        self._refused: deque[str] = deque(maxlen=256)
+        self._gate_step = -1
         self._embargo_until: dict[tuple[str, int], int] = {}
         self._places: dict[tuple[str, int], Adaptation] = {}
         self._tell = Teller(context)
@@ -91,7 +94,9 @@ class SeedOrchestrator:
             reason = "; ".join(f"{check.name}: {check.detail}" for check in failed)
             self._tell.plan(decision.adaptation_id, status, reason, tuple(checks))
         early = self._early_kernels.pop(decision.adaptation_id, None)
-        if early is not None:
+        if failed:
+            self._refused.append(decision.adaptation_id)
+        elif early is not None:
             self.receive_kernel(early)
         return checks
 
@@ -99,6 +104,8 @@ class SeedOrchestrator:
         """Take a kernel: germinate the seed that waits for it; one that nobody waits for yet is kept for a while."""
         adaptation = self.adaptations.get(arrival.ready.adaptation_id)
         if adaptation is None:
+            if arrival.ready.adaptation_id in self._refused:
+                return
             self._early_kernels[arrival.ready.adaptation_id] = arrival
             while len(self._early_kernels) > 64:
                 del self._early_kernels[next(iter(self._early_kernels))]
@@ -147,6 +154,7 @@ class SeedOrchestrator:
             elif adaptation.state is State.EVALUATING:
                 self._check_graft(adaptation)
         self._mean.restart()
+        self._gate_step = self._context.clock.step
         self._lift_embargoes()
 
     def finish(self) -> None:
@@ -235,8 +243,6 @@ class SeedOrchestrator:
             restored.ended_step, restored.contribution = later.ended_step, later.contribution
             if restored.decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
                 self._trials.undo(restored)
-            elif self.layers[restored.layer].state_layout.state(restored.seed_index) is State.LOADING:
-                self._fail(restored, later.reason)
             else:
                 self._remove(restored, later.outcome, later.reason)
 
@@ -250,6 +256,7 @@ class SeedOrchestrator:
         self._pacer.clear()
         self._places.clear()
         self._embargo_until.clear()
+        self._gate_step = -1
 
     def forget(self) -> None:
         """Forget every record, so that a state that is loaded next stands alone."""
@@ -323,7 +330,7 @@ class SeedOrchestrator:
         checks = [
             place,
             gates.check_dormant(decision, layer),
-            gates.check_room(decision, self.ongoing(), self._context.growth),
+            gates.check_room(decision, self.adaptations.values(), self._context.growth),
             fits,
             priced,
         ]
@@ -372,8 +379,9 @@ class SeedOrchestrator:
         return adaptation
 
     def _each_open(self) -> Iterator[Adaptation]:
-        """Give the adaptations under way, each unless what was done with one before it ended it."""
-        return (item for item in self.ongoing() if item.open)
+        """Give the adaptations under way, each unless what was done with one before it ended it; grafts come first."""
+        found = sorted(self.ongoing(), key=lambda item: item.state is not State.EVALUATING)
+        return (item for item in found if item.open)
 
     # ------------------------------------------------------------------ on the way
 
@@ -465,12 +473,7 @@ class SeedOrchestrator:
         self._incubators.pop(adaptation.id).close()
         self._pacer.join(layer, adaptation.layer, adaptation.seed_index)
         self._move(adaptation, State.EVALUATING, "graft begins", (evidence,))
-        self._ramps[adaptation.id] = self._ramp()
-
-    def _ramp(self) -> BlendSchedule:
-        growth = self._context.growth
-        steps = growth.graft_epochs * self._context.clock.steps_per_epoch
-        return BlendSchedule(kind=growth.blend, end=growth.hold_alpha, num_steps=steps)
+        self._ramps[adaptation.id] = self._context.growth.ramp(self._context.clock.steps_per_epoch)
 
     def _check_graft(self, adaptation: Adaptation) -> None:
         ramp = self._ramps[adaptation.id]
@@ -478,24 +481,20 @@ class SeedOrchestrator:
             self._look(adaptation, last=adaptation.looks + 1 >= self._context.growth.max_looks)
 
     def _look(self, adaptation: Adaptation, *, last: bool) -> None:
-        growth = self._context.growth
-        with adaptation.span("evaluate", self._context.run_id):
-            contribution = self._measure(adaptation, level_per_look(growth.confidence_level, growth.max_looks))
-        adaptation.looks += 1
-        adaptation.contribution = contribution
+        if not adaptation.looks or self._gate_step != self._context.clock.step:  # else: looked at as the epoch ended
+            level = level_per_look(self._context.growth.confidence_level, self._context.growth.max_looks)
+            with adaptation.span("evaluate", self._context.run_id):
+                adaptation.contribution = self._measure(adaptation, level)
+            adaptation.looks += 1
         if self._tripped(adaptation):
             return
-        price = adaptation.price or 0.0
-        judgement = judge(contribution, price)
-        detail = (
-            f"{contribution.estimate:+.5f} ({contribution.low:+.5f} to {contribution.high:+.5f}), price {price:.5f}"
-        )
-        check = GateCheck(name="contribution", passed=judgement is Judgement.PAYS, detail=detail)
+        assert adaptation.contribution is not None
+        judgement, check = judge(adaptation.contribution, adaptation.price or 0.0)
         if judgement is Judgement.PAYS:
             self._fossilize(adaptation, check)
-        elif last or (judgement is Judgement.DOES_NOT_PAY and contribution.estimate <= 0.0):
+        elif last or (judgement is Judgement.DOES_NOT_PAY and adaptation.contribution.estimate <= 0.0):
             # One that helps, if not yet by its price, goes on learning until its last look: it has just been grafted.
-            reason = f"{judgement.value} after {adaptation.looks} looks: {detail}"
+            reason = f"{judgement.value} after {adaptation.looks} looks: {check.detail}"
             self._remove(adaptation, AdaptationOutcome.CULLED, reason, (check,))
 
     def _measure(self, adaptation: Adaptation, level: float) -> Contribution:
@@ -515,8 +514,6 @@ class SeedOrchestrator:
                 self._remove(other, AdaptationOutcome.CULLED, f"lost its race to {adaptation.label}, which was kept")
 
     def _fail(self, adaptation: Adaptation, reason: str) -> None:
-        if self.layers[adaptation.layer].state_layout.state(adaptation.seed_index) is State.LOADING:
-            self._move(adaptation, State.ERROR, reason)
         self._remove(adaptation, AdaptationOutcome.FAILED, reason)
 
     def _tripped(self, adaptation: Adaptation) -> bool:
@@ -548,6 +545,8 @@ class SeedOrchestrator:
         self._ramps.pop(adaptation.id, None)
         layer = self.layers[adaptation.layer]
         self._pacer.leave(layer, adaptation.layer, index)
+        if layer.state_layout.state(index) is State.LOADING:
+            self._move(adaptation, State.ERROR, reason)
         if layer.state_layout.state(index) is not State.CULLED:
             self._move(adaptation, State.CULLED, reason, checks)
         self._move(adaptation, State.EMBARGOED, f"rests for {context.growth.embargo_epochs} epochs")

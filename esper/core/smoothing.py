@@ -25,7 +25,8 @@ from esper.core.morphable import MorphableModel
 class EpochMean:
     """Running mean of weights since the first step noted in an epoch; belongs to the training thread.
 
-    What joins the model later in the epoch is not averaged in that epoch.
+    What joins the model later in the epoch is not averaged in that epoch. Means are kept in float32 at least: in a
+    short type the small steps of a late mean round away. Costs a copy of the weights, and a pass over them every step.
     """
 
     def __init__(self, model: MorphableModel) -> None:
@@ -41,9 +42,10 @@ class EpochMean:
         self._steps += 1
         if self._steps == 1:
             self._watch(dict(_averaged(self._model)))
-            self._means = [one.detach().clone() for one in self._live]
+            self._means = [one.detach().to(_mean_dtype(one), copy=True) for one in self._live]
         else:
-            torch._foreach_lerp_(self._means, self._live, 1.0 / self._steps)
+            values = [one.to(mean.dtype) for one, mean in zip(self._live, self._means, strict=True)]
+            torch._foreach_lerp_(self._means, values, 1.0 / self._steps)
 
     def restart(self) -> None:
         """Forget the epoch that is over."""
@@ -65,15 +67,18 @@ class EpochMean:
             self._put(before)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the mean by name; empty at the end of an epoch."""
-        return {"steps": self._steps, "means": dict(zip(self._names, self._means, strict=True))}
+        """Give the mean by name, of what is still in the model; empty at the end of an epoch."""
+        found = dict(_averaged(self._model)) if self._live else {}
+        means = zip(self._names, self._live, self._means, strict=True)
+        return {"steps": self._steps, "means": {name: mean for name, live, mean in means if found.get(name) is live}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave; the model holds its seeds already."""
-        found = dict(_averaged(self._model))
+        """Take over what :meth:`state_dict` gave of what the model has; the model holds its seeds already."""
+        found, means = dict(_averaged(self._model)), state["means"]
+        live = {name: found[name] for name, mean in means.items() if name in found and found[name].shape == mean.shape}
         self._steps = int(state["steps"])
-        self._watch({name: found[name] for name in state["means"]})
-        self._means = [mean.detach().clone() for mean in state["means"].values()]
+        self._watch(live)
+        self._means = [means[name].detach().to(one.device, _mean_dtype(one), copy=True) for name, one in live.items()]
 
     def _watch(self, live: Mapping[str, Tensor]) -> None:
         self._names, self._live = list(live), list(live.values())
@@ -90,3 +95,7 @@ def _averaged(model: MorphableModel) -> Iterator[tuple[str, Tensor]]:
         if isinstance(module, _NormBase) and module.running_mean is not None and module.running_var is not None:
             yield f"{prefix}.running_mean", module.running_mean
             yield f"{prefix}.running_var", module.running_var
+
+
+def _mean_dtype(value: Tensor) -> torch.dtype:
+    return torch.promote_types(value.dtype, torch.float32)

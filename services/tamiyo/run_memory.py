@@ -89,6 +89,8 @@ class RunMemory:
     def observe(self, packet: SystemStatePacket) -> None:
         """Take in a packet newer than every one before it."""
         self.last_sequence = packet.sequence
+        if packet.epoch < self._epoch:  # a run that was taken back: what it kept since is gone
+            self._grown_epoch = min(self._grown_epoch, packet.epoch)
         self._epoch, self._step = packet.epoch, packet.step
         new_epoch = not self.points or packet.epoch > self.points[-1].epoch
         if packet.phase is RunPhase.TRAINING and new_epoch and packet.epoch > 0:

@@ -306,3 +306,66 @@ def _loss(model: Any, task: Any) -> torch.Tensor:
     loss = nn.CrossEntropyLoss()(model(x), y)
     loss.backward()
     return loss
+
+
+def test_whoever_comes_when_the_race_has_its_winner_comes_too_late(
+    large_task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any
+) -> None:
+    model = esper.wrap(nn.Sequential(large_task.host()[0], nn.Linear(6, 2)))
+    session = open_session(model, control=large_task.control, growth=GROWTH)
+    race_of = {"race_id": RACE, "race_size": 3}
+    first = decide(model, "0", "gated_mlp", seed_index=0, **race_of)
+    line.incoming += [first, kernel_for(first)]
+    train(session, large_task, GROWTH.incubation_epochs)
+    winner = session.orchestrator.adaptations[first.adaptation_id]
+    assert winner.state is State.EVALUATING
+    late = decide(model, "0", "lora", seed_index=1, **race_of)
+    line.incoming += [kernel_for(late), late]
+    session.step(_loss(model, large_task))
+    assert late.adaptation_id not in session.orchestrator.adaptations
+    assert "its race has gone on without it" in line.values(Kind.PLAN)[-1].reason
+    assert not session.orchestrator._early_kernels, "the kernel of a refused one is let go"
+    line.incoming.append(kernel_for(late))
+    session.step(_loss(model, large_task))
+    assert not session.orchestrator._early_kernels
+    winner.price = -1e6
+    train(session, large_task, 2)
+    assert winner.outcome is AdaptationOutcome.KEPT
+    later = decide(model, "2" if "2" in model.kasmina_layers else "1", "lora", **race_of)
+    line.incoming.append(later)
+    session.step(_loss(model, large_task))
+    assert later.adaptation_id not in session.orchestrator.adaptations
+
+
+def test_a_rival_whose_kernel_never_came_goes_where_the_winner_is_kept(
+    large_task: Any, line: Any, open_session: Any, decide: Any, one_waits: Any
+) -> None:
+    session, winner, waiting = one_waits
+    model = session._context.model
+    layer = model.kasmina_layers[waiting.layer]
+    assert winner.state is State.EVALUATING
+    # As it stands where the decision came in just before the winner's turn: it still waits for its kernel.
+    loading = decide(model, "1", "lora", seed_index=2, race_id=RACE, race_size=3)
+    winner.state = State.ACTIVE
+    session.orchestrator.decide(loading)
+    winner.state = State.EVALUATING
+    assert session.orchestrator.adaptations[loading.adaptation_id].state is State.LOADING
+    winner.price = -1e6
+    train(session, large_task, 2)
+    assert winner.outcome is AdaptationOutcome.KEPT
+    assert session.orchestrator.adaptations[loading.adaptation_id].outcome is AdaptationOutcome.CULLED
+    assert layer.state_layout.state(waiting.seed_index) is State.EMBARGOED
+
+
+def test_the_one_that_waits_learns_nothing_wherever_it_stands_in_line(large_task: Any, one_waits: Any) -> None:
+    session, winner, waiting = one_waits
+    orchestrator = session.orchestrator
+    orchestrator.adaptations = {waiting.id: waiting, winner.id: winner}
+    winner.price, learnt = 1e6, waiting.isolated_steps
+    for _ in range(2 + session._context.growth.max_looks):
+        train(session, large_task, 1)
+        if not winner.open:
+            break
+    assert winner.outcome is AdaptationOutcome.CULLED
+    assert waiting.state is State.EVALUATING, "its turn comes in the same breath"
+    assert waiting.isolated_steps == learnt

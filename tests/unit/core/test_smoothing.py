@@ -11,6 +11,7 @@ from torch import nn
 import esper
 from esper.core.smoothing import EpochMean
 from esper.execution.counterfactual import measure_contribution
+from esper.recovery import CheckpointManager
 from tests.unit.core.test_session import grow, train
 
 GROWTH = esper.GrowthConfig(incubation_epochs=2, graft_epochs=1)
@@ -128,3 +129,82 @@ def test_a_graft_is_judged_at_the_mean_of_the_epoch(
         for place, parameter in enumerate(model.parameters()):
             parameter.copy_(torch.stack([step[place] for step in weights]).double().mean(0))
     assert effect() == pytest.approx(measured.estimate, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_late_step_counts_as_much_as_an_early_one_in_every_type(dtype: torch.dtype) -> None:
+    model = esper.wrap(nn.Sequential(nn.Linear(3, 2)).to(dtype))
+    mean = EpochMean(model)
+    for step in range(1000):
+        filled(model, 1.0 + step / 2000)
+        mean.note()
+    with mean.applied():
+        assert all(parameter.dtype is dtype for parameter in model.parameters())
+        assert all(bool((one - 1.25).abs().le(0.01).all()) for one in model.parameters())
+
+
+def test_means_come_back_to_where_the_weights_are() -> None:
+    """A checkpoint is read on the CPU, wherever the model stands."""
+    mean = EpochMean(esper.wrap(nn.Sequential(nn.Linear(3, 2))))
+    mean.note()
+    elsewhere = esper.wrap(nn.Sequential(nn.Linear(3, 2)).to("meta"))
+    resumed = EpochMean(elsewhere)
+    resumed.load_state_dict(mean.state_dict())
+    resumed.note()
+    assert {one.device.type for one in resumed.state_dict()["means"].values()} == {"meta"}
+
+
+def test_what_was_frozen_since_has_no_mean() -> None:
+    model = esper.wrap(nn.Sequential(nn.Linear(3, 2)))
+    mean = EpochMean(model)
+    mean.note()
+    state = mean.state_dict()
+    frozen = model.get_parameter("0.weight").requires_grad_(False)
+    resumed = EpochMean(model)
+    resumed.load_state_dict(state)
+    filled(model, 5.0)
+    with resumed.applied():
+        assert bool(frozen.eq(5.0).all())
+        assert not bool(model.get_parameter("0.bias").eq(5.0).any())
+
+
+def test_a_checkpoint_after_a_removal_amid_an_epoch_can_be_loaded(
+    task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any, tmp_path: Any
+) -> None:
+    model = esper.wrap(task.host())
+    store = CheckpointManager(tmp_path)
+    session = open_session(model, growth=GROWTH, checkpoints=store)
+    decision = grow(session, line, decide, kernel_for)
+    train(session, task, 1)
+    for x, y in list(task.train)[:2]:
+        loss = session._context.loss_fn(model(x), y)
+        loss.backward()
+        session.step(loss)
+    session.orchestrator.remove_seed(decision.layer, decision.seed_index, "a test")
+    checkpoint_id = session.save_checkpoint()
+    session.load_checkpoint(checkpoint_id)
+    train(session, task, 1)
+    assert session.orchestrator.ongoing() == []
+
+
+def test_a_run_that_ends_with_its_epoch_is_judged_by_the_look_that_the_epoch_had(
+    task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any
+) -> None:
+    model = esper.wrap(task.host())
+    session = open_session(model, growth=GROWTH)
+    decision = grow(session, line, decide, kernel_for, template="gated_mlp")
+    train(session, task, 3)
+    adaptation = session.orchestrator.adaptations[decision.adaptation_id]
+    assert (adaptation.looks, adaptation.open) == (1, True)
+    measured = adaptation.contribution
+    session.finish()
+    assert (adaptation.looks, adaptation.open) == (1, False)
+    assert adaptation.contribution is measured, "no second look by another measure"
+
+
+def test_what_was_replaced_since_is_not_told_by_the_mean_of_another() -> None:
+    model = esper.wrap(nn.Sequential(nn.Linear(3, 2)))
+    mean = EpochMean(model)
+    mean.note()
+    model.get_submodule("0").weight = nn.Parameter(torch.ones(2, 3))
+    assert list(mean.state_dict()["means"]) == ["0.bias"]

@@ -88,3 +88,14 @@ def test_the_curve_begins_anew_with_every_seed_that_is_kept(ended):
     ended(memory, now + 1, CULLED, group="a9", seed=1)
     assert [point.epoch for point in memory.curve] == [now + 1]
     assert memory.points[0].epoch == 1, "what was seen before is kept"
+
+
+def test_a_run_that_was_taken_back_has_its_curve_again(ended, make_packet):
+    memory = RunMemory()
+    for epoch in range(1, 6):
+        ended(memory, epoch, CULLED, group=f"a{epoch}")
+    kept_at = memory.points[-1].epoch + 1
+    ended(memory, kept_at, KEPT, group="a9")
+    assert memory.curve == []
+    memory.observe(replace(make_packet(kept_at - 2, 1.0), sequence=memory.last_sequence + 1))
+    assert [point.epoch for point in memory.curve] == [kept_at - 1, kept_at]
