@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch.optim import Optimizer
 
-from esper.contracts.decision import AdaptationDecision, ControlCommand
+from esper.contracts.decision import AdaptationDecision, ControlAction, ControlCommand
 from esper.contracts.errors import InvalidInputError, InvalidStateError
 from esper.contracts.run import RunPhase
 from esper.core.batches import Batch, BatchWatcher
@@ -334,6 +334,8 @@ class Session:
                     self._orchestrator.receive_kernel(arrival)
                 case ControlCommand():
                     self._desk.carry_out(arrival)
+                    if arrival.action is ControlAction.ROLLBACK:
+                        self._governor.forget()  # an older state's losses are no spike
 
     def _note_answer(self, decision: AdaptationDecision) -> None:
         """A packet is answered with one decision, or with all those of a race."""

@@ -59,6 +59,10 @@ class NatsMesh:
         return BusLink(client, NoKernels())
 
 
+_STEPS_PER_EPOCH = 64
+"""Steps of under a millisecond: every epoch tells the mesh how it went, and hundreds of them a second are no run's."""
+
+
 class Run:
     """A session that trains in a thread until it is stopped."""
 
@@ -85,7 +89,7 @@ class Run:
     def _main(self) -> None:
         with self.session as session:
             while not session.should_stop:
-                for _ in range(4):
+                for _ in range(_STEPS_PER_EPOCH):
                     loss = nn.functional.cross_entropy(self.model(self.batch[0]), self.batch[1])
                     loss.backward()
                     session.step(loss, batch=self.batch)

@@ -295,3 +295,16 @@ def test_a_second_run_of_a_model_begins_without_the_unproven_seeds_of_the_first(
     assert len(fresh.param_groups[0]["params"]) == len(list(one.model.parameters())) == 4
     assert second.report().host_params == sum(value.numel() for value in one.model.parameters())
     second.close()
+
+
+def test_what_an_operator_takes_back_stays_so_though_its_losses_are_higher(desk: Any, store: CheckpointManager) -> None:
+    one = desk(checkpoints=store)
+    written = one.ask(command(ControlAction.CHECKPOINT)).checkpoint_id
+    for _ in range(64):
+        one.session.step(torch.tensor(1e-3))
+    assert one.ask(command(ControlAction.ROLLBACK, "q2", checkpoint_id=written)).accepted
+    before = one.session.step_count
+    for _ in range(8):
+        one.session.step(torch.tensor(0.7))
+    assert one.session.step_count == before + 8
+    assert one.session.report().rollbacks == 0
