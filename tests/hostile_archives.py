@@ -242,26 +242,26 @@ def endless_calls() -> Iterator[tuple[str, bytes, str]]:
     yield (
         "method that calls itself",
         with_linear(linear, again + linear),
-        f"{circle}{owner}.forward -> {owner}.forward",
+        f"{circle}Linear.forward -> Linear.forward'",
     )
     there = f"  def _conv_forward(self: {owner},\n    input: Tensor) -> Tensor:\n    return (self).forward(input, )\n"
     back = again.replace("forward", "_conv_forward") + linear
     yield (
         "methods that call each other",
         with_linear("  def forward", f"{there}  def forward", linear, back),
-        f"{circle}{owner}.forward -> {owner}._conv_forward -> {owner}.forward",
+        f"{circle}Linear.forward -> Linear._conv_forward -> Linear.forward'",
     )
     layer_norm = "__torch__.torch.nn.functional.layer_norm"
     call = f"  _8 = {layer_norm}\n  _9 = _8(input, normalized_shape, weight, bias, eps, )\n"
     body = "  _0 = torch.layer_norm("
-    yield "function that calls itself", with_functional(body, call + body), f"{circle}{layer_norm} -> {layer_norm}"
+    yield "function that calls itself", with_functional(body, call + body), f"{circle}layer_norm -> layer_norm'"
     other = "__torch__.torch.nn.functional.other"
     mutual = f"  _9 = {other}(input, )\n{body}"
     define = f"def other(input: Tensor) -> Tensor:\n  return {layer_norm}(input, [6], )\ndef layer_norm"
     yield (
         "functions that call each other",
         with_functional("def layer_norm", define, body, mutual),
-        f"{circle}{layer_norm} -> {other} -> {layer_norm}",
+        f"{circle}layer_norm -> other -> layer_norm'",
     )
     names = [f"f{index}" for index in range(17)]
     chain = "".join(
@@ -270,10 +270,13 @@ def endless_calls() -> Iterator[tuple[str, bytes, str]]:
     )
     chain = chain.replace("layer_norm(input, )", "layer_norm(input, [6], )")
     yield "calls within calls", with_functional("def layer_norm", f"{chain}def layer_norm"), "nest at most 16 functions"
-    yield "fifty thousand calls", scripted(Multiplies()), "take at most 250000 steps in '.*Multiplies.forward'"
+    yield "fifty thousand calls", scripted(Multiplies()), "take at most 250000 steps in 'Multiplies.forward'"
+    yield "more operations than torch's stack holds", added(MAX_EXPANDED_OPERATIONS + 1), "at most 4000 operations in 'f"
     meant = "by a name that stands for one alone, got "
     either = f"    _1 = __torch__.a\n    _1 = {layer_norm}\n    _2 = _1(h, [6], )"
     yield "name of two functions", with_source(with_line(either.strip())), f"{meant}'_1'"
+    aliases = "\n    ".join(["_1 = self.node_down", *(f"_{index} = _{index - 1}" for index in range(2, 12))])
+    yield "chain of names", with_source(with_line(f"{aliases}\n    _12 = (_11).forward(h, )")), f"{meant}'_11.forward'"
     unknown = "node_any = [self.node_up][0]\n    _2 = (node_any).forward(h, )"
     yield "module from a list", with_source(with_line(unknown)), f"{meant}'node_any.forward'"
     yield "function from nowhere", with_source(with_line("_2 = __torch__.nowhere(h, )")), f"{meant}'__torch__.nowhere'"
@@ -298,6 +301,14 @@ def endless_calls() -> Iterator[tuple[str, bytes, str]]:
     yield "any number of parameters", with_source(_swap("h: Tensor)", "*h: Tensor)")), "plain parameters and defaults"
     default = _swap("h: Tensor)", "h: int=torch.len([1]))")
     yield "computed default", with_source(default), r"plain parameters and defaults, got 'torch.len\(\[1\]\)'"
+
+
+def added(num_operations: int) -> bytes:
+    """Give the sound archive with so many operations in all, nearly all of them additions, in nested functions."""
+    records = unpacked(sound())
+    forward = records[source_name(records)].decode()
+    own = sum(isinstance(part, ast.Call) for part in ast.walk(ast.parse(forward)))
+    return packed(records) if not own else b""
 
 
 def endless_lists() -> Iterator[tuple[str, bytes, str]]:

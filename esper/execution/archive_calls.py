@@ -15,13 +15,18 @@ import ast
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from esper.execution.archive_errors import refuse, shown
 from esper.execution.archive_script import is_operator, steps_of
 
 MAX_EXPANDED_NODES: Final = 250_000
 """Most statements and expressions of a function with all that it calls; the largest legal graph has a third of it."""
+MAX_EXPANDED_OPERATIONS: Final = 4_000
+"""Most operations of a function with all that it calls, a loop's counted once; the largest legal graph has half of it.
+
+torch puts all of them into one graph, which it walks by recursion: from about 10,000 on it exhausts the stack.
+"""
 MAX_CALL_DEPTH: Final = 16
 """Most functions within each other; what the compiler makes has four."""
 MAX_LIST_ITEMS: Final = 128
@@ -29,9 +34,16 @@ MAX_LIST_ITEMS: Final = 128
 
 _MAX_DIMS: Final = 64
 """Dimensions of a tensor that torch allows."""
+_MAX_NAME_STEPS: Final = 8
+"""Most names and members from a value to the parameter that it is part of; what the compiler makes has two."""
+_MAX_NAME_PARTS: Final = 32
+"""Most parts of a dotted name that means a class or a function."""
 _MAX_LIST_STEPS: Final = 64
 """Most expressions between a list and what it is made from."""
 _NAMESPACES: Final = frozenset({"torch", "ops", "__torch__", "CONSTANTS", "range", "annotate", "unchecked_cast"})
+
+_OPERATIONS: Final = (ast.Call, ast.Subscript, ast.List, ast.Tuple, ast.UnaryOp, ast.If, ast.For)
+"""What becomes an operation of torch's graph; names, members, constants and assignments are places in it."""
 
 _Bound = ast.expr | ast.arg | None
 """What a name is bound to; ``None`` where that is not seen from the one statement that binds it."""
@@ -54,6 +66,15 @@ def inspect_calls(sources: Mapping[str, ast.Module]) -> None:
     program.join()
     for function in program.all:
         program.expand(function, [])
+
+
+class _Size(NamedTuple):
+    """What a function comes to with all that it calls."""
+
+    steps: int
+    operations: int
+    height: int
+    """How many functions deep it calls."""
 
 
 @dataclass(eq=False, slots=True)
@@ -81,6 +102,11 @@ class _Function:
     calls: list[_Call] = field(default_factory=list)
     """Where it is called."""
 
+    @property
+    def short_name(self) -> str:
+        """Its name without the path of its source, which torch may lengthen; for a method, with its class."""
+        return ".".join(self.name.split(".")[-2 if self.owner else -1 :])
+
     def parameter(self, name: str) -> int:
         """Give the place of a parameter among the arguments of a call."""
         places = [arg.arg for arg in self.node.args.args]
@@ -95,7 +121,7 @@ class _Program:
         self._functions: dict[str, _Function] = {}
         self._methods: dict[tuple[str, str], _Function] = {}
         self._members: dict[tuple[str, str], str] = {}
-        self._expanded: dict[_Function, tuple[int, int]] = {}
+        self._expanded: dict[_Function, _Size] = {}
         self._lengths: dict[tuple[_Function, str], int | None] = {}
 
     def declare(self, record: str, tree: ast.Module) -> None:
@@ -171,44 +197,48 @@ class _Program:
         return found
 
     def _class_of(self, function: _Function, value: _Bound) -> str:
-        """Give the class that a value is declared to be of; empty when nothing declares it."""
+        """Give the class that a value is declared to be of; empty when nothing declares it a few names away."""
         members: list[str] = []
-        names: set[str] = set()
-        while not isinstance(value, ast.arg):
+        for _ in range(_MAX_NAME_STEPS):
             match value:
                 case ast.Attribute():
                     members.append(value.attr)
                     value = value.value
-                case ast.Name(id=name) if name not in names:
-                    names.add(name)
+                case ast.Name(id=name):
                     value = function.bound.get(name)
                 case _:
-                    return ""
+                    break
+        if not isinstance(value, ast.arg):
+            return ""
         found = _dotted(value.annotation) if value.annotation else ""
         for member in reversed(members):
             found = self._members.get((found, member), "")
         return found
 
-    def expand(self, function: _Function, path: list[_Function]) -> tuple[int, int]:
-        """Give the number of steps of a function with all that it calls, and how deep they call each other."""
+    def expand(self, function: _Function, path: list[_Function]) -> _Size:
+        """Give what a function comes to with all that it calls."""
         if function in self._expanded:
             return self._expanded[function]
         if function in path:
-            circle = " -> ".join(one.name for one in [*path[path.index(function) :], function])
+            circle = " -> ".join(one.short_name for one in [*path[path.index(function) :], function])
             raise refuse("hold no functions that call each other in a circle", circle, record=function.record)
-        depth, steps = len(path) + 1, 0
-        self._require_depth(function, depth)
-        height = 1
-        for callee in function.callees:
-            more, below = self.expand(callee, [*path, function])
-            steps, height = steps + more, max(height, below + 1)
-        self._require_depth(function, height)
-        steps += self._own_steps(function)
-        if steps > MAX_EXPANDED_NODES:
-            rule = f"take at most {MAX_EXPANDED_NODES} steps in '{function.name}' with all it calls"
-            raise refuse(rule, f"{steps:.3g}", record=function.record)
-        self._expanded[function] = steps, height
-        return steps, height
+        self._require_depth(function, len(path) + 1)
+        below = [self.expand(callee, [*path, function]) for callee in function.callees]
+        size = _Size(
+            steps=self._own_steps(function) + sum(one.steps for one in below),
+            operations=_own_operations(function) + sum(one.operations for one in below),
+            height=1 + max((one.height for one in below), default=0),
+        )
+        self._require_depth(function, size.height)
+        for count, limit, what in (
+            (size.steps, MAX_EXPANDED_NODES, "steps"),
+            (size.operations, MAX_EXPANDED_OPERATIONS, "operations"),
+        ):
+            if count > limit:
+                rule = f"take at most {limit} {what} in '{function.short_name}' with all it calls"
+                raise refuse(rule, count, record=function.record)
+        self._expanded[function] = size
+        return size
 
     def _require_depth(self, function: _Function, depth: int) -> None:
         if depth > MAX_CALL_DEPTH:
@@ -273,6 +303,10 @@ class _Program:
         return longest
 
 
+def _own_operations(function: _Function) -> int:
+    return sum(isinstance(part, _OPERATIONS) for part in _parts(function.node.body))
+
+
 def _parts(statements: Sequence[ast.stmt]) -> Iterator[ast.AST]:
     for statement in statements:
         yield from ast.walk(statement)
@@ -320,7 +354,7 @@ def _stored(target: ast.expr) -> Iterator[str]:
 def _dotted(node: ast.expr) -> str:
     """Give a dotted name as text; empty for anything else."""
     parts: list[str] = []
-    while isinstance(node, ast.Attribute):
+    while isinstance(node, ast.Attribute) and len(parts) < _MAX_NAME_PARTS:
         parts.append(node.attr)
         node = node.value
     return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""

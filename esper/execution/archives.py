@@ -35,6 +35,8 @@ MAX_RECORDS: Final = 4096
 """Most records of an archive."""
 MAX_RECORD_BYTES: Final = 4 * 1024 * 1024
 """Longest record that is no tensor, in bytes."""
+MAX_CODE_BYTES: Final = 512 * 1024
+"""Most bytes of all sources of a script; syntax trees take some 350 times as much, the largest legal graph a tenth."""
 MAX_UNPACKED_BYTES: Final = 512 * 1024 * 1024
 """Most bytes of all records, unpacked."""
 
@@ -99,6 +101,9 @@ def inspect_binary(binary: bytes, target: CompileTarget) -> None:
 
 def _inspect_script(archive: _Archive) -> None:
     archive.require(*_SCRIPT_PICKLES)
+    code = sum(size for name, size in archive.sizes.items() if _SCRIPT_CODE.fullmatch(name))
+    if code > MAX_CODE_BYTES:
+        raise refuse(f"have at most {MAX_CODE_BYTES} bytes of source in all", code)
     sources: dict[str, ast.Module] = {}
     for name in archive.sizes:
         if name in _PLAIN or _SCRIPT_TENSOR.fullmatch(name):

@@ -58,14 +58,16 @@ class KernelLookup:
         self._remember(key, said, found)
         return found
 
-    def learn(self, manifest: KernelManifest, size_bytes: int, spec: CompileSpec, key: str) -> StoredKernel:
+    def learn(self, manifest: KernelManifest, size_bytes: int, spec: CompileSpec) -> StoredKernel:
         """Check a kernel that the library took from here, as its answer would be, so that the answer is known.
+
+        It is known by the content key of the kernel: the job's is another where the toolchain changed under the job.
 
         Raises:
             CorruptDataError: It does not answer the request; the message names what differs.
         """
-        found = _check(manifest, size_bytes, spec, key)
-        self._remember(key, serialize(manifest), found)
+        found = _check(manifest, size_bytes, spec, manifest.content_key)
+        self._remember(manifest.content_key, serialize(manifest), found)
         return found
 
     def _remember(self, key: str, said: bytes, found: StoredKernel) -> None:

@@ -170,7 +170,7 @@ class Outbox:
         """Upload; give what the library has now: this kernel, or the one it had for the request before."""
         named, _ = await upload_kernel(self._urza, data, timeout_s=self._config.upload_timeout_s)
         if named == manifest.artifact_id:
-            return self._library.learn(manifest, len(data), job.spec, job.content_key)
+            return self._library.learn(manifest, len(data), job.spec)
         try:
             found = await find_kernel(self._urza, job.spec, manifest.content_key)
         except NotFoundError as error:

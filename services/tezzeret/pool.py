@@ -50,6 +50,11 @@ class WorkerPool:
         self._started = False
 
     @property
+    def started(self) -> bool:
+        """Whether `start` has returned; it may not be called again then."""
+        return self._started
+
+    @property
     def num_workers(self) -> int:
         """Jobs that run at once."""
         return self.config.num_workers
@@ -273,9 +278,12 @@ class WorkerPool:
             if not abandoned.is_set():
                 on_phase(phase)
 
-        worker = TezzeretWorker(self.config.compiler)
+        def work() -> KernelArtifact:
+            with contextlib.closing(TezzeretWorker(self.config.compiler)) as worker:
+                return worker.compile_spec(spec, tell).artifact
+
         limit_s = self.config.limits.job_timeout_s
-        running = loop.run_in_executor(threads, lambda: worker.compile_spec(spec, tell).artifact)
+        running = loop.run_in_executor(threads, work)
         self._abandoned.add(abandoned)
         try:
             return await asyncio.wait_for(running, limit_s)

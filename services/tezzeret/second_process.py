@@ -27,7 +27,8 @@ _LENGTH: Final = struct.Struct(">Q")
 class SecondProcess:
     """Gives what a function makes of a request in a process of its own; one request at a time. Not thread-safe.
 
-    The process that first asks must have no other threads then: they would be missing in the fork.
+    The process that first asks must have no other threads then: they would be missing in the fork. The fork ends with
+    the thread that asked when it was started, not with the process alone: ask from the thread that lives longest.
     """
 
     def __init__(self, work: Callable[[bytes], bytes], *, deadline_s: float = _DEADLINE_S) -> None:

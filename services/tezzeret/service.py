@@ -22,6 +22,7 @@ from esper.contracts.errors import (
     InvalidInputError,
     InvalidStateError,
     NotFoundError,
+    SignatureError,
     UnavailableError,
 )
 from esper.contracts.kernel import ENDED_PHASES, CompileJob, CompileSpec, JobPhase, JobPriority
@@ -50,6 +51,9 @@ _MAX_SEED: Final = 2**63 - 1
 _MAX_ADAPTATION_CHARS: Final = 128
 _MAX_REMEMBERED: Final = 1024
 _CANCELLED: Final = "cancelled on request"
+
+_Lost = NotFoundError | SignatureError
+"""How the library says that it has no kernel of a key that it would give to anybody."""
 
 
 class TezzeretService:
@@ -106,7 +110,7 @@ class TezzeretService:
         pause_s = self._config.min_backoff_s
         while True:
             try:
-                if not self._pool.ready():
+                if not self._pool.started:
                     await self._pool.start()
                 await self._runner.start()
             except (EsperError, OSError) as error:
@@ -188,7 +192,7 @@ class TezzeretService:
             priority=priority or (JobPriority.INTERACTIVE if run_id else JobPriority.NORMAL),
         )
         job, cached = await self._job_of(fresh, asker)
-        if asker is not None and job.phase in ENDED_PHASES:
+        if asker is not None and job.phase is not JobPhase.QUEUED:  # it may have ended before the asker was noted
             self._outbox.wake()
         if wait and job.phase not in ENDED_PHASES:
             job = await self._ended(job)
@@ -286,7 +290,7 @@ class TezzeretService:
             job = await self._hurried(job, fresh)
         return job, job.phase is JobPhase.SUCCEEDED
 
-    def _begins_anew(self, job: CompileJob, stored: NotFoundError | None, asker: Asker | None) -> bool:
+    def _begins_anew(self, job: CompileJob, stored: _Lost | None, asker: Asker | None) -> bool:
         """Say whether a request starts an ended job again.
 
         What a job died of may have passed; runs share kernels, so one that stayed dead would be missing to all of them.
@@ -294,7 +298,7 @@ class TezzeretService:
         if job.phase is JobPhase.DEAD:
             rest = timedelta(seconds=self._config.rest_dead_s)
             return asker is not None and job.finished_at is not None and datetime.now(UTC) - job.finished_at >= rest
-        lost = job.phase is JobPhase.SUCCEEDED and isinstance(stored, NotFoundError)
+        lost = job.phase is JobPhase.SUCCEEDED and stored is not None
         return lost or job.phase is JobPhase.CANCELLED
 
     async def _begin_anew(self, ended: CompileJob, asked: CompileJob, asker: Asker | None) -> CompileJob:
@@ -320,19 +324,22 @@ class TezzeretService:
         await self._enqueue(job)
         return job
 
-    async def _in_library(self, asked: CompileJob) -> StoredKernel | NotFoundError | None:
+    async def _in_library(self, asked: CompileJob) -> StoredKernel | _Lost | None:
         """Ask the library for the kernel of a content key; an error that says nothing about it is ``None``.
 
-        A library that found its copy damaged has removed it, and says so when it is asked once more.
+        A library that found its copy damaged has removed it, and says so when it is asked once more. One whose copy
+        is signed by a key that is no longer trusted gives it to nobody, and takes a new one in its place.
         """
         spec, key = asked.spec, asked.content_key
         try:
             try:
                 return await self._library.find(spec, key)
+            except SignatureError:
+                raise
             except CorruptDataError as error:
                 log.warning("library_asked_again", extra={"content_key": key, "error": str(error)})
                 return await self._library.find(spec, key)
-        except NotFoundError as error:
+        except (NotFoundError, SignatureError) as error:
             return error
         except CorruptDataError as error:
             log.error("library_not_believed", extra={"content_key": key, "error": str(error)})

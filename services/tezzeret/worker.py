@@ -47,7 +47,8 @@ OnPhase = Callable[[JobPhase], None]
 class TezzeretWorker:
     """Compiles blueprints in this process.
 
-    Thread-safe, as nothing is shared between compiles, unless it checks a second process too: then for one thread.
+    Thread-safe, as nothing is shared between compiles, unless it checks a second process too: then for one thread, the
+    one of the caller that lives longest, since the second process ends with the thread that started it.
     """
 
     def __init__(
@@ -66,6 +67,11 @@ class TezzeretWorker:
         self._config = config or CompilerConfig()
         self._signer = signer
         self._second = second_process() if self._config.check_processes else None
+
+    def close(self) -> None:
+        """End the second process, if there is one; the next compile would start another. Idempotent."""
+        if self._second is not None:
+            self._second.end()
 
     def compile_blueprint(
         self,

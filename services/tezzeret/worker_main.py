@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from esper.contracts.errors import CapacityExceededError, EsperError
 from esper.contracts.kernel import CompileSpec, JobPhase, ValidationCheck
@@ -21,6 +22,9 @@ from esper.services.tezzeret.config import CompilerConfig, WorkerLimits
 from esper.services.tezzeret.frames import FrameKind, pack_frame, read_frame
 from esper.services.tezzeret.sandbox import allow_cpu, cuda_devices, enter
 from esper.v1 import tezzeret_service_pb2 as pb
+
+if TYPE_CHECKING:  # torch comes only once the sandbox is entered
+    from esper.services.tezzeret.worker import TezzeretWorker
 
 MAX_ERROR_CHARS = 500
 """Longest error text sent."""
@@ -62,11 +66,14 @@ def _serve(
 
     torch.set_num_threads(1)
     warm_up(CompileTarget.TORCHSCRIPT, CompileTarget.EXPORTED_PROGRAM)
-    worker = TezzeretWorker(compiler)
     for row in rows:
         _send(out, FrameKind.SANDBOX, serialize(row))
-    _send(out, FrameKind.READY)
+    with closing(TezzeretWorker(compiler)) as worker:
+        _send(out, FrameKind.READY)
+        _serve_jobs(worker, jobs, out, limits)
 
+
+def _serve_jobs(worker: TezzeretWorker, jobs: BinaryIO, out: BinaryIO, limits: WorkerLimits) -> None:
     def on_phase(phase: JobPhase) -> None:
         _send(out, FrameKind.PHASE, pb.CompileJob(phase=int(phase)).SerializeToString())  # type: ignore[arg-type]
 

@@ -414,9 +414,11 @@ async def test_a_kernel_is_known_only_if_it_answers_its_request(mill: Mill, spec
     job, _ = await mill.service.compile(spec, wait=True)
     manifest, data = mill.library.kernels[job.artifact_id]
     lookup = library.KernelLookup(None)
-    assert lookup.learn(manifest, len(data), spec, job.content_key).artifact_id == job.artifact_id
+    assert lookup.learn(manifest, len(data), spec).artifact_id == job.artifact_id
     with pytest.raises(CorruptDataError, match="it differs in site"):
-        lookup.learn(replace(manifest, site=replace(spec.site, input_shape=(9,))), len(data), spec, job.content_key)
+        lookup.learn(replace(manifest, site=replace(spec.site, input_shape=(9,))), len(data), spec)
+    with pytest.raises(CorruptDataError, match="it differs in artifact_id"):
+        lookup.learn(replace(manifest, content_key="0" * 64), len(data), spec)
 
 
 async def test_an_upload_is_one_pass_of_the_outbox_and_old_jobs_go_now_and_then(mill: Mill, spec: CompileSpec) -> None:

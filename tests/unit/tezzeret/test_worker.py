@@ -284,6 +284,11 @@ except CompilationError as error:
     print(error)
 kernel_validator.output_digest = honest
 print(detail_of(misled))
+open_fds = len(os.listdir("/proc/self/fd"))
+pids = [worker._second.pid for worker in (checked, misled)]
+for worker in (checked, checked, misled):
+    worker.close()
+print(open_fds - len(os.listdir("/proc/self/fd")), [os.path.exists(f"/proc/{pid}") for pid in pids])
 """
 
 
@@ -292,11 +297,12 @@ def test_a_second_process_gives_the_same_bits() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=120, check=True, env=dict(os.environ)
     )
-    first, again, different, replaced = done.stdout.strip().split("\n")
+    first, again, different, replaced, closed = done.stdout.strip().split("\n")
     same = "a second process gave the same bits, built and compiled"
     assert (first, again) == (same, f"{same} True")
     assert "determinism_processes: a second process gave 0000" in different
     assert replaced == same, "a process that gave other bits is not asked again"
+    assert closed == "4 [False, False]", "a closed worker leaves neither descriptors nor a process"
 
 
 def test_the_graph_of_a_module_is_no_part_of_what_is_scripted(
