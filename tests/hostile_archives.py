@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from esper.blueprints import default_registry, to_module
 from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.kernel import CompileSpec, CompileTarget
+from esper.execution.archive_calls import MAX_EXPANDED_OPERATIONS
+from esper.execution.archives import MAX_CODE_BYTES
 from esper.services.tezzeret.compiler import compile_module, quiet, save_torchscript, script_of
 from esper.services.tezzeret.config import CompilerConfig
 
@@ -208,6 +210,9 @@ def hostile_scripts() -> Iterator[tuple[str, bytes, str]]:
     )
     yield "other quotes", with_source(with_line("_0 = 'x'")), "printable ASCII"
     yield "escapes", with_source(with_line('_0 = "\\n"')), "printable ASCII"
+    path = "archive/code/__torch__/more"
+    much = {f"{path}{index}.py": b"1\n" * (MAX_CODE_BYTES // 4) for index in range(2)}
+    yield "much source", packed({**records, **much}), f"at most {MAX_CODE_BYTES} bytes of source in all"
     yield "no source", with_source(lambda _: "def forward(:"), "be source"
 
 
@@ -270,8 +275,15 @@ def endless_calls() -> Iterator[tuple[str, bytes, str]]:
     )
     chain = chain.replace("layer_norm(input, )", "layer_norm(input, [6], )")
     yield "calls within calls", with_functional("def layer_norm", f"{chain}def layer_norm"), "nest at most 16 functions"
-    yield "fifty thousand calls", scripted(Multiplies()), "take at most 250000 steps in 'Multiplies.forward'"
-    yield "more operations than torch's stack holds", added(MAX_EXPANDED_OPERATIONS + 1), "at most 4000 operations in 'f"
+    yield "fifty thousand calls", scripted(Multiplies()), "at most 4000 operations in '_ten_thousand'"
+    yield (
+        "more operations than torch's stack holds",
+        added(MAX_EXPANDED_OPERATIONS + 1),
+        f"at most {MAX_EXPANDED_OPERATIONS} operations in 'f' with all it calls, got {MAX_EXPANDED_OPERATIONS + 1}",
+    )
+    sums = "\n      ".join(["_1 = torch.add(h, 1)"] * 10)
+    loops = "\n    ".join([f"for i in range(64):\n      {sums}"] * 100)
+    yield "a hundred loops", with_source(with_line(loops)), "take at most 250000 steps in 'Seed.forward'"
     meant = "by a name that stands for one alone, got "
     either = f"    _1 = __torch__.a\n    _1 = {layer_norm}\n    _2 = _1(h, [6], )"
     yield "name of two functions", with_source(with_line(either.strip())), f"{meant}'_1'"
@@ -305,10 +317,17 @@ def endless_calls() -> Iterator[tuple[str, bytes, str]]:
 
 def added(num_operations: int) -> bytes:
     """Give the sound archive with so many operations in all, nearly all of them additions, in nested functions."""
-    records = unpacked(sound())
-    forward = records[source_name(records)].decode()
-    own = sum(isinstance(part, ast.Call) for part in ast.walk(ast.parse(forward)))
-    return packed(records) if not own else b""
+    path = "__torch__.torch.nn.functional"
+    num_calls, num_own = divmod(num_operations, 31)
+    own = "".join("  h = torch.add(h, 1)\n" for _ in range(num_own))
+    calls = "".join(f"  h = {path}.thirty(h, )\n" for _ in range(num_calls))
+    thirty = "".join("  h = torch.add(h, 1)\n" for _ in range(30))
+    sources = (
+        f"def thirty(h: Tensor) -> Tensor:\n{thirty}  return h\ndef f(h: Tensor) -> Tensor:\n{own}{calls}  return h\n"
+    )
+    records = unpacked(with_source(_swap("torch.gelu(node_down0)", f"{path}.f(torch.gelu(node_down0), )")))
+    name = "archive/code/__torch__/torch/nn/functional.py"
+    return packed({**records, name: sources.encode() + records[name]})
 
 
 def endless_lists() -> Iterator[tuple[str, bytes, str]]:

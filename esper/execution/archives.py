@@ -35,8 +35,8 @@ MAX_RECORDS: Final = 4096
 """Most records of an archive."""
 MAX_RECORD_BYTES: Final = 4 * 1024 * 1024
 """Longest record that is no tensor, in bytes."""
-MAX_CODE_BYTES: Final = 512 * 1024
-"""Most bytes of all sources of a script; syntax trees take some 350 times as much, the largest legal graph a tenth."""
+MAX_CODE_BYTES: Final = 256 * 1024
+"""Most bytes of all sources of a script, whose syntax trees take some 600 times as much; legal ones have a seventh."""
 MAX_UNPACKED_BYTES: Final = 512 * 1024 * 1024
 """Most bytes of all records, unpacked."""
 

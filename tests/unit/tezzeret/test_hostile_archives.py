@@ -20,6 +20,7 @@ from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.errors import CompilationError, CorruptDataError
 from esper.contracts.kernel import CompileSpec, CompileTarget, DeviceKind, KernelArtifact, KernelManifest
 from esper.contracts.wire import parse
+from esper.execution.archive_calls import MAX_EXPANDED_OPERATIONS
 from esper.execution.archives import inspect_binary
 from esper.execution.artifact import KernelContent, artifact_bytes, assemble, load_weights, sign, verify
 from esper.execution.executor import KernelExecutor, Placement
@@ -125,6 +126,33 @@ def test_calls_that_end_soon_pass() -> None:
     inspect_binary(hostile.scripted(hostile.Calls()), SCRIPT)
 
 
+RUN = """
+import sys
+from pathlib import Path
+
+import torch
+
+from esper.services.tezzeret.compiler import load_torchscript
+
+torch.set_num_threads(1)
+module = load_torchscript(Path(sys.argv[1]).read_bytes())
+with torch.no_grad():
+    for _ in range(3):
+        module(torch.zeros(1, 8), torch.zeros(1, 6))
+print("ran")
+"""
+
+
+def test_nearly_as_many_operations_as_pass_do_run(tmp_path: Path) -> None:
+    """In a process of its own, which torch would take down with it where they were too many for the stack."""
+    archive = tmp_path / "archive"
+    archive.write_bytes(hostile.added(MAX_EXPANDED_OPERATIONS - 20))
+    inspect_binary(archive.read_bytes(), SCRIPT)
+    command = [sys.executable, "-W", "ignore", "-c", RUN, str(archive)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "ran\n"), done.stderr
+
+
 @pytest.mark.parametrize("operator", ["group_norm({}, groups=2)", "linear({})", "low_rank({})"])
 def test_the_largest_graph_passes(operator: str) -> None:
     """As many nodes as are allowed, of the operator that calls most functions and loops, among others."""
@@ -162,6 +190,19 @@ def test_every_operator_of_the_set_passes_in_every_form(site: Site, text: str) -
         inspect_binary(form.binary, target)
     for recipe in _RECIPES.values():
         inspect_binary(recipe(stir(to_module(ir, site, seed=0), 1).eval()).binary, SCRIPT)
+
+
+def test_a_circle_is_named_by_short_names() -> None:
+    """torch numbers a class that it compiled before, and a message ends after 200 characters."""
+    scripts = {name: (binary, said) for name, binary, said in hostile.endless_calls()}
+    binary, said = scripts["methods that call each other"]
+    records = {
+        name.replace("modules/linear", f"modules/{'long' * 40}"): data.replace(
+            b"modules.linear", b"modules." + b"long" * 40
+        )
+        for name, data in hostile.unpacked(binary).items()
+    }
+    assert not_refused(iter([("long names", hostile.packed(records), said)]), SCRIPT) == []
 
 
 def test_every_template_passes(registry: BlueprintRegistry) -> None:
