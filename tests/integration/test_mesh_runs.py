@@ -67,12 +67,20 @@ def esper_threads_since(before: set[threading.Thread]) -> set[str]:
     return {name for name in names if name.startswith("esper")}
 
 
+def esper_threads_left(before: set[threading.Thread]) -> set[str]:
+    """Names of those that do not end: a compile under way, which no thread can be kept from, is let run out."""
+    for thread in set(threading.enumerate()) - before:
+        if thread.name.startswith("esper-compile"):
+            thread.join(20)
+    return esper_threads_since(before)
+
+
 def test_a_session_without_a_mesh_ends_its_own(model: Any) -> None:
     before = set(threading.enumerate())
     with session_of(model) as session:
         train(session, model)
         assert "esper-mesh" in esper_threads_since(before)
-    assert not esper_threads_since(before)
+    assert not esper_threads_left(before)
 
 
 def test_a_session_that_cannot_start_ends_the_mesh_it_began(model: Any) -> None:
@@ -85,4 +93,4 @@ def test_a_session_that_cannot_start_ends_the_mesh_it_began(model: Any) -> None:
             loss_fn=nn.CrossEntropyLoss(),
             control_loader=data(),
         )
-    assert not esper_threads_since(before)
+    assert not esper_threads_left(before)
