@@ -46,8 +46,8 @@ class CommandDesk:
             ControlAction.CULL: self._cull,
         }
 
-    def carry_out(self, command: ControlCommand) -> None:
-        """Do what is asked and answer; a repeated request gets the first answer again."""
+    def carry_out(self, command: ControlCommand) -> ControlResult:
+        """Do what is asked and answer; a repeated request gets the first answer again. Gives the answer."""
         answer = self._answers.get(command.request_id)
         if answer is None:
             answer = self._do(command)
@@ -55,6 +55,7 @@ class CommandDesk:
             while len(self._answers) > _ANSWERS_KEPT:
                 del self._answers[next(iter(self._answers))]
         self._context.link.send(Kind.CONTROL, answer)
+        return answer
 
     def _do(self, command: ControlCommand) -> ControlResult:
         try:

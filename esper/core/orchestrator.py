@@ -3,9 +3,10 @@
     decision -> gates -> LOADING -> kernel arrives -> ACTIVE (learns alone) -> EVALUATING (alpha ramps, then the effect
     is measured, at most ``max_looks`` times) -> FOSSILIZED or CULLED -> field report
 
-Seeds of one race learn side by side; the best of them goes on (``esper.core.race``). It works at step and epoch
-boundaries of the training thread, in memory alone. One seed is blended in at a time, so that a measured effect has one
-cause.
+Seeds of one race learn side by side; the best of them is blended in, others wait for what comes of it
+(``esper.core.race``). It works at step and epoch boundaries of the training thread, in memory alone. One seed is
+blended in at a time, so that a measured effect has one cause; it is measured at the mean of the epoch's weights
+(``esper.core.smoothing``).
 """
 
 from __future__ import annotations

@@ -333,8 +333,8 @@ class Session:
                 case KernelArrival():
                     self._orchestrator.receive_kernel(arrival)
                 case ControlCommand():
-                    self._desk.carry_out(arrival)
-                    if arrival.action is ControlAction.ROLLBACK:
+                    answer = self._desk.carry_out(arrival)
+                    if answer.accepted and arrival.action is ControlAction.ROLLBACK:
                         self._governor.forget()  # an older state's losses are no spike
 
     def _note_answer(self, decision: AdaptationDecision) -> None:

@@ -56,13 +56,11 @@ class SecondProcess:
         """
         if self._asked:
             self.end()
+        if self._pid is None or not self._send(request):
+            self.end()
+            self._start()
+            self._send(request)
         self._asked = True
-        if self._pid is not None and self._send(request):
-            return
-        self.end()
-        self._asked = True
-        self._start()
-        self._send(request)
 
     def answer(self) -> bytes:
         """Wait for the answer; fewer bytes than ``DIGEST_BYTES`` when the process failed, died or took too long."""

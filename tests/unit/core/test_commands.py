@@ -308,3 +308,13 @@ def test_what_an_operator_takes_back_stays_so_though_its_losses_are_higher(desk:
         one.session.step(torch.tensor(0.7))
     assert one.session.step_count == before + 8
     assert one.session.report().rollbacks == 0
+
+
+def test_what_an_operator_could_not_take_back_is_watched_as_before(desk: Any, store: CheckpointManager) -> None:
+    one = desk(checkpoints=store)
+    for _ in range(64):
+        one.session.step(torch.tensor(1e-3))
+    assert not one.ask(command(ControlAction.ROLLBACK, checkpoint_id="../x")).accepted
+    for _ in range(8):
+        one.session.step(torch.tensor(0.7))
+    assert one.session.report().rollbacks == 1

@@ -6,13 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from esper.blueprints.ir import content_id
 from esper.contracts.errors import InvalidInputError, SignatureError, UnavailableError
 from esper.contracts.kernel import CompileJob, CompileSpec, JobPhase
 from esper.execution import answers
@@ -28,6 +26,7 @@ from esper.services.tezzeret.worker import TezzeretWorker
 from esper.services.urza.server import UrzaConfig, UrzaService
 from esper.v1 import urza_service_pb2 as urza_pb
 from esper.v1.urza_service_pb2_grpc import UrzaServiceStub
+from tests.unit.tezzeret.test_job_faults import job_of
 
 Mill = Any
 
@@ -36,14 +35,7 @@ async def test_a_job_of_another_toolchain_ends_with_the_kernel_of_this_one(mill:
     """The service was replaced by a newer one while the job waited."""
     await mill.service.close()
     key = answers.content_key(spec, {**toolchain(), "torch": "1.0.0"})
-    older = CompileJob(
-        job_id=job_id_of(key),
-        content_key=key,
-        blueprint_id=content_id(spec.ir),
-        spec=spec,
-        phase=JobPhase.QUEUED,
-        created_at=datetime.now(UTC),
-    )
+    older = replace(job_of(spec), job_id=job_id_of(key), content_key=key)
     await mill.store.add(older, Asker(run_id="run-1", adaptation_id="a1"))
     mill.service = mill.make_service()
     await mill.service.start()
