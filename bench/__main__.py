@@ -24,6 +24,7 @@ MEASURES: Final = {
     "c3_library": "the library against the same SQL by hand and a bare gRPC call, and its transfers",
     "c4_tiers": "which cache tier has the kernels of growing runs, how fast, and without the second",
     "incubation": "ways in which a seed learns alone: quality and cost of each",
+    "g2_counterfactual": "the effects of eight rivals in fused passes, over one configuration after the other",
     "g3_memory": "how much less is tried by a run whose mesh has seen another of its kind",
     "growth": "grown networks against their controls on a sealed test",
 }

@@ -15,13 +15,16 @@ import logging
 import shutil
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, Final, Self
 
 import grpc
+from typing_extensions import override
 
 import esper
 from bench.growth_arms import grow
@@ -30,10 +33,13 @@ from bench.loops import Loop
 from bench.paired import PairedTimes, spread, time_pair
 from bench.report import Figure, Goal, Result, at_least
 from esper.cli import digits
+from esper.contracts.decision import AdaptationDecision
 from esper.contracts.errors import InvalidStateError
 from esper.contracts.run import CacheTierStatus
+from esper.core.link import Arrival, KernelArrival, RunLink
+from esper.core.morphable import MorphableModel
 from esper.execution._native import KernelCache
-from esper.execution.artifact import verify
+from esper.execution.artifact import VerifiedKernel, verify
 from esper.execution.keys import KeyRing
 from esper.execution.tier_directory import DirectoryTier
 from esper.execution.tier_port import BreakerState, KernelTier
@@ -51,6 +57,47 @@ ALL: Final = Goal(sign="==", limit=1)
 _L1_BYTES: Final = 256 * 2**20
 
 
+class Origin(Enum):
+    """What a kernel was when its decision came."""
+
+    THERE = "there already"
+    """Made before: asked for by an earlier decision, or foreseen."""
+    DESIGNED = "a design of Karn's, made for the decision"
+    LISTED = "a blueprint of the library's, made for the decision"
+
+
+class OriginMesh(RecordingMesh):
+    """A recording mesh that also writes down where each kernel came from."""
+
+    def __init__(self, mesh: esper.Mesh) -> None:
+        super().__init__(mesh)
+        self.origins: list[Origin] = []
+
+    @override
+    def open_link(self, run_id: str, model: MorphableModel) -> RunLink:
+        link = super().open_link(run_id, model)
+        arrivals = link.arrivals
+        decisions: dict[str, AdaptationDecision] = {}
+
+        def noted() -> Iterator[Arrival]:
+            for item in arrivals():
+                if isinstance(item, AdaptationDecision):
+                    decisions[item.adaptation_id] = item
+                elif isinstance(item, KernelArrival) and item.ready.artifact_id:
+                    self.origins.append(origin_of(decisions[item.ready.adaptation_id], item.kernel))
+                yield item
+
+        link.arrivals = noted  # type: ignore[method-assign]
+        return link
+
+
+def origin_of(decision: AdaptationDecision, kernel: VerifiedKernel | None) -> Origin:
+    """Say what a kernel was when its decision came."""
+    if kernel is not None and kernel.manifest.created_at < decision.created_at:
+        return Origin.THERE
+    return Origin.DESIGNED if decision.blueprint and "karn" in decision.blueprint.metadata.tags else Origin.LISTED
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordedRun:
     """What one run asked for, and who had it."""
@@ -59,6 +106,8 @@ class RecordedRun:
     """Kernels, in turn."""
     tiers: tuple[CacheTierStatus, ...]
     """The counts of its tiers, nearest first."""
+    origins: tuple[Origin, ...]
+    """Where the requests' kernels came from, in turn."""
 
     def hits(self, tier: str) -> int:
         """Give the requests that one tier answered."""
@@ -91,10 +140,11 @@ def record_runs(settings: MeshSettings, num_runs: int, epochs: int) -> list[Reco
     runs: list[RecordedRun] = []
     for seed in range(num_runs):
         with esper.Mesh.connect(settings) as mesh:
-            recording = RecordingMesh(mesh)
+            recording = OriginMesh(mesh)
             grow(recording, splits, epochs=epochs, seed=seed)
             tiers = tuple(mesh.kernel_source.stats())
-            runs.append(RecordedRun(requests=tuple(recording.requests), tiers=tiers))
+            origins = tuple(recording.origins)
+            runs.append(RecordedRun(requests=tuple(recording.requests), tiers=tiers, origins=origins))
     if not any(run.requests for run in runs):
         raise InvalidStateError(f"{num_runs} runs of {epochs} epochs must ask for a kernel, none did")
     return runs
@@ -117,6 +167,19 @@ def hit_figures(runs: Sequence[RecordedRun]) -> list[Figure]:
             unit="count",
         ),
         Figure(name="from the second run on, answered by L1 or L2", value=near, unit="share", goal=NEAR_GOAL),
+        *miss_figures(later),
+    ]
+
+
+def miss_figures(runs: Sequence[RecordedRun]) -> list[Figure]:
+    """Give how many requests neither L1 nor L2 answered, by what their kernels were when the decision came."""
+    origins = Counter(origin for run in runs for origin in run.origins)
+    missed = sum(len(run.requests) - run.hits("l1") - run.hits("l2") for run in runs)
+    causes = {origin: origins[origin] for origin in (Origin.DESIGNED, Origin.LISTED)}
+    causes[Origin.THERE] = missed - sum(causes.values())
+    return [
+        Figure(name="from the second run on, answered by neither", value=missed, unit="count"),
+        *(Figure(name=f"of these, {origin.value}", value=count, unit="count") for origin, count in causes.items()),
     ]
 
 
@@ -302,7 +365,7 @@ _NOTES: Final = (
     "A local mesh: NATS and six services as processes of this machine. A run asks for each kernel once and keeps it as "
     "a module. Runs share kernels, whatever their seeds (decision 0013). 'Asked for by an earlier one' is the most "
     "that a second tier alone can have for it; beyond that a kernel is near as Tamiyo foresaw it. What is brought near "
-    "before anybody asks is no request.",
+    "before anybody asks is no request. A kernel made for the decision is one that no cache could have.",
     "'The same run again' has an empty first tier: the run begun anew from a checkpoint, or another rank of it.",
     "Fetches are of all recorded kernels in turn, by a fresh source each time; references run beside them.",
     "Away: nobody listens on the port of Redis; a file stands where the directory was. Three failures in a row open "

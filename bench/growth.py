@@ -6,6 +6,7 @@ what they are. Every arm of every seed is written down when it ends, so a run th
     python -m bench growth                               all nine cells, 10 seeds
     python -m bench growth --quick                       perceptrons on digits and mnist1d, 3 seeds
     python -m bench.growth --task digits --host cnn --seeds 5 --workers 1
+    python -m bench.growth --task mnist1d --host mlp --kinds dense
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from rich.console import Console
 
 from bench.growth_arms import ARMS, KINDS, Kind, Option, choose, options, run_arm
 from bench.growth_figures import CellRuns, arm_table, figures_of, notes_of, write_arms
-from bench.growth_hosts import FAMILIES, Cell, FamilyName, make_cell
-from bench.growth_log import RunLog, sources_version
+from bench.growth_hosts import BLUEPRINT_KINDS, FAMILIES, Cell, FamilyName, make_cell
+from bench.growth_log import RunLog, Versions, versions_here
 from bench.growth_plots import plot_cell
 from bench.growth_tasks import TASKS, TaskName
 from bench.growth_training import Outcome
@@ -78,11 +79,11 @@ def measure(*, quick: bool) -> Result:
 def measure_extent(extent: Extent) -> Result:
     """Run what has not been run of an extent; gives the figures, and draws the plots."""
     torch.set_num_threads(1)
-    version = sources_version()
-    log = RunLog(extent.log_path, version=version)
+    versions = versions_here()
+    log = RunLog(extent.log_path, versions=versions)
     log.repair()
-    _each(_choose_unit, [(extent, version, cell, kind) for cell in extent.cells for kind in KINDS], extent.workers)
-    seeds = [(extent, version, cell, seed) for seed in range(extent.num_seeds) for cell in extent.cells]
+    _each(_choose_unit, [(extent, versions, cell, kind) for cell in extent.cells for kind in KINDS], extent.workers)
+    seeds = [(extent, versions, cell, seed) for seed in range(extent.num_seeds) for cell in extent.cells]
     _each(_seed_unit, seeds, extent.workers)
     runs = [
         CellRuns(cell=cell, seeds=tuple(log.outcomes(cell, seed) for seed in range(extent.num_seeds)))
@@ -95,9 +96,9 @@ def measure_extent(extent: Extent) -> Result:
     return Result(name="growth", figures=tuple(figures_of(runs)), notes=notes_of(runs, extent.num_tuning_seeds, files))
 
 
-ChoiceUnit = tuple[Extent, str, Cell, Kind]
-"""A choice of a control, with the version of the sources: what one process does at a time."""
-SeedUnit = tuple[Extent, str, Cell, int]
+ChoiceUnit = tuple[Extent, Versions, Cell, Kind]
+"""A choice of a control, with the versions of the sources: what one process does at a time."""
+SeedUnit = tuple[Extent, Versions, Cell, int]
 """A seed of a cell; likewise."""
 _Unit = TypeVar("_Unit", ChoiceUnit, SeedUnit)
 
@@ -124,8 +125,8 @@ def _begin_worker() -> None:
 
 def _choose_unit(unit: ChoiceUnit) -> None:
     """Let a control choose on the control split, unless it has."""
-    extent, version, cell, kind = unit
-    log = RunLog(extent.log_path, version=version)
+    extent, versions, cell, kind = unit
+    log = RunLog(extent.log_path, versions=versions)
     if kind in log.chosen(cell, extent.num_tuning_seeds):
         return
     option = choose(cell, kind, num_seeds=extent.num_tuning_seeds)
@@ -136,8 +137,8 @@ def _choose_unit(unit: ChoiceUnit) -> None:
 
 def _seed_unit(unit: SeedUnit) -> None:
     """Run the arms of a seed that have not been run."""
-    extent, version, cell, seed = unit
-    log = RunLog(extent.log_path, version=version)
+    extent, versions, cell, seed = unit
+    log = RunLog(extent.log_path, versions=versions)
     run_seed(log, cell, seed, log.chosen(cell, extent.num_tuning_seeds))
 
 
@@ -168,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.growth", description="Growth, cell by cell.")
     parser.add_argument("--task", action="append", choices=TASKS, help="may be given several times; all without it")
     parser.add_argument("--host", action="append", choices=FAMILIES, help="may be given several times; all without it")
+    parser.add_argument("--kinds", choices=BLUEPRINT_KINDS, default="all", help="kinds of blueprint that may grow; all")
     parser.add_argument("--seeds", type=int, help="seeds of each cell; 10, or 3 with --quick")
     parser.add_argument("--workers", type=int, help="processes side by side; as many as there are cores")
     parser.add_argument("--quick", action="store_true", help="3 seeds, one seed for choosing, perceptrons if no --host")
@@ -181,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks: Sequence[TaskName] = asked.task or ([task for task, _ in QUICK_CELLS] if asked.quick else TASKS)
     families: Sequence[FamilyName] = asked.host or (["mlp"] if asked.quick else FAMILIES)
     extent = Extent(
-        cells=tuple(make_cell(task, family) for task in tasks for family in families),
+        cells=tuple(make_cell(task, family, asked.kinds) for task in tasks for family in families),
         num_seeds=asked.seeds or whole.num_seeds,
         num_tuning_seeds=whole.num_tuning_seeds,
         workers=asked.workers or whole.workers,

@@ -15,7 +15,7 @@
 
 All others learn from the train split alone. Every control takes the best of three learning rates on the control split,
 each constant or with the fall at the end that grafted seeds have; what grows under Esper (and by chance) has the rate
-that the goals fix, or else the one that the host chose.
+that the goals fix, or else the one that the host chose, with its fall.
 """
 
 from __future__ import annotations
@@ -72,6 +72,10 @@ CONTROLS: Final = (
 )
 """Every control, in the order in which they are shown; the grown arm and ``FINAL`` come before what depends on them."""
 ARMS: Final = (GROWN, *CONTROLS)
+PLAIN_ARMS: Final = frozenset(
+    {"host", "host" + ALL_DATA, "static-wide", "static-wide" + ALL_DATA, "static-deep", "Net2Wider", "gromo"}
+)
+"""Controls in which nothing of Esper's grows, and that need no figure of one in which it does. So do all choices."""
 
 Kind = Literal["host", "static-wide", "static-deep", "Net2Wider", "gromo"]
 KINDS: Final[tuple[Kind, ...]] = ("host", "static-wide", "static-deep", "Net2Wider", "gromo")
@@ -109,21 +113,21 @@ class Option:
 
 def options(cell: Cell, kind: Kind) -> list[Option]:
     """Give what a control chooses from; nothing where it cannot be measured."""
-    base = cell.settings.learning_rate
-    rates = [factor * base for factor in RATE_FACTORS]
-    shapes: dict[Kind, list[Shape]] = {
-        "host": [cell.host],
-        "static-wide": wide_shapes(cell),
-        "static-deep": deep_shapes(cell),
-        "Net2Wider": [inner_shape(cell)],
-        "gromo": [inner_shape(cell)],
-    }
     if kind == "gromo" and reason_not_measured(cell):
         return []
+    base = cell.settings.learning_rate
+    rates = [factor * base for factor in RATE_FACTORS]
+    shapes: dict[Kind, Callable[[Cell], list[Shape]]] = {
+        "host": lambda cell: [cell.host],
+        "static-wide": wide_shapes,
+        "static-deep": deep_shapes,
+        "Net2Wider": lambda cell: [inner_shape(cell)],
+        "gromo": lambda cell: [inner_shape(cell)],
+    }
     schedules = SCHEDULES if kind == "gromo" else (0,)
     return [
         Option(shape=shape, rate=rate, tail=tail, times=times)
-        for shape in shapes[kind]
+        for shape in shapes[kind](cell)
         for rate in rates
         for tail in TAILS
         for times in schedules
@@ -192,10 +196,10 @@ def run_arm(arm: str, cell: Cell, *, seed: int, chosen: Mapping[Kind, Option], d
 
 
 def _at(cell: Cell, chosen: Mapping[Kind, Option]) -> Cell:
-    """Give the cell at the rate of what grows: where no goal fixes it, the one that the host chose."""
+    """Give the cell at the rate of what grows: where no goal fixes it, the host's choice, its fall included."""
     if cell.rate_is_fixed:
         return cell
-    return replace(cell, settings=at_rate(cell.settings, chosen["host"].rate))
+    return replace(cell, settings=at_rate(cell.settings, chosen["host"].rate, chosen["host"].tail))
 
 
 def _run_final(arm: str, cell: Cell, *, seed: int, done: Mapping[str, Outcome]) -> Outcome:

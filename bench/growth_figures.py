@@ -305,10 +305,13 @@ def notes_of(runs: Sequence[CellRuns], num_tuning_seeds: int, files: Sequence[Pa
         task, settings = load(cell.task), cell.settings
         notes.append(
             f"{cell.name}: {len(task.train)} train, {len(task.control)} control, {len(task.sealed)} sealed; host "
-            f"{cell.host}, at most {cell.max_parameters:,} parameters; {settings.epochs} epochs, AdamW at "
+            f"{cell.host}, at most {cell.max_parameters:,} parameters; {settings.epochs} epochs of "
+            f"{len(task.epoch_of_train)} examples, AdamW at "
             f"{settings.learning_rate:g}{' (fixed)' if cell.rate_is_fixed else ''}, decay {settings.weight_decay:g}, "
             f"batch {settings.batch_size}; seeds 0 to {len(runs[0].seeds) - 1}."
         )
+        if cell.kinds != "all":
+            notes.append(f"{cell.name}: what grows, under Esper and at random, is {cell.kinds} blueprints alone.")
         reason = reason_not_measured(cell)
         if reason:
             notes.append(f"{cell.name}: gromo not measured: {reason}.")

@@ -1,8 +1,9 @@
 """gromo (growingnet/gromo, TINY: Verbockhaven et al., TMLR 2024) on the perceptrons of the growth measure.
 
 The host is gromo's own network of the same layers and starts from the same weights. At some epochs its statistics are
-gathered over the training split, the best new units computed, their scale found by gromo's line search on the training
-loss, and the units added: the procedure of gromo's tutorial. The hidden units of the whole budget are asked for.
+gathered over an epoch's training examples, the best new units computed, their scale found by gromo's line search on
+the training loss, and the units added: the procedure of gromo's tutorial. The hidden units of the whole budget are
+asked for.
 """
 
 from __future__ import annotations
@@ -125,4 +126,5 @@ def _extended_loss(model: GromoNet, task: Task, scale: float) -> float:
 
 
 def _parts(task: Task) -> zip[tuple[torch.Tensor, ...]]:
-    return zip(torch.split(task.train.inputs, 512), torch.split(task.train.targets, 512), strict=True)
+    examples = task.epoch_of_train
+    return zip(torch.split(examples.inputs, 512), torch.split(examples.targets, 512), strict=True)

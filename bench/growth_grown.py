@@ -13,15 +13,17 @@ import torch
 from torch import nn
 
 import esper
-from bench.growth_hosts import Cell, make_net, num_parameters
+from bench.growth_hosts import BLUEPRINT_KINDS, Cell, Settings, make_net, num_parameters
 from bench.growth_tasks import Batches, load
 from bench.growth_training import Outcome, Point, Trained, Tried, make_optimizer, outcome_of
 from esper.blueprints.build import to_module
 from esper.blueprints.flops import ThreadFlops
 from esper.contracts.decision import AdaptationDecision
 from esper.contracts.lifecycle import SeedLifecycleState
+from esper.core.growth import GrowthConfig
 from esper.core.link import Arrival, RunLink
 from esper.core.morphable import MorphableModel
+from esper.core.pacing import tail_factor
 from esper.core.report import EpochRecord, RunReport
 from esper.core.session import MeshPort
 from esper.execution.grown import GrownSeed
@@ -92,8 +94,8 @@ def grow_once(
     began_s = time.perf_counter()
     model = esper.wrap(make_net(cell, cell.host, seed), seeds_per_layer=SEEDS_PER_LAYER, exclude=_unwrapped(cell))
     # The policy's draws depend on the run's name, so equal seeds need equal names.
-    name = f"bench-growth-{cell.task}-{cell.family}-{seed}"
-    batches = Batches(task.train, batch_size=settings.batch_size, seed=seed)
+    name = f"bench-growth-{cell.name.replace('/', '-')}-{seed}"
+    batches = Batches(task.train, batch_size=settings.batch_size, seed=seed, passes_per_epoch=task.passes_per_epoch)
     curve: list[Point] = []
 
     def point(record: EpochRecord) -> Point:
@@ -106,19 +108,23 @@ def grow_once(
         )
 
     torch.manual_seed(seed)
+    optimizer = make_optimizer(model, settings)
     with own.counting():
         session = esper.Session(
             model,
-            make_optimizer(model, settings),
+            optimizer,
             loss_fn=nn.CrossEntropyLoss(),
             control_loader=[(task.control.inputs, task.control.targets)],
             mesh=listening,
             budget=esper.Budget(added_params=cell.max_parameters - num_parameters(model)),
             seed=seed,
-            config=esper.SessionConfig(run_id=name, decision_wait_s=wait_s, planned_epochs=settings.epochs),
+            config=esper.SessionConfig(
+                run_id=name, decision_wait_s=wait_s, planned_epochs=settings.epochs, growth=_growth(cell)
+            ),
         )
     with session:
         while session.epoch_count < settings.epochs:
+            _let_rates_fall(optimizer, settings, epoch=session.epoch_count)
             _grow_epoch(model, session, batches, steps=steps, own=own)
             with own.counting():
                 record = session.end_epoch()
@@ -126,10 +132,23 @@ def grow_once(
         with own.counting():
             session.finish()
         curve[-1] = replace(curve[-1], flops=steps.total + own.total, seconds=time.perf_counter() - began_s)
-    outcome = outcome_of(task, Trained(model, tuple(curve), curve[-1]), rate=settings.learning_rate)
+    outcome = outcome_of(task, Trained(model, tuple(curve), curve[-1]), rate=settings.learning_rate, tail=settings.tail)
     tried = tuple(_tried(session.report(), listening))
     topology = tuple(base64.b64encode(seed.to_bytes()).decode() for seed in kept_seeds(model))
     return replace(outcome, own_flops=own.total, tried=tried, topology=topology)
+
+
+def _growth(cell: Cell) -> GrowthConfig:
+    """Give how the cell's host grows: by Esper's own settings, but no rate falls twice."""
+    growth = GrowthConfig(allowed_blueprints=BLUEPRINT_KINDS[cell.kinds])
+    return replace(growth, graft_tail=0.0) if cell.settings.tail else growth
+
+
+def _let_rates_fall(optimizer: torch.optim.Optimizer, settings: Settings, *, epoch: int) -> None:
+    """Let every rate, as it stands, fall as a static network's does; what growth has made of it stays in it."""
+    before, now = (tail_factor(max(0, at) / settings.epochs, settings.tail) for at in (epoch - 1, epoch))
+    for group in optimizer.param_groups:
+        group["lr"] *= now / before
 
 
 class _Counter:

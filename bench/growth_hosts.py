@@ -6,9 +6,9 @@ bound on parameters, and the static networks may have as many: the whole budget,
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Final, Literal
 
 import torch
@@ -19,6 +19,10 @@ from esper.contracts.errors import InvalidInputError
 
 FamilyName = Literal["mlp", "cnn", "transformer"]
 FAMILIES: Final[tuple[FamilyName, ...]] = ("mlp", "cnn", "transformer")
+
+BlueprintKinds = Literal["all", "dense"]
+BLUEPRINT_KINDS: Final[dict[BlueprintKinds, str]] = {"all": "", "dense": "dense"}
+"""What may grow in a cell, as ``GrowthConfig.allowed_blueprints`` has it."""
 
 BUDGET_OVER_HOST: Final = 3.0
 """Parameters that a grown network may have, over the host's, where the task does not fix the number."""
@@ -76,11 +80,13 @@ class Cell:
     """Most parameters that a grown or static network may have."""
     rate_is_fixed: bool
     """Whether what grows under Esper stays at the settings' rate, rather than at the one that the host chose."""
+    kinds: BlueprintKinds = "all"
+    """Kinds of blueprint that may grow; no matter to a control that grows nothing of Esper's."""
 
     @property
     def name(self) -> str:
         """What a table calls it."""
-        return f"{self.task}/{self.family}"
+        return f"{self.task}/{self.family}" + ("" if self.kinds == "all" else f"/{self.kinds}")
 
 
 class Block(nn.Module):
@@ -190,7 +196,7 @@ _BUILDERS: Final[dict[FamilyName, Callable[[TaskName, Shape], nn.Module]]] = {
 _ISSUE_SETTINGS: Final[dict[TaskName, Settings]] = {
     "digits": Settings(epochs=40, batch_size=32, learning_rate=1e-2, weight_decay=1e-2),
     "mnist1d": Settings(epochs=60, batch_size=64, learning_rate=2e-2, weight_decay=0.1),
-    "chars": Settings(epochs=12, batch_size=64, learning_rate=4e-3, weight_decay=1e-2),
+    "chars": Settings(epochs=24, batch_size=64, learning_rate=4e-3, weight_decay=1e-2),
 }
 _RATES: Final[dict[FamilyName, float]] = {"cnn": 1e-2, "transformer": 4e-3}
 _HOSTS: Final[dict[tuple[TaskName, FamilyName], Shape]] = {
@@ -207,12 +213,14 @@ _HOSTS: Final[dict[tuple[TaskName, FamilyName], Shape]] = {
 _FIXED_BUDGETS: Final[dict[tuple[TaskName, FamilyName], int]] = {("digits", "mlp"): 3610, ("mnist1d", "mlp"): 4906}
 
 
-def make_cell(task: TaskName, family: FamilyName) -> Cell:
+def make_cell(task: TaskName, family: FamilyName, kinds: BlueprintKinds = "all") -> Cell:
     """Give a cell; the settings of the perceptrons on digits and mnist1d are fixed by the measure's goals."""
     settings, host = _ISSUE_SETTINGS[task], _HOSTS[task, family]
     if family in _RATES:
         settings = replace(settings, learning_rate=_RATES[family])
-    bare = Cell(task=task, family=family, host=host, settings=settings, max_parameters=0, rate_is_fixed=False)
+    bare = Cell(
+        task=task, family=family, host=host, settings=settings, max_parameters=0, rate_is_fixed=False, kinds=kinds
+    )
     fixed = _FIXED_BUDGETS.get((task, family))
     budget = int(BUDGET_OVER_HOST * size_of(bare, host)) if fixed is None else fixed
     return replace(bare, max_parameters=budget, rate_is_fixed=fixed is not None)
@@ -232,13 +240,15 @@ def size_of(cell: Cell, shape: Shape) -> int:
 def widest(cell: Cell, shape_at: Callable[[int], Shape], limit: float) -> Shape:
     """Give the largest of the shapes ``shape_at(1)``, ``shape_at(2)``, ... that has no more parameters than a limit.
 
+    REQUIRES: each is larger than the one before.
+
     Raises:
         InvalidInputError: The first is too large.
     """
-    fitting = list(takewhile(lambda n: size_of(cell, shape_at(n)) <= limit, range(1, _MAX_WIDTH)))
+    fitting = bisect_right(range(1, _MAX_WIDTH), limit, key=lambda n: size_of(cell, shape_at(n)))
     if not fitting:
         raise InvalidInputError.of("limit", f"hold {size_of(cell, shape_at(1))} parameters", limit)
-    return shape_at(fitting[-1])
+    return shape_at(fitting)
 
 
 def wide_shapes(cell: Cell) -> list[Shape]:
@@ -246,11 +256,14 @@ def wide_shapes(cell: Cell) -> list[Shape]:
     host, limit = cell.host, cell.max_parameters
     if cell.family != "transformer":
         return [widest(cell, lambda n: Shape(n, host.depth), share * limit) for share in (0.6, 0.8, 1.0)]
-    return [
-        widest(cell, lambda n: Shape(_HEADS * n, host.depth, 4 * n), limit),
-        widest(cell, lambda n: Shape(_HEADS * n, host.depth, 8 * n), limit),
-        inner_shape(cell),
-    ]
+    return [_transformer_shape(cell, host.depth, 2), _transformer_shape(cell, host.depth, 4), inner_shape(cell)]
+
+
+def _transformer_shape(cell: Cell, depth: int, ratio: int) -> Shape:
+    """Give the widest shape whose blocks have ``ratio`` times as many inner units; these take what is then left."""
+    limit = cell.max_parameters
+    widths = widest(cell, lambda n: Shape(_HEADS * n, depth, ratio * _HEADS * n), limit)
+    return widest(cell, lambda n: Shape(widths.width, depth, n), limit)
 
 
 def inner_shape(cell: Cell) -> Shape:
@@ -270,4 +283,4 @@ def deep_shapes(cell: Cell) -> list[Shape]:
     depths = (host.depth + 1, host.depth + 2)
     if cell.family != "transformer":
         return [widest(cell, lambda n, depth=depth: Shape(n, depth), limit) for depth in depths]  # type: ignore[misc]
-    return [widest(cell, lambda n, depth=depth: Shape(_HEADS * n, depth, 4 * n), limit) for depth in depths]  # type: ignore[misc]
+    return [_transformer_shape(cell, depth, 2) for depth in depths]

@@ -14,7 +14,7 @@ _COLOURS: Final = {"kept": "tab:green", "culled": "tab:red", "failed": "black", 
 
 def plot_cell(runs: CellRuns, directory: Path) -> list[Path]:
     """Draw a cell; gives the files."""
-    stem = f"{runs.cell.task}-{runs.cell.family}"
+    stem = runs.cell.name.replace("/", "-")
     return [_plot_curves(runs, directory / f"{stem}-curves.png"), _plot_tried(runs, directory / f"{stem}-tried.png")]
 
 

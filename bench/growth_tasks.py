@@ -3,10 +3,13 @@
     task      inputs                    targets         train     control   sealed   source
     digits    8x8 pixels, 0 to 1        10 digits       1,037     260       500      ships with scikit-learn
     mnist1d   signals of 40 samples     10 digits       3,200     800       1,000    generated (arXiv:2011.14439)
-    chars     16 characters             the next one    12,288    2,048     4,096   text that ships with Python
+    chars     16 characters             the next one   259,984    2,048     4,096   text that ships with Python
 
 Decisions see the control split; the sealed one is read once per arm, at its end. The splits are the same for every
-seed. No example stands in two splits, by its bytes: contexts of characters that an earlier split holds are left out.
+seed. No example stands in two splits, by its bytes. Text is cut into three blocks; Python's help quotes whole topics
+within others, so each paragraph is taken once, and contexts that stand anywhere in an earlier block are left out.
+An epoch of text is 12,288 examples, not a whole pass: few passes over much text are how language models are trained,
+and a net that has learnt its text by heart shows nothing about growing.
 """
 
 from __future__ import annotations
@@ -32,13 +35,14 @@ CONTEXT: Final = 16
 """Characters that the language model sees."""
 VOCABULARY: Final = "\0\n !\"#%&'()*+,-./0123456789:;<=>?[\\]_`abcdefghijklmnopqrstuvwxyz{|}"
 """Characters told apart, after lowering; the first stands for all others."""
-REFERENCE_TEXT_SHA256: Final = "0129ae41bff9f7c9e48fa22acb4494e5a38b1441ae7304c1337603f552b3aab4"
+REFERENCE_TEXT_SHA256: Final = "ed117637487c1ec83fc3c407cd8d28ed20174eedb06c56a0d1c1e1376859caac"
 """Digest of the text with the Python on which figures were first taken; another patch version may have another text."""
 
 _CONTROL_SHARE: Final = 0.2
-_TEXT_LENGTH: Final = 400_000
-_CHAR_BLOCKS: Final = ((0, 280_000, 12_288), (280_000, 320_000, 2_048), (320_000, 400_000, 4_096))
+_TEXT_LENGTH: Final = 370_000
+_CHAR_BLOCKS: Final = ((0, 260_000, 260_000), (260_000, 300_000, 2_048), (300_000, 370_000, 4_096))
 """First and last character of each split's block of text, and the most examples drawn from it."""
+_CHAR_EPOCH: Final = 12_288
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -79,19 +83,37 @@ class Task:
     """Whether arms are told apart by loss (bits per character) rather than by accuracy."""
     note: str = ""
     """What a reader must know of the data."""
+    passes_per_epoch: float = 1.0
+    """Share of the examples that one epoch takes, at most 1."""
+
+    @property
+    def epoch_of_train(self) -> Examples:
+        """As many training examples as an epoch has, always the same ones."""
+        return _cut(self.train, _epoch_length(self.train, self.passes_per_epoch))[0]
 
 
 class Batches:
-    """Training batches in an order that depends on the seed alone; every pass goes on with the next permutation."""
+    """Training batches in an order that depends on the seed alone; every pass goes on with the next permutation.
 
-    def __init__(self, examples: Examples, *, batch_size: int, seed: int) -> None:
+    An epoch takes the next ``passes_per_epoch`` of the permutation; what is too little for an epoch is left out.
+    """
+
+    def __init__(self, examples: Examples, *, batch_size: int, seed: int, passes_per_epoch: float = 1.0) -> None:
         self._examples, self._batch_size = examples, batch_size
+        self._epoch_length = _epoch_length(examples, passes_per_epoch)
         self._generator = torch.Generator().manual_seed(seed)
+        self._left = torch.empty(0, dtype=torch.long)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self._examples), generator=self._generator)
-        for part in torch.split(order, self._batch_size):
+        if len(self._left) < self._epoch_length:
+            self._left = torch.randperm(len(self._examples), generator=self._generator)
+        epoch, self._left = self._left[: self._epoch_length], self._left[self._epoch_length :]
+        for part in torch.split(epoch, self._batch_size):
             yield self._examples.inputs[part], self._examples.targets[part]
+
+
+def _epoch_length(examples: Examples, passes_per_epoch: float) -> int:
+    return round(passes_per_epoch * len(examples))
 
 
 @cache
@@ -142,9 +164,13 @@ def _load_chars() -> Task:
     text = shipped_text()
     digest = hashlib.sha256(text.encode()).hexdigest()
     places = {character: index for index, character in enumerate(VOCABULARY)}
-    codes = torch.tensor([places.get(character, 0) for character in text.lower()], dtype=torch.long)
+    codes = bytes(places.get(character, 0) for character in text.lower())
     generator, seen = torch.Generator().manual_seed(0), set[bytes]()
-    splits = [_contexts(codes[first:last], count, generator, seen) for first, last, count in _CHAR_BLOCKS]
+    splits: list[Examples] = []
+    for first, last, count in _CHAR_BLOCKS:
+        block = codes[first:last]
+        splits.append(_draw_contexts(block, count, generator, seen))
+        seen.update(_contexts(block))
     known = (
         "the reference's" if digest == REFERENCE_TEXT_SHA256 else "NOT the reference's: another Python patch version"
     )
@@ -158,32 +184,36 @@ def _load_chars() -> Task:
         num_classes=len(VOCABULARY),
         is_language=True,
         note=note,
+        passes_per_epoch=_CHAR_EPOCH / len(train),
     )
 
 
 def shipped_text() -> str:
-    """Give the first 400,000 characters of Python's own help topics, in the order of their names."""
+    """Give Python's own help topics in the order of their names, each paragraph once, cut to a length.
+
+    A paragraph is the same where it differs in case, blanks and line ends alone.
+    """
     from pydoc_data.topics import topics
 
-    return "\n".join(topics[name] for name in sorted(topics))[:_TEXT_LENGTH]
+    paragraphs: dict[str, str] = {}
+    for name in sorted(topics):
+        for paragraph in topics[name].split("\n\n"):
+            paragraphs.setdefault(" ".join(paragraph.lower().split()), paragraph)
+    return "\n\n".join(paragraphs.values())[:_TEXT_LENGTH]
 
 
-def _contexts(codes: Tensor, count: int, generator: torch.Generator, seen: set[bytes]) -> Examples:
-    """Draw contexts at random places of a block, leaving out those that ``seen`` holds; adds to ``seen``."""
-    windows = codes.unfold(0, CONTEXT + 1, 1)
-    kept: list[Tensor] = []
-    fresh = set[bytes]()
-    for place in torch.randperm(len(windows), generator=generator).tolist():
-        window = windows[place]
-        key = window[:-1].numpy().tobytes()
-        if key not in seen:
-            fresh.add(key)
-            kept.append(window)
-            if len(kept) == count:
-                break
-    seen |= fresh
-    drawn = torch.stack(kept)
-    return Examples(drawn[:, :-1].contiguous(), drawn[:, -1].contiguous())
+def _contexts(block: bytes) -> Iterator[bytes]:
+    """Give every context of a block that something follows, place by place."""
+    return (block[place : place + CONTEXT] for place in range(len(block) - CONTEXT))
+
+
+def _draw_contexts(block: bytes, count: int, generator: torch.Generator, seen: set[bytes]) -> Examples:
+    """Draw contexts at random places of a block, leaving out those that ``seen`` holds."""
+    fresh = [place for place, context in enumerate(_contexts(block)) if context not in seen]
+    drawn = torch.randperm(len(fresh), generator=generator)[:count]
+    codes = torch.frombuffer(bytearray(block), dtype=torch.uint8).long()
+    windows = codes.unfold(0, CONTEXT + 1, 1)[torch.tensor(fresh)[drawn]]
+    return Examples(windows[:, :-1].contiguous(), windows[:, -1].contiguous())
 
 
 def _cut(examples: Examples, place: int) -> tuple[Examples, Examples]:

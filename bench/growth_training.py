@@ -152,7 +152,7 @@ def train(task: Task, model: nn.Module, recipe: Recipe, *, seed: int) -> Trained
     """Train a network of fixed shape, or one that is exchanged on its way."""
     settings = recipe.settings
     examples = task.train + task.control if recipe.learns_control else task.train
-    batches = Batches(examples, batch_size=settings.batch_size, seed=seed)
+    batches = Batches(examples, batch_size=settings.batch_size, seed=seed, passes_per_epoch=task.passes_per_epoch)
     curve: list[Point] = []
     least: tuple[float, dict[str, torch.Tensor]] | None = None
     optimizer, step_flops = make_optimizer(model, settings), dict[int, int]()
@@ -166,7 +166,7 @@ def train(task: Task, model: nn.Module, recipe: Recipe, *, seed: int) -> Trained
                 model = change(model)
             flops += counter.total
             optimizer, step_flops = make_optimizer(model, settings), {}
-        _set_rates(optimizer, settings, over=len(curve) / planned)
+        _set_rates(optimizer, settings.learning_rate * tail_factor(len(curve) / planned, settings.tail))
         spent = _epoch(model, optimizer, batches, step_flops)
         flops += spent
         # Steps of a fixed shape cost the same: after the first epoch it is known how many the compute is good for.
@@ -197,10 +197,9 @@ def _epoch(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches,
     return flops
 
 
-def _set_rates(optimizer: torch.optim.Optimizer, settings: Settings, *, over: float) -> None:
-    """Set the rate of an epoch by the share of the training that is over, as seeds have theirs."""
+def _set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = settings.learning_rate * tail_factor(over, settings.tail)
+        group["lr"] = rate
 
 
 def _step(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> None:

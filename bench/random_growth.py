@@ -2,8 +2,8 @@
 
 It stands in the place of a mesh. Kernels come from the same compiler, seeds are learnt, grafted, measured, kept and
 culled by the same orchestrator under the same budget, and race in fields of the same size; only who decides differs:
-uniform draws from every (layer, source, template) that is legal and affordable, whenever there is room, from the fifth
-epoch on.
+uniform draws from every (layer, source, template) that is legal, allowed in the run and affordable, whenever there is
+room, from the epoch on at which Tamiyo holds its first race.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from typing import Final
 import numpy as np
 
 from esper.blueprints.registry import default_registry
+from esper.blueprints.tags import is_allowed
 from esper.contracts.blueprint import Blueprint, Site
 from esper.contracts.decision import AdaptationDecision, AdaptationType, CurveState
 from esper.contracts.kernel import CompileSpec, KernelReady
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import BudgetStatus, CacheTierStatus, LayerStatus, RunPhase, SystemStatePacket
+from esper.contracts.tag_expression import parse_tags
 from esper.core.link import Arrival, KernelArrival
 from esper.core.morphable import MorphableModel
 from esper.execution.artifact import artifact_bytes, verify
@@ -31,9 +33,9 @@ from esper.services.tamiyo.config import TamiyoConfig
 from esper.services.tezzeret.worker import TezzeretWorker
 from esper.telemetry.subjects import Kind
 
-FIRST_EPOCH: Final = 5
-"""Epoch from which seeds are tried: about when a plateau can first be seen."""
-MAX_OPEN: Final = 2
+FIRST_EPOCH: Final = TamiyoConfig().first_race_epochs
+"""Epoch from which seeds are tried, as early as Tamiyo holds its first race."""
+MAX_OPEN: Final = TamiyoConfig().max_open_adaptations
 """Races under way at once, as many as Tamiyo allows."""
 RACE_SIZE: Final = TamiyoConfig().race_size
 """Seeds that race, as many as Tamiyo enters."""
@@ -159,7 +161,8 @@ def draws(packet: SystemStatePacket) -> list[Draw]:
     if len(busy) >= MAX_OPEN:  # a race leaves its layers to nobody else, so there are no more races than busy layers
         return []
     registry = default_registry()
-    templates = [registry.create_blueprint(name) for name in registry.names()]
+    rule = parse_tags(packet.allowed_blueprints, parameter="state.allowed_blueprints")
+    templates = [one for one in map(registry.create_blueprint, registry.names()) if is_allowed(one, rule)]
     found: list[Draw] = []
     for layer in packet.layers:
         seeds = dormant_seeds(layer)

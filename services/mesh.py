@@ -28,6 +28,7 @@ from esper.execution.tier_directory import DirectoryTier
 from esper.execution.tier_redis import RedisTier
 from esper.execution.tier_urza import UrzaTier
 from esper.execution.tiers import TieredKernelSource
+from esper.execution.withdrawals import WithdrawalFollower
 from esper.mesh import InProcessChannel, open_channel, probe
 from esper.mesh.loop_thread import LoopThread
 from esper.mesh.settings import SERVICES, MeshSettings, resolve
@@ -267,6 +268,7 @@ class Mesh:
         self._loop = LoopThread("esper-mesh")
         self._links: list[RunLink] = []
         self._source: LoopSource | None = None
+        self._withdrawals: WithdrawalFollower | None = None
         self._closed = False
         self._tracing = Tracing()
         try:
@@ -376,11 +378,12 @@ class Mesh:
             log.warning("mesh_close_failed", extra={"error": str(error)})
 
     async def _shut(self) -> None:
-        try:
+        async with contextlib.AsyncExitStack() as leaving:
+            leaving.push_async_callback(self._backend.close)
             if self._source is not None:
-                await self._source.close()
-        finally:
-            await self._backend.close()
+                leaving.push_async_callback(self._source.close)
+            if self._withdrawals is not None:
+                leaving.push_async_callback(self._withdrawals.close)
 
     def __enter__(self) -> Self:
         return self
@@ -396,3 +399,5 @@ class Mesh:
         cache = KernelCache(_L1_BYTES)
         source = TieredKernelSource(cache, self._backend.second_tier(), library, self._backend.ring())
         self._source = LoopSource(source, self._loop)
+        self._withdrawals = WithdrawalFollower(await self._backend.connect_bus(), source)
+        await self._withdrawals.start()

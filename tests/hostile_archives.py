@@ -214,6 +214,23 @@ def hostile_scripts() -> Iterator[tuple[str, bytes, str]]:
     much = {f"{path}{index}.py": b"1\n" * (MAX_CODE_BYTES // 4) for index in range(2)}
     yield "much source", packed({**records, **much}), f"at most {MAX_CODE_BYTES} bytes of source in all"
     yield "no source", with_source(lambda _: "def forward(:"), "be source"
+    yield from early_returns()
+
+
+def early_returns() -> Iterator[tuple[str, bytes, str]]:
+    """Give returns before the end of a function: torch takes the cube of their number to load them."""
+    said = "return at the end of a function alone, got 'return h'"
+    asked = "_1 = torch.gt(torch.dim(h), 3)\n    "
+    many = "\n    ".join(["if _1:\n      return h"] * 1300)
+    yield "return in a branch", with_source(with_line(f"{asked}if _1:\n      return h")), said
+    yield (
+        "return in the other branch",
+        with_source(with_line(f"{asked}if _1:\n      pass\n    else:\n      return h")),
+        said,
+    )
+    yield "return in a loop", with_source(with_line("for i in range(3):\n      return h")), said
+    yield "return before the end", with_source(with_line("return h")), said
+    yield "many early returns", with_source(with_line(asked + many)), said
 
 
 def endless_loops() -> Iterator[tuple[str, bytes, str]]:

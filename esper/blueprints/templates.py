@@ -239,13 +239,13 @@ _VIEWS: Final = (
         name="signal_conv",
         text="""
             signal = signal_view(x)
-            first = conv(signal, features=16, kernel=5, stride=2)
+            first = conv(signal, features=16, kernel=5)
             norm1 = group_norm(first)
             act1 = activation(norm1, fn=relu)
             second = conv(act1, features=16, kernel=5, stride=2)
             norm2 = group_norm(second)
             act2 = activation(norm2, fn=relu)
-            third = conv(act2, features=16, kernel=5)
+            third = conv(act2, features=16, kernel=5, stride=2)
             norm3 = group_norm(third)
             act3 = activation(norm3, fn=relu)
             pooled = global_pool(act3)
@@ -265,10 +265,12 @@ _VIEWS: Final = (
             first = conv(image, features=8, kernel=3)
             norm1 = group_norm(first)
             act1 = activation(norm1, fn=relu)
-            second = conv(act1, features=8, kernel=3, stride=2)
+            half = pool(act1, kind=max)
+            second = conv(half, features=16, kernel=3)
             norm2 = group_norm(second)
             act2 = activation(norm2, fn=relu)
-            flat = flatten(act2)
+            quarter = pool(act2, kind=max)
+            flat = flatten(quarter)
             out = linear(flat, init=zero)
             return out
         """,

@@ -129,11 +129,12 @@ def list_seeds(run_id: RunId, as_json: Json = False, timeout: Timeout = 10.0) ->
             round(seed.alpha, 4),
             seed.parameters,
             seed.blueprint_id[:12],
+            seed.source,
         )
         for layer in response.layers
         for seed in layer.seeds
     ]
-    columns = ("layer", "seed", "state", "alpha", "parameters", "blueprint")
+    columns = ("layer", "seed", "state", "alpha", "parameters", "blueprint", "source")
     print_rows("seeds", columns, rows, as_json=as_json)
 
 
@@ -145,7 +146,7 @@ def germinate(
     blueprint: Annotated[str, typer.Argument(help="Blueprint: id, name or name@version.")],
     timeout: Timeout = 10.0,
 ) -> None:
-    """Germinate a seed by hand."""
+    """Germinate a seed by hand, of a kind that the run allows."""
     request = urza_service_pb2.GetBlueprintRequest(reference=blueprint)
     found = call("urza", "GetBlueprint", request, timeout).blueprint
     _command(ControlAction.GERMINATE, run_id, timeout, layer=layer, seed_index=seed_index, blueprint=found)

@@ -68,6 +68,8 @@ class SeedStatus:
     """Trainable parameters it adds."""
     last_transition_step: int = 0
     """Step of its last transition."""
+    source: str = ""
+    """Layer whose input it reads; empty for its own, and while DORMANT."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,7 +183,7 @@ class SystemStatePacket:
     host_parameters: int = 0
     """Parameters of the host before any growth."""
     current_parameters: int = 0
-    """Parameters now."""
+    """Parameters that the model's output comes from now; seeds that learn alone have no part in it."""
     host_flops: int | None = None
     """Forward FLOPs of the host per example."""
     random_seed: int = 0
@@ -194,6 +196,8 @@ class SystemStatePacket:
     """When it was made."""
     phase_reason: str = ""
     """Why a run FAILED or STOPPED."""
+    allowed_blueprints: str = ""
+    """Expression over tags that a blueprint must keep to stand in the run; empty lets every one stand."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

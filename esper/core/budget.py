@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from esper.contracts.blueprint import BlueprintCost
 from esper.contracts.errors import BudgetExceededError, InvalidInputError
 from esper.contracts.run import BudgetStatus
+from esper.contracts.wire import parse, serialize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +50,8 @@ class Booking:
 class BudgetLedger:
     """Books what live seeds cost against a :class:`Budget`; belongs to the training thread.
 
-    Of the rivals in a race one at most is blended in: a race is booked at the largest cost among those still in it.
+    Of the rivals in a race one at a time is blended in: a race is booked at the largest cost among those still in it,
+    and one that is kept is booked by itself.
     """
 
     def __init__(self, budget: Budget, *, host_parameters: int, host_flops: int | None) -> None:
@@ -65,11 +68,15 @@ class BudgetLedger:
     def refusal(self, cost: BlueprintCost, group: str = "") -> str | None:
         """Say why ``cost`` does not fit in what is left, or ``None`` when it does.
 
-        What the others of its ``group`` have reserved is left to it: one of them at most will stand.
+        What the others of its ``group`` have reserved is left to it: one of them at a time will stand.
         """
         status = self.status()
         if status.max_adaptations is not None and status.adaptations >= status.max_adaptations:
             return f"{status.adaptations} of {status.max_adaptations} adaptations are used"
+        return self._excess(cost, group)
+
+    def _excess(self, cost: BlueprintCost, group: str) -> str | None:
+        status = self.status()
         others = _largest(one for one in self._booked.values() if one.group != group)
         bounds = (
             ("parameters", cost.parameters, others[0], status.max_added_parameters),
@@ -92,19 +99,38 @@ class BudgetLedger:
         self._booked[adaptation_id] = Booking(cost, group or adaptation_id)
         self._adaptations += 1
 
+    def keep(self, adaptation_id: str) -> dict[str, str]:
+        """Book a rival that is kept by itself; gives those of its race that fit no more, with the reason.
+
+        Nothing is exceeded once they are released.
+        """
+        kept = self._booked[adaptation_id]
+        self._booked[adaptation_id] = Booking(kept.cost, adaptation_id)
+        rest = ((key, one) for key, one in self._booked.items() if one.group == kept.group and key != adaptation_id)
+        found = {key: self._excess(one.cost, one.group) for key, one in rest}
+        return {key: reason for key, reason in found.items() if reason is not None}
+
     def release(self, adaptation_id: str) -> None:
         """Give back what an adaptation had reserved; unknown ids are already free."""
         self._booked.pop(adaptation_id, None)
 
-    @property
-    def booked(self) -> dict[str, Booking]:
-        """What is reserved, by adaptation."""
-        return dict(self._booked)
+    def state_dict(self) -> dict[str, Any]:
+        """Give what is reserved, and the adaptations begun, as plain data."""
+        booked = {key: serialize(one.cost).hex() for key, one in self._booked.items()}
+        return {"booked": booked, "begun": self._adaptations}
 
-    def restore(self, booked: dict[str, Booking], adaptations: int) -> None:
-        """Take over the entries of a checkpoint."""
-        self._booked = dict(booked)
-        self._adaptations = adaptations
+    def load_state_dict(self, state: Mapping[str, Any], groups: Mapping[str, str]) -> None:
+        """Take over what :meth:`state_dict` gave; ``groups`` says to which race each belongs that is still in one.
+
+        Adaptations once begun stay counted.
+        """
+        found = {key: parse(bytes.fromhex(cost), BlueprintCost) for key, cost in state["booked"].items()}
+        self._booked = {key: Booking(cost, groups.get(key, key)) for key, cost in found.items()}
+        self._adaptations = max(state["begun"], self._adaptations)
+
+    def clear(self) -> None:
+        """Give everything back, as in a run that begins anew."""
+        self._booked, self._adaptations = {}, 0
 
     def status(self) -> BudgetStatus:
         """Give bounds and use as the state packet shows them."""

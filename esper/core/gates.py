@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from esper.blueprints import cost as cost_of
+from esper.blueprints.tags import is_allowed, tags_of
 from esper.contracts.blueprint import BlueprintCost, Site
 from esper.contracts.decision import AdaptationDecision
 from esper.contracts.errors import EsperError, InvalidInputError
@@ -79,6 +80,19 @@ def price_blueprint(decision: AdaptationDecision, site: Site | None) -> tuple[Bl
     except InvalidInputError as error:
         return None, GateCheck(name="cost", passed=False, detail=str(error)[:500])
     return cost, GateCheck(name="cost", passed=True, detail=f"{cost.parameters} parameters, {cost.flops} FLOPs")
+
+
+def check_allowed(decision: AdaptationDecision, config: GrowthConfig) -> GateCheck:
+    """Check that the decision's blueprint is of a kind that may stand in the run."""
+    name, blueprint = "allowed_blueprints", decision.blueprint
+    if blueprint is None:
+        return GateCheck(name=name, passed=False, detail="the decision carries no blueprint")
+    rule = config.blueprint_rule
+    if is_allowed(blueprint, rule):
+        detail = "every blueprint may stand in this run" if rule is None else f"{blueprint.name} keeps '{rule}'"
+        return GateCheck(name=name, passed=True, detail=detail[:500])
+    tags = ", ".join(sorted(tags_of(blueprint.ir, blueprint.metadata.tags)))
+    return GateCheck(name=name, passed=False, detail=f"{blueprint.name} must keep '{rule}', has the tags {tags}"[:500])
 
 
 def check_budget(decision: AdaptationDecision, cost: BlueprintCost, ledger: BudgetLedger) -> GateCheck:

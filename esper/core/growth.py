@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
+from esper.blueprints.tags import unknown_tags
 from esper.contracts.errors import InvalidInputError
+from esper.contracts.tag_expression import TagExpression, parse_tags
 from esper.core.blending import BlendKind, BlendSchedule
 
-IncubationChoice = Literal["auto", "trial", "local"]
+IncubationChoice = Literal["auto", "damped", "trial", "local"]
+_WAYS: Final = get_args(IncubationChoice)
+
+
+class UnknownTagWarning(UserWarning):
+    """An expression names a tag that nothing has of what ships with Esper: somebody's own, or a mistake."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,10 +34,11 @@ class GrowthConfig:
     incubation_learning_rate: float = 3e-3
     """Learning rate of a seed while it learns alone (AdamW), > 0."""
     incubation_way: IncubationChoice = "auto"
-    """How a seed learns alone: a trial branch, a local regression, or the one that ``incubation_cost`` has room for."""
-    incubation_cost: float = 1.0
+    """How a seed learns alone: on a trial branch with the host damped, on a plain one, by a local regression, or by
+    the one that ``incubation_cost`` has room for."""
+    incubation_cost: float = 0.5
     """Most that a seed that learns alone may add to a training step, as a share of the FLOPs that the step will have
-    once it is grafted, > 0. A regression always costs less than 1."""
+    once it is grafted, > 0: at 0.5 it learns from half of each batch, beside a damped host."""
     graft_epochs: int = 2
     """Epochs of the ramp from alpha 0 to ``hold_alpha``, at least 1."""
     graft_rate: float = 1.0
@@ -57,13 +66,17 @@ class GrowthConfig:
     """Milliseconds a forward pass of a kernel may take, on average; a slower seed is removed at the next gate, > 0."""
     settle_epochs: int = 2
     """Epochs after which a change of the optimizer's settings is judged, at least 1."""
+    allowed_blueprints: str = ""
+    """Expression over tags that a blueprint must keep to stand in the run, whoever asks for it: ``"dense"``,
+    ``"!conv & !attention"``, ``"linear & !widening"``; empty lets every one stand. What can be read off the graph is
+    read off it (`esper.blueprints.tags`). A seed that stands already is left alone."""
 
     def __post_init__(self) -> None:
         rules = (
             ("incubation_epochs", "be at least 1 epoch", self.incubation_epochs >= 1),
             ("race_rounds", "be at least 1", self.race_rounds >= 1),
             ("incubation_learning_rate", "be > 0", self.incubation_learning_rate > 0),
-            ("incubation_way", "be auto, trial or local", self.incubation_way in get_args(IncubationChoice)),
+            ("incubation_way", f"be one of {', '.join(_WAYS)}", self.incubation_way in _WAYS),
             ("incubation_cost", "be > 0", self.incubation_cost > 0),
             ("graft_epochs", "be at least 1 epoch", self.graft_epochs >= 1),
             ("graft_rate", "be finite and > 0", 0 < self.graft_rate < float("inf")),
@@ -81,6 +94,15 @@ class GrowthConfig:
         for name, rule, holds in rules:
             if not holds:
                 raise InvalidInputError.of(f"growth.{name}", rule, getattr(self, name))
+        unknown = unknown_tags(self.blueprint_rule)
+        if unknown:
+            message = f"growth.allowed_blueprints names {', '.join(unknown)}: no operator or template of Esper's has it"
+            warnings.warn(message, UnknownTagWarning, stacklevel=3)
+
+    @property
+    def blueprint_rule(self) -> TagExpression | None:
+        """``allowed_blueprints`` as it was read; ``None`` lets every blueprint stand."""
+        return parse_tags(self.allowed_blueprints, parameter="growth.allowed_blueprints")
 
     def ramp(self, steps_per_epoch: int) -> BlendSchedule:
         """Give the way of a graft's alpha from 0 to ``hold_alpha``."""

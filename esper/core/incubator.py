@@ -1,15 +1,15 @@
 """One seed learning behind the host's back, with an optimizer of its own, a step of it per training step.
 
-The seed's loss contains its own effect: the run's loss on a trial branch, or the local regression of the gradient at
-the site. Both are explained in ``esper.execution.incubation``, and compared in decision 0007; ``choose_way`` is what
-came of it.
+The seed's loss contains its own effect: the run's loss on a trial branch, there with the host damped, or the local
+regression of the gradient at the site. All are explained in ``esper.execution.incubation``, and compared in decision
+0007 and experiment 0008; ``choose_way`` is what came of it.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch.optim import AdamW
@@ -18,16 +18,23 @@ from esper.contracts.errors import InvalidInputError
 from esper.core.batches import Batch
 from esper.core.capture import cloned
 from esper.core.growth import GrowthConfig, IncubationChoice
-from esper.core.losses import LossFunction
+from esper.core.losses import LossFunction, grows_in_proportion
 from esper.core.morphable import MorphableModel
 from esper.execution.bulkhead import has_finite_gradients
 from esper.execution.circuit_breaker import FailureKind, KernelFaultError
-from esper.execution.incubation import Norms, SiteCapture, local_regression_loss, measure_reach, trial_backward
+from esper.execution.incubation import (
+    Norms,
+    SiteCapture,
+    local_regression_loss,
+    measure_reach,
+    output_without,
+    trial_backward,
+)
 from esper.execution.layers import KasminaLayer
 from esper.execution.overrides import SeedRef
 from esper.execution.random_streams import frozen_streams
 
-WayKind = Literal["trial", "local"]
+WayKind = Literal["damped", "local", "trial"]
 
 SHARES: Final = (1.0, 0.5, 0.25)
 """Shares of a batch that a trial may be given, the most exact first."""
@@ -45,9 +52,12 @@ class LearningWay:
     """
 
     kind: WayKind
-    """Trial branch or local regression."""
+    """Trial branch, one with the host damped, or local regression."""
     share: float = 1.0
     """Share of the batch that a trial is given, in (0, 1]; parts take turns."""
+    host_share: float = 0.5
+    """Share of the model's own output that a damped trial keeps, in [0, 1]. Where the loss takes no damping
+    (``esper.core.losses.grows_in_proportion``) the seed learns locally."""
     norms: Norms = "running"
     """What batch norms normalise by in a trial."""
     reach: float = 1.0
@@ -56,8 +66,10 @@ class LearningWay:
     """Steps between two measurements of the reach, where the batch is known; 0 keeps ``reach`` as it is."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("trial", "local"):
-            raise InvalidInputError.of("kind", "be trial or local", self.kind)
+        if self.kind not in get_args(WayKind):
+            raise InvalidInputError.of("kind", f"be one of {', '.join(get_args(WayKind))}", self.kind)
+        if not 0.0 <= self.host_share <= 1.0:
+            raise InvalidInputError.of("host_share", "lie in [0, 1]", self.host_share)
         if not 0.0 < self.share <= 1.0:
             raise InvalidInputError.of("share", "lie in (0, 1]", self.share)
         if not self.reach > 0.0:
@@ -67,6 +79,7 @@ class LearningWay:
 
 
 _BY_QUALITY: Final = (
+    *(LearningWay(kind="damped", share=share) for share in SHARES),
     LearningWay(kind="local"),
     *(LearningWay(kind="trial", share=share) for share in SHARES),
 )
@@ -76,11 +89,13 @@ _BY_QUALITY: Final = (
 def way_cost(way: LearningWay, *, kernel_flops: int, host_flops: int) -> float:
     """Give what a way adds to a training step at most, as a share of the step's FLOPs.
 
-    A step is three forward passes (backward counts two). A trial runs one forward pass and, since the host is frozen,
-    at most one backward, on its share of the batch; the kernel costs its own three wherever it is evaluated.
+    A step is three forward passes (backward counts two). A trial runs one forward pass, a damped one two, and, since
+    the host is frozen, at most one backward, on its share of the batch; the kernel costs its own three wherever it is
+    evaluated.
     """
     kernel = kernel_flops / host_flops
-    return way.share * (2.0 / 3.0 + kernel) if way.kind == "trial" else kernel
+    passes = {"damped": 1.0, "trial": 2.0 / 3.0}.get(way.kind)
+    return kernel if passes is None else way.share * (passes + kernel)
 
 
 def choose_way(choice: IncubationChoice, limit: float, *, kernel_flops: int, host_flops: int) -> LearningWay:
@@ -128,6 +143,7 @@ class Incubator:
         self._way = way
         self._reach = way.reach
         self._steps = 0
+        self._takes_damping: bool | None = None
         source = self._layer.require_seed(seed_index).source
         self._capture = SiteCapture(self._layer, reads_own_input=not source)
         self._autocast: torch.dtype | None = None
@@ -142,7 +158,7 @@ class Incubator:
 
         Gives false where nothing could be learnt.
         """
-        if batch is not None and self._way.kind == "trial":
+        if batch is not None and (self._way.kind == "trial" or self._is_damped(batch)):
             self.learn(*batch)
             return True
         if batch is not None and self._is_reach_due():
@@ -154,10 +170,25 @@ class Incubator:
         self._learns_locally = False
         inputs, targets = self._part(inputs), self._part(targets)
         with self._precision(inputs.device):
+            off = (1.0 - self._way.host_share) * self._host_output(inputs) if self._takes_damping else None
             trial_backward(
-                self._model, [self._ref], lambda: self._loss_fn(self._model(inputs), targets), norms=self._way.norms
+                self._model,
+                [self._ref],
+                lambda: self._loss_fn(self._model(inputs) if off is None else self._model(inputs) - off, targets),
+                norms=self._way.norms,
             )
         self._step()
+
+    def _is_damped(self, batch: Batch) -> bool:
+        """Whether the seed learns beside a damped host; if its loss takes that is asked once, of the first batch."""
+        if self._way.kind == "damped" and self._takes_damping is None:
+            inputs, targets = (self._part(value) for value in batch)
+            with self._precision(inputs.device):
+                self._takes_damping = grows_in_proportion(self._loss_fn, self._host_output(inputs), targets)
+        return bool(self._takes_damping)
+
+    def _host_output(self, inputs: torch.Tensor) -> Any:
+        return output_without(self._model, [self._ref], lambda: self._model(inputs), norms=self._way.norms)
 
     def learn_from_site(self) -> bool:
         """Take one step towards what the training step just taken wanted at the site; false when it was not seen."""
@@ -188,6 +219,7 @@ class Incubator:
         return {
             "optimizer": self._optimizer.state_dict(),
             "learns_locally": self._learns_locally,
+            "takes_damping": self._takes_damping,
             "reach": self._reach,
             "steps": self._steps,
         }
@@ -196,6 +228,7 @@ class Incubator:
         """Take a state over."""
         self._optimizer.load_state_dict(cloned(state["optimizer"]))
         self._learns_locally = bool(state["learns_locally"])
+        self._takes_damping = state.get("takes_damping")
         self._reach, self._steps = float(state["reach"]), int(state["steps"])
 
     def _part(self, value: torch.Tensor) -> torch.Tensor:

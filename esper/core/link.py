@@ -1,7 +1,7 @@
 """A run's line to the mesh, as the training thread sees it: words out, words in, never a wait.
 
 Everything that waits (bus, channels, kernel fetches) lives on the publisher's thread, and begins there as a message
-comes in; the training thread appends to and pops from deques.
+comes in; the training thread appends to and pops from deques. A decision is read and checked there too, once.
 
 A kernel that the compiler named for an equal request before is fetched as the decision comes in, and arrives with it;
 the announcement that follows confirms it, or changes what the next decision finds; a seed that has begun goes on. Where
@@ -140,6 +140,7 @@ class BusLink:
         self._publisher = client.publisher
         self._source = source
         self._fetched: deque[KernelArrival] = deque()
+        self._read: dict[Mail[decision_pb2.AdaptationDecision], AdaptationDecision] = {}
         self._looks: OrderedDict[str, asyncio.Task[str | None] | None] = OrderedDict()
         self._fetches: set[asyncio.Task[None]] = set()
         self._decisions = self._open(Kind.DECISION, decision_pb2.AdaptationDecision, self._begin_to_look)
@@ -161,7 +162,8 @@ class BusLink:
     def arrivals(self) -> Iterator[Arrival]:
         """Give what has come in; with nothing there this costs five length checks."""
         if self._decisions:
-            yield from self._values(self._decisions, AdaptationDecision)
+            for mail in self._decisions.drain():
+                yield from self._value(mail, mail.message, AdaptationDecision, self._read.pop(mail, None))
         if self._kernels:
             self._kernels.drain()  # they are dealt with since they came in
         while self._fetched:
@@ -193,15 +195,15 @@ class BusLink:
             watch=watch,
         )
 
-    def _values(self, box: Mailbox[M], cls: type[AdaptationDecision]) -> Iterator[Arrival]:
-        for mail in box.drain():
-            yield from self._value(mail, mail.message, cls)
-
     def _value(
-        self, mail: Mail[M], message: Message, cls: type[AdaptationDecision | ControlCommand]
+        self,
+        mail: Mail[M],
+        message: Message,
+        cls: type[AdaptationDecision | ControlCommand],
+        read: AdaptationDecision | None = None,
     ) -> Iterator[Arrival]:
         try:
-            value = from_wire(message, cls)
+            value = read or from_wire(message, cls)
         except InvalidInputError as error:
             log.warning("arrival_refused", extra={"subject": mail.raw.subject, "error": str(error)})
             mail.settle(give_up=str(error))
@@ -233,6 +235,7 @@ class BusLink:
             decision = from_wire(mail.message, AdaptationDecision)
         except InvalidInputError:  # who reads the mailbox refuses it, and says so
             return
+        self._read[mail] = decision
         if not (decision.actionable and decision.adaptation_type.grows):
             return
         if decision.adaptation_id in self._looks:  # announced already: the mailboxes keep no order between them

@@ -35,6 +35,19 @@ def per_example(loss_fn: LossFunction) -> PerExampleLoss:
     )
 
 
+def grows_in_proportion(loss_fn: LossFunction, outputs: object, targets: torch.Tensor) -> bool:
+    """Say whether twice the outputs cost at most twice the loss here: L(2 z) <= 2 L(z).
+
+    For losses of classification it is so whatever z and the target y are; of cross-entropy, since the sum over j of
+    exp(2 (z_j - z_y)) is at most the square of that of exp(z_j - z_y). A squared error whose outputs come near their
+    targets grows without bound. Outputs that are no floating tensor are not asked about.
+    """
+    if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point():
+        return False
+    with torch.no_grad():
+        return bool(loss_fn(2.0 * outputs, targets) <= 2.0 * loss_fn(outputs, targets))
+
+
 def accuracy_of(outputs: torch.Tensor, targets: torch.Tensor) -> float | None:
     """Give the share of examples whose largest output is the target class; ``None`` when targets are no classes."""
     if outputs.ndim != targets.ndim + 1 or targets.is_floating_point() or targets.dtype == torch.bool:

@@ -20,16 +20,13 @@ from typing import Any, Final
 
 import torch
 
-from esper.contracts.blueprint import BlueprintCost
 from esper.contracts.decision import AdaptationDecision, AdaptationType, PlanStatus
 from esper.contracts.errors import EsperError, InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import AdaptationOutcome, Contribution, GateCheck
-from esper.contracts.wire import parse, serialize
 from esper.core import gates, optimizers, race
 from esper.core.adaptation import Adaptation
 from esper.core.blending import BlendSchedule
-from esper.core.budget import Booking
 from esper.core.context import RunContext
 from esper.core.evaluation import Judgement, judge, level_per_look, seed_contribution
 from esper.core.incubator import Incubator, affordable_way
@@ -123,7 +120,7 @@ class SeedOrchestrator:
 
     def tick(self, batch: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         """Do one step's share: seeds that learn alone learn, alphas on a ramp move. Nothing to do costs nothing."""
-        if not self._incubators and not self._ramps:
+        if not self._incubators and not self._ramps and self._trials.is_idle:
             return
         grafted = {self.adaptations[key].decision.group for key in self._ramps}
         for adaptation_id, incubator in list(self._incubators.items()):
@@ -163,7 +160,8 @@ class SeedOrchestrator:
         self._clear_failed()
         for adaptation in self._each_open():
             if adaptation.decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
-                self._judge_trial(adaptation, final=True)
+                self._trials.undo(adaptation)
+                self._close(adaptation, AdaptationOutcome.CULLED, "undone: the run ended before it was judged")
             elif adaptation.state is State.EVALUATING:
                 self._look(adaptation, last=True)
             elif adaptation.state is State.ACTIVE:
@@ -262,7 +260,7 @@ class SeedOrchestrator:
     def forget(self) -> None:
         """Forget every record, so that a state that is loaded next stands alone."""
         self.adaptations = {}
-        self._context.ledger.restore({}, 0)
+        self._context.ledger.clear()
 
     def close(self) -> None:
         """Stop listening to the model; idempotent."""
@@ -276,8 +274,7 @@ class SeedOrchestrator:
         """Give adaptations, budget and what is under way, as plain data with tensors."""
         return {
             "adaptations": {key: item.to_plain() for key, item in self.adaptations.items()},
-            "booked": {key: serialize(item.cost).hex() for key, item in self._context.ledger.booked.items()},
-            "begun": self._context.ledger.status().adaptations,
+            **self._context.ledger.state_dict(),
             "incubators": {key: item.state_dict() for key, item in self._incubators.items()},
             "ramps": {key: asdict(ramp) for key, ramp in self._ramps.items()},
             "trials": self._trials.state_dict(),
@@ -298,12 +295,8 @@ class SeedOrchestrator:
         now_s = time.monotonic()
         found = {key: Adaptation.from_plain(item, now_s) for key, item in state["adaptations"].items()}
         self.adaptations = found | kept
-        booked = {
-            key: Booking(parse(bytes.fromhex(item), BlueprintCost), found[key].decision.group)
-            for key, item in state["booked"].items()
-        }
-        ledger = self._context.ledger
-        ledger.restore(booked, max(state["begun"], ledger.status().adaptations))
+        groups = {key: item.decision.group if item.open else key for key, item in found.items()}
+        self._context.ledger.load_state_dict(state, groups)
         self._embargo_until = {(layer, index): until for layer, index, until in state["embargo"]}
         self._ramps = {key: BlendSchedule(**item) for key, item in state["ramps"].items()}
         self._trials.load_state_dict(state["trials"], found)
@@ -332,6 +325,7 @@ class SeedOrchestrator:
             place,
             gates.check_dormant(decision, layer),
             gates.check_room(decision, self.adaptations.values(), self._context.growth),
+            gates.check_allowed(decision, self._context.growth),
             fits,
             priced,
         ]
@@ -441,18 +435,23 @@ class SeedOrchestrator:
         last = learnt >= growth.incubation_epochs
         if last and any(item.state is State.EVALUATING for item in self.ongoing()):
             return  # one graft at a time; until its turn comes the seed goes on learning
-        if len(rivals) > 1 and (last or learnt in race.round_ends(growth.incubation_epochs, growth.race_rounds)):
+        if last or learnt in race.round_ends(growth.incubation_epochs, growth.race_rounds):
             rivals = self._run_round(rivals, last=last)
         if last and rivals:
             self._check_isolated(rivals[0])
 
     def _run_round(self, rivals: list[Adaptation], *, last: bool) -> list[Adaptation]:
         """Hold the rivals of a race against each other; gives those that stay, best first."""
+        groups = {item.decision.group for item in rivals}
+        kept = (item for item in self.adaptations.values() if item.outcome is AdaptationOutcome.KEPT)
+        won = any(item.decision.group in groups for item in kept)
+        if len(rivals) < (1 if won else 2):
+            return rivals
         with self._mean.applied():
-            stay, gone = race.run_round(self._context, rivals, last=last)
+            stay, gone = race.run_round(self._context, rivals, last=last, won=won)
         sound = [item for item in rivals if not self._tripped(item)]
         if len(sound) < len(rivals):
-            return self._run_round(sound, last=last) if len(sound) > 1 else sound
+            return self._run_round(sound, last=last)
         for item, check in gone:
             self._remove(item, AdaptationOutcome.CULLED, check.detail, (check,))
         return stay
@@ -510,9 +509,12 @@ class SeedOrchestrator:
         self.layers[adaptation.layer].record_contribution(adaptation.seed_index, adaptation.contribution)
         self._move(adaptation, State.FOSSILIZED, "its effect is above its price", (check,))
         self._close(adaptation, AdaptationOutcome.KEPT, f"kept: {check.detail}")
-        for other in self.ongoing():
-            if other.decision.group == adaptation.decision.group:
-                self._remove(other, AdaptationOutcome.CULLED, f"lost its race to {adaptation.label}, which was kept")
+        reasons = self._context.ledger.keep(adaptation.id)
+        for other in [item for item in self.ongoing() if item.decision.group == adaptation.decision.group]:
+            if other.id in reasons or other.state is not State.ACTIVE:  # the others may be grafted beside it
+                reason = reasons.get(other.id, "its kernel had not come")
+                lost = f"lost its race to {adaptation.label}, which was kept: {reason}"
+                self._remove(other, AdaptationOutcome.CULLED, lost)
 
     def _fail(self, adaptation: Adaptation, reason: str) -> None:
         self._remove(adaptation, AdaptationOutcome.FAILED, reason)
@@ -572,11 +574,11 @@ class SeedOrchestrator:
                     self.layers[name].state_layout.transition(index, State.DORMANT, self._context.clock.step)
                 self._places.pop((name, index), None)
 
-    def _judge_trial(self, adaptation: Adaptation, *, final: bool = False) -> None:
-        context = self._context
-        if final or context.clock.epoch - adaptation.begun_epoch >= context.growth.settle_epochs:
-            outcome, reason = self._trials.judge(adaptation)
-            self._close(adaptation, outcome, reason)
+    def _judge_trial(self, adaptation: Adaptation) -> None:
+        with self._mean.applied():
+            judgement = self._trials.end_epoch(adaptation)
+        if judgement is not None:
+            self._close(adaptation, *judgement)
 
     # ------------------------------------------------------------------ steps of seeds
 

@@ -9,6 +9,7 @@ from esper.contracts.run import RunPhase, SystemStatePacket
 from esper.core.context import RunContext
 from esper.core.control import ControlFigures
 from esper.core.optimizers import groups
+from esper.core.size import output_parameters
 
 
 @dataclass(kw_only=True, slots=True)
@@ -79,11 +80,12 @@ class PacketBuilder:
             layers=tuple(layer.layer_status() for layer in context.model.kasmina_layers.values()),
             budget=context.ledger.status(),
             host_parameters=context.host_parameters,
-            current_parameters=sum(parameter.numel() for parameter in context.model.parameters()),
+            current_parameters=output_parameters(context.model),
             host_flops=self._host_flops,
             random_seed=context.random_seed,
             planned_epochs=context.clock.planned_epochs,
             cache_tiers=tuple(context.link.cache_tiers()),
             created_at=datetime.now(UTC),
             phase_reason=reason[:500],
+            allowed_blueprints=context.growth.allowed_blueprints,
         )

@@ -9,11 +9,12 @@
 After each round those go that are in the worse half, or for which the interval of n_b - n_r, paired over the examples,
 lies above 0; but one that already helps (the interval of its own effect lies above 0) goes on learning. After the last
 round b is grafted, and those whose n is above 0 wait, without learning on, for what comes of it: what a seed learns
-behind a host that knows its training set says little of what it would bring. Where b is not kept they are held against
-each other once more, and the next is grafted; where it is kept they go. The interval's level is split evenly over the
-comparisons of the whole race (Bonferroni). Prices are left out before the last round: rivals have not learnt what they
-will have learnt, but a price is due in full, and would have those stay that do nothing for nothing. A large seed is
-slow to begin: in experiment 0003 the best was 0.02 behind after two epochs, and far ahead at the end elsewhere.
+behind a host that knows its training set says little of what it would bring. Then they are held against each other once
+more, beside b where it was kept and the budget has room for both, and the next is grafted. The interval's level is
+split evenly over the comparisons of the whole race (Bonferroni). Prices are left out before the last round: rivals have
+not learnt what they will have learnt, but a price is due in full, and would have those stay that do nothing for
+nothing. A large seed is slow to begin: in experiment 0003 the best was 0.02 behind after two epochs, and far ahead at
+the end elsewhere.
 
 Sources: O. Maron, A. Moore, Hoeffding races, NIPS 1993 (here with paired t-intervals); Z. Karnin, T. Koren, O. Somekh,
 Almost optimal exploration in multi-armed bandits, ICML 2013 (halving).
@@ -65,11 +66,12 @@ def round_ends(incubation_epochs: int, rounds: int) -> tuple[int, ...]:
 
 
 def run_round(
-    context: RunContext, rivals: Sequence[Adaptation], *, last: bool
+    context: RunContext, rivals: Sequence[Adaptation], *, last: bool, won: bool = False
 ) -> tuple[list[Adaptation], list[tuple[Adaptation, GateCheck]]]:
     """Measure the rivals on the control split; give those that stay, best first, and those that go, with the reason.
 
-    Each rival's effect is written down on it. Seeds, streams and the model stay as they are.
+    Each rival's effect is written down on it. Seeds, streams and the model stay as they are. ``won`` says that one of
+    the race was kept: then even the best of the rest goes where it is not worth its price.
     """
     growth, refs = context.growth, [SeedRef(item.layer, item.seed_index) for item in rivals]
     off = dict.fromkeys(refs, 0.0)
@@ -80,7 +82,7 @@ def run_round(
     found = standings(rivals, effects, prices, level=growth.confidence_level, rounds=growth.race_rounds)
     for one in found:
         one.adaptation.contribution = one.effect
-    gone = losers(found, last=last)
+    gone = losers(found, last=last, won=won)
     stay = [one.adaptation for one in found if one not in gone]
     return stay, [(one.adaptation, _lost(one, found[0])) for one in gone]
 
@@ -107,17 +109,19 @@ def standings(
     ]
 
 
-def losers(found: Sequence[Standing], *, last: bool) -> list[Standing]:
+def losers(found: Sequence[Standing], *, last: bool, won: bool = False) -> list[Standing]:
     """Give those that go after a round; ``found`` best first."""
     if last:
-        return [one for one in found[1:] if one.net <= 0.0]
+        return [one for place, one in enumerate(found) if one.net <= 0.0 and (place or won)]
     half = (len(found) + 1) // 2
     behind = (one for place, one in enumerate(found) if place >= half or one.is_beaten)
     return [one for one in behind if one.effect.low <= 0.0]
 
 
 def _lost(one: Standing, leader: Standing) -> GateCheck:
-    assert one.behind is not None
+    if one.behind is None:
+        detail = f"beside the one that was kept it brings {one.net:+.4f}, its price of {one.price:.4f} taken off"
+        return GateCheck(name="race", passed=False, detail=detail)
     return GateCheck(
         name="race",
         passed=False,

@@ -1,4 +1,9 @@
-"""Changes of the optimizer's settings, tried and undone when the control loss says so."""
+"""Changes of the optimizer's settings, tried and kept only where the control loss says so.
+
+A smaller rate makes the last step's weights quieter, and every loss measured at them smaller, whatever it does for the
+run. So the losses before and after are taken at the mean of an epoch's weights, which is as quiet without it: a change
+waits for the end of the epoch in which it was decided. In a run that is unstable there is no waiting.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch.optim import Optimizer
 
-from esper.contracts.decision import AdaptationDecision, ParameterChange
+from esper.contracts.decision import AdaptationDecision, CurveState, ParameterChange
 from esper.contracts.run import AdaptationOutcome, Contribution, GateCheck
 from esper.core.adaptation import Adaptation
 from esper.core.context import RunContext
@@ -21,15 +26,17 @@ _FACTORS: Final = (("lr", "learning_rate_factor"), ("weight_decay", "weight_deca
 class ParameterTrial:
     """A change of learning rate or weight decay that is on trial; :meth:`begin` makes it."""
 
-    def __init__(self, optimizer: Optimizer, change: ParameterChange, losses_before: torch.Tensor) -> None:
+    def __init__(self, optimizer: Optimizer, change: ParameterChange) -> None:
         self._optimizer = optimizer
         self._change = change
-        self._losses_before = losses_before
+        self._losses_before: torch.Tensor | None = None
         self._before: list[dict[str, Any]] = []
         self._after: list[dict[str, Any]] = []
+        self.begun_epoch: int | None = None
 
-    def begin(self) -> None:
+    def begin(self, losses_before: torch.Tensor, epoch: int) -> None:
         """Make the change, and remember what it changed."""
+        self._losses_before, self.begun_epoch = losses_before, epoch
         self._before = self._settings()
         for setting, field in _FACTORS:
             factor = getattr(self._change, field)
@@ -41,7 +48,9 @@ class ParameterTrial:
 
     def effect(self, losses_after: torch.Tensor, level: float) -> Contribution:
         """Give the fall of the control loss since the change, paired by example."""
-        return paired_interval(self._losses_before - losses_after, confidence_level=level)
+        assert self._losses_before is not None
+        before = self._losses_before.to(losses_after.device)
+        return paired_interval(before - losses_after, confidence_level=level)
 
     def undo(self) -> None:
         """Put the settings back to the bit; what a scheduler moved meanwhile is divided by the factor instead."""
@@ -56,12 +65,18 @@ class ParameterTrial:
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a later :meth:`effect` and :meth:`undo` need."""
-        return {"losses_before": self._losses_before, "before": self._before, "after": self._after}
+        return {
+            "losses_before": self._losses_before,
+            "before": self._before,
+            "after": self._after,
+            "begun_epoch": self.begun_epoch,
+        }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a change that the optimizer's settings hold already."""
-        self._losses_before = state["losses_before"].to(self._losses_before.device)
+    def load_state_dict(self, state: Mapping[str, Any], begun_epoch: int) -> None:
+        """Take over a change that the optimizer's settings hold already; older states do not say when it was made."""
+        self._losses_before = state["losses_before"]
         self._before, self._after = list(state["before"]), list(state["after"])
+        self.begun_epoch = state.get("begun_epoch", begun_epoch)
 
     def _settings(self) -> list[dict[str, Any]]:
         names = [setting for setting, _ in _FACTORS]
@@ -83,27 +98,43 @@ class TrialBench:
             GateCheck(name="room", passed=not self._trials, detail=f"{len(self._trials)} changes are on trial"),
         ]
 
-    def begin(self, adaptation: Adaptation) -> None:
-        """Make the change that an adaptation's decision names."""
-        trial = self._trial_of(adaptation, self._losses())
-        self._trials[adaptation.id] = trial
-        trial.begin()
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is on trial, nor waits to be."""
+        return not self._trials
 
-    def judge(self, adaptation: Adaptation) -> tuple[AdaptationOutcome, str]:
-        """Measure the change's effect and undo it when it harms; gives outcome and reason."""
+    def begin(self, adaptation: Adaptation) -> None:
+        """Take on the change that an adaptation's decision names; where the run is unstable it is made at once."""
+        trial = self._trials[adaptation.id] = self._trial_of(adaptation)
+        if adaptation.decision.curve_state is CurveState.UNSTABLE:
+            trial.begin(self._losses(), self._context.clock.epoch)
+
+    def end_epoch(self, adaptation: Adaptation) -> tuple[AdaptationOutcome, str] | None:
+        """Make the change that waited, or judge it when it had its time; call with the model at the epoch's mean."""
+        trial, epoch = self._trials[adaptation.id], self._context.clock.epoch
+        if trial.begun_epoch is None:
+            trial.begin(self._losses(), epoch)
+        elif epoch - trial.begun_epoch >= self._context.growth.settle_epochs:
+            return self._judge(adaptation)
+        return None
+
+    def _judge(self, adaptation: Adaptation) -> tuple[AdaptationOutcome, str]:
+        """Measure the change's effect and undo it unless it is shown to help; gives outcome and reason."""
         trial = self._trials.pop(adaptation.id)
         contribution = trial.effect(self._losses(), self._context.growth.confidence_level)
         adaptation.contribution = contribution
         interval = f"({contribution.low:+.5f} to {contribution.high:+.5f})"
         effect = f"control loss fell by {contribution.estimate:+.5f} {interval}"
-        if contribution.high < 0.0:
+        if contribution.low <= 0.0:
             trial.undo()
             return AdaptationOutcome.CULLED, f"undone: {effect}"
         return AdaptationOutcome.KEPT, f"kept: {effect}"
 
     def undo(self, adaptation: Adaptation) -> None:
         """Undo a change without judging it."""
-        self._trials.pop(adaptation.id).undo()
+        trial = self._trials.pop(adaptation.id)
+        if trial.begun_epoch is not None:
+            trial.undo()
 
     def clear(self) -> None:
         """Forget what is on trial; the optimizer's settings stay."""
@@ -116,14 +147,13 @@ class TrialBench:
     def load_state_dict(self, state: Mapping[str, Any], adaptations: Mapping[str, Adaptation]) -> None:
         """Take over trials under way; the optimizer holds their settings already."""
         for key, item in state.items():
-            trial = self._trial_of(adaptations[key], item["losses_before"])
-            trial.load_state_dict(item)
-            self._trials[key] = trial
+            trial = self._trials[key] = self._trial_of(adaptations[key])
+            trial.load_state_dict(item, adaptations[key].begun_epoch)
 
-    def _trial_of(self, adaptation: Adaptation, losses_before: torch.Tensor) -> ParameterTrial:
+    def _trial_of(self, adaptation: Adaptation) -> ParameterTrial:
         change = adaptation.decision.parameter_change
         assert change is not None
-        return ParameterTrial(self._context.optimizer, change, losses_before)
+        return ParameterTrial(self._context.optimizer, change)
 
     def _losses(self) -> torch.Tensor:
         return self._context.control.evaluate(self._context.model, self._context.loss_rows).losses

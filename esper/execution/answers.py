@@ -83,6 +83,12 @@ class KernelAnswers:
         with self._lock:
             return self._named.pop(job_id, None) is not None
 
+    def withdraw(self, artifact_id: str) -> None:
+        """Forget a kernel wherever it was named."""
+        with self._lock:
+            for job_id in [job_id for job_id, named in self._named.items() if named == artifact_id]:
+                del self._named[job_id]
+
     def find(self, spec: CompileSpec) -> str | None:
         """Give the id of the kernel that the compiler named for an equal request, ``None`` where it named none."""
         toolchain = self._toolchain

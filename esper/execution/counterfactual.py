@@ -11,18 +11,16 @@ spread between examples out of the comparison, which is most of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from esper.contracts.errors import InvalidInputError
 from esper.contracts.run import Contribution
+from esper.execution.fused import FusedPasses, LossRows
 from esper.execution.overrides import GrowingModel, SeedRef, evaluating, seeds_at
 from esper.execution.student import student_quantile
-
-LossRows = Callable[[Tensor, Tensor], Tensor]
-"""Takes outputs and targets with the batch first and gives one loss per example, shape (batch,)."""
 
 
 def evaluate_configurations(
@@ -30,11 +28,17 @@ def evaluate_configurations(
     batches: Iterable[tuple[Tensor, Tensor]],
     loss: LossRows,
     configurations: Sequence[Mapping[SeedRef, float]],
+    *,
+    max_rows: int | None = None,
 ) -> Tensor:
     """Give the loss of every example under every configuration, float64 on the CPU, shape (configurations, examples).
 
     A configuration names the alphas of some live seeds; the others stay as they are. Runs in eval mode without
     gradients; parameters, buffers, modes and random streams are untouched to the bit.
+
+    Configurations go through the model together where that gives what they give one after the other, which is checked
+    in every call, and where it pays, which shapes decide. ``max_rows`` bounds examples times configurations of a pass
+    instead; 1 measures one after the other.
 
     Raises:
         InvalidInputError: There is no batch, no configuration, or a loss gives something else than a row per example.
@@ -42,18 +46,34 @@ def evaluate_configurations(
     """
     if not configurations:
         raise InvalidInputError.of("configurations", "hold at least one", configurations)
-    rows: list[list[Tensor]] = [[] for _ in configurations]
+    fused = FusedPasses(model, loss, configurations, max_rows=max_rows)
+    parts: list[Tensor] = []
     with evaluating(model):
         for inputs, targets in batches:
-            for row, configuration in zip(rows, configurations, strict=True):
-                with seeds_at(model, configuration):
-                    losses = loss(model(inputs), targets)
-                if losses.shape != (len(inputs),):
-                    raise InvalidInputError.of("loss", f"give shape ({len(inputs)},)", tuple(losses.shape))
-                row.append(losses.double().cpu())
-    if not rows[0]:
+            losses = fused.losses(inputs, targets)
+            if losses is None:
+                losses = _one_by_one(model, inputs, targets, loss, configurations)
+            parts.append(losses.double().cpu())
+    if not parts:
         raise InvalidInputError.of("batches", "hold at least one batch", "none")
-    return torch.stack([torch.cat(row) for row in rows])
+    return torch.cat(parts, dim=1)
+
+
+def _one_by_one(
+    model: GrowingModel,
+    inputs: Tensor,
+    targets: Tensor,
+    loss: LossRows,
+    configurations: Sequence[Mapping[SeedRef, float]],
+) -> Tensor:
+    rows = []
+    for configuration in configurations:
+        with seeds_at(model, configuration):
+            losses = loss(model(inputs), targets)
+        if losses.shape != (len(inputs),):
+            raise InvalidInputError.of("loss", f"give shape ({len(inputs)},)", tuple(losses.shape))
+        rows.append(losses)
+    return torch.stack(rows)
 
 
 def measure_contribution(

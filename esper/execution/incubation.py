@@ -5,6 +5,8 @@
     d        the seed's delta, ``kernel(x, h)``                    as h
     g        gradient of the loss at h, dL/dh                      as h
     a        trial alpha                                           scalar
+    z, z_s   the model's output without the seed, and with it      (batch, ...)
+    c        share of z that a damped trial keeps                  scalar, 0 to 1
     r        reach: size of the step wanted, relative to h         scalar
 
 **Trial branch.** The whole model runs with the seed blended at a, its host parameters frozen, and the
@@ -12,6 +14,11 @@ caller's loss is differentiated with respect to the seed alone. Exact: it is the
 is grafted. Batch norms stand on their running statistics in it, as in the evaluation that decides on the graft: those
 are the host's, and a seed that learnt under statistics of its own would do harm under them (decision 0007). Costs a
 forward pass and the backward pass down to the seed's layer, on as large a share of the batch as the caller gives it.
+
+**Damped trial.** A host that knows its training set leaves a seed next to nothing to learn: gradients are gone, and
+what the seed could say better is never asked. So the loss is taken of c z + (z_s - z), a host less sure of itself with
+all of the seed's own effect. Right where a surer output costs little, as in classification; a squared error would have
+the seed say again what was taken away. Costs one forward pass more than a trial. Experiment 0008 has the figures.
 
 **Local regression.** To second order around h, L(h + d) = L(h) + <g, d> + d'Hd / 2. With H replaced by lambda * I the
 seed minimises
@@ -79,6 +86,18 @@ def trial_forward(
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
+
+
+def output_without(
+    model: GrowingModel, seeds: Iterable[SeedRef], run: Callable[[], Any], *, norms: Norms = "running"
+) -> Any:
+    """Give what ``run`` gives with these live seeds off, as a trial would see it; without gradients.
+
+    Raises:
+        As :func:`trial_forward`.
+    """
+    with trial_forward(model, seeds, 0.0, norms=norms), torch.no_grad():
+        return run()
 
 
 @contextmanager

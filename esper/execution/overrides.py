@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -72,9 +72,7 @@ def seeds_at(model: GrowingModel, alphas: Mapping[SeedRef, float]) -> Iterator[N
         InvalidInputError: An alpha is outside [0, 1].
     """
     chosen = {ref: find_seed(model, ref) for ref in alphas}
-    for ref, alpha in alphas.items():
-        if not 0.0 <= alpha <= 1.0:
-            raise InvalidInputError.of(f"alpha of {ref.layer}[{ref.seed_index}]", "be in [0, 1]", alpha)
+    _check_alphas(alphas)
     layers = {ref.layer: model.kasmina_layers[ref.layer] for ref in alphas}
     try:
         with unmeasured(model):
@@ -91,6 +89,30 @@ def seeds_at(model: GrowingModel, alphas: Mapping[SeedRef, float]) -> Iterator[N
     finally:
         for layer in layers.values():
             layer.refresh_terms()
+
+
+def named_seeds(
+    model: GrowingModel, configurations: Iterable[Mapping[SeedRef, float]]
+) -> dict[str, dict[SeedRef, Seed]]:
+    """Give the live seeds that configurations name, by layer.
+
+    Raises:
+        As :func:`seeds_at`.
+    """
+    found: dict[str, dict[SeedRef, Seed]] = {}
+    for alphas in configurations:
+        for ref in alphas:
+            of_layer = found.setdefault(ref.layer, {})
+            if ref not in of_layer:
+                of_layer[ref] = find_seed(model, ref)
+        _check_alphas(alphas)
+    return found
+
+
+def _check_alphas(alphas: Mapping[SeedRef, float]) -> None:
+    for ref, alpha in alphas.items():
+        if not 0.0 <= alpha <= 1.0:
+            raise InvalidInputError.of(f"alpha of {ref.layer}[{ref.seed_index}]", "be in [0, 1]", alpha)
 
 
 @contextmanager

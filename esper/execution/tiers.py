@@ -63,12 +63,14 @@ class TierConfig:
     """How long a kernel that no tier has is not asked for again, in seconds; an announcement ends it."""
     warm_concurrency: int = 4
     """Kernels fetched at once while warming."""
+    warm_bytes: int = 64 * 1024 * 1024
+    """Bytes of kernels that one forecast may bring near; what is beyond them is fetched when it is wanted."""
 
     def __post_init__(self) -> None:
         for name in ("l2_timeout_s", "l3_timeout_s", "open_s", "max_open_s", "negative_ttl_s"):
             if not getattr(self, name) > 0:
                 raise InvalidInputError.of(name, "be > 0 seconds", getattr(self, name))
-        for name in ("failures_to_open", "warm_concurrency"):
+        for name in ("failures_to_open", "warm_concurrency", "warm_bytes"):
             if getattr(self, name) < 1:
                 raise InvalidInputError.of(name, "be >= 1", getattr(self, name))
 
@@ -102,6 +104,7 @@ class TieredKernelSource:
         self._l1_counts = TierCounts()
         self._flights: dict[str, asyncio.Task[HeldKernel]] = {}
         self._wanted: set[str] = set()
+        self._withdrawn: set[str] = set()
         self._names: dict[str, str] = {}
         self._answers = KernelAnswers()
 
@@ -130,6 +133,24 @@ class TieredKernelSource:
         """Note that the compiler says of a job that it has no kernel: what it named for it before answers nothing."""
         if self._answers.refuse(job_id):
             log.warning("kernel_taken_back", extra={"job_id": job_id})
+
+    async def withdraw(self, artifact_id: str, reason: str) -> None:
+        """Let go of a kernel that the library no longer offers: in the first two tiers, and as what answers a request.
+
+        Seeds that stand with it go on, for their modules are their own; so does who waits for a fetch under way, of
+        which nothing is kept. Who asks for it later is told what the library says.
+
+        Raises:
+            InvalidInputError: The id is not well formed.
+        """
+        require_artifact_id(artifact_id)
+        was_near = artifact_id in self._l1
+        if artifact_id in self._flights:
+            self._withdrawn.add(artifact_id)
+        self._answers.withdraw(artifact_id)
+        self._l1.erase(artifact_id)
+        await self._erase_l2(artifact_id)
+        log.warning("kernel_withdrawn", extra={"artifact_id": artifact_id, "reason": reason, "was_near": was_near})
 
     def cached(self, artifact_id: str) -> VerifiedKernel | None:
         """Give a kernel that is in the first tier now, ``None`` for one that is not; takes 1 ms for each MB.
@@ -209,17 +230,25 @@ class TieredKernelSource:
     async def warm(self, artifact_ids: Iterable[str]) -> tuple[str, ...]:
         """Bring kernels that the compiler named into the first tier; give the ids that are there now.
 
+        The likeliest come first, and no more once ``warm_bytes`` were brought, so that they push out little else.
         Failures are logged, never raised. What is read for it counts as ``warmed``, unless somebody asks for the kernel
         while it is on its way.
         """
         gate = asyncio.Semaphore(self._config.warm_concurrency)
+        left_bytes = self._config.warm_bytes
 
         async def bring(asked: str) -> str | None:
+            nonlocal left_bytes
             async with gate:
                 try:
                     artifact_id = self._resolve(asked)
                     if artifact_id not in self._l1:
-                        self.learn((await self._flight(artifact_id)).manifest)
+                        if left_bytes <= 0:
+                            return None
+                        held = await self._flight(artifact_id)
+                        left_bytes -= held.size_bytes
+                        if artifact_id in self._l1:  # and was not withdrawn on its way
+                            self.learn(held.manifest)
                 except EsperError as error:
                     log.info("kernel_not_warmed", extra={"artifact_id": asked, "error": str(error)})
                     return None
@@ -304,6 +333,7 @@ class TieredKernelSource:
     def _landed(self, artifact_id: str, flight: asyncio.Task[HeldKernel]) -> None:
         del self._flights[artifact_id]
         self._wanted.discard(artifact_id)
+        self._withdrawn.discard(artifact_id)
         if not flight.cancelled():
             flight.exception()  # seen here, so that a fetch whose callers all left does not complain
 
@@ -317,14 +347,23 @@ class TieredKernelSource:
             except EsperError as error:
                 trouble = error
             else:
-                self._keep_in_l1(held)
-                if tier is self._l3:
-                    await self._write_l2(artifact_id, data)
+                await self._promote(held, data, is_new=tier is self._l3)
                 return held
         if trouble is not None:
             raise trouble
         self._note_absent(artifact_id, self._config.negative_ttl_s)
         raise NotFoundError(f"no cache tier has kernel {artifact_id}", parameter="artifact_id")
+
+    async def _promote(self, held: HeldKernel, data: bytes, *, is_new: bool) -> None:
+        """Keep what was fetched in the tiers before the one it came from, unless it was withdrawn meanwhile."""
+        artifact_id = held.manifest.artifact_id
+        if artifact_id in self._withdrawn:
+            return
+        self._keep_in_l1(held)
+        if is_new:
+            await self._write_l2(artifact_id, data)
+            if artifact_id in self._withdrawn:
+                await self._erase_l2(artifact_id)
 
     async def _take(self, tier: GuardedTier, artifact_id: str) -> tuple[bytes, HeldKernel]:
         """Read and verify; a damaged entry of the second tier is dropped, one of the library is read once more."""

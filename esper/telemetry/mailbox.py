@@ -71,11 +71,9 @@ class Mailbox(Generic[M]):
             taken.append(self._mail.popleft())
         return taken
 
-    def put(self, received: Received[M]) -> Mail[M]:
-        """Put a message in; the publisher's loop alone calls this."""
-        mail = Mail(received.message, received.raw, self)
+    def put(self, mail: Mail[M]) -> None:
+        """Put a mail in; the publisher's loop alone calls this."""
         self._mail.append(mail)
-        return mail
 
     def make_room(self) -> None:
         """Drop the oldest until one more fits, and count; the publisher's loop alone calls this."""
@@ -88,7 +86,7 @@ class Mailbox(Generic[M]):
 
 
 Watch = Callable[["Mail[M]"], None]
-"""Told of each mail as it is put in, on the publisher's loop; must not wait."""
+"""Told of each mail just before the reader can see it, on the publisher's loop; must not wait."""
 
 
 class Feed(Protocol):
@@ -115,7 +113,7 @@ class FanOutFeed(Generic[M]):
         opened()
         async for received in subscription:
             self.box.make_room()
-            self.box.put(received)
+            self.box.put(Mail(received.message, received.raw, self.box))
 
     async def tend(self, elapsed_s: float) -> None:
         """Forget what was settled; nobody waits for it."""
@@ -196,9 +194,11 @@ class DurableFeed(Generic[M]):
         known = sequence in self._open
         self._open[sequence] = delivery
         if not known:
-            self._hand_over(self.box.put(received))
+            mail = Mail(received.message, received.raw, self.box)
+            self._announce(mail)  # first, so that the reader finds done what can be done for it
+            self.box.put(mail)
 
-    def _hand_over(self, mail: Mail[M]) -> None:
+    def _announce(self, mail: Mail[M]) -> None:
         """Tell who watches; what goes wrong there keeps no mail from its reader."""
         if self._watch is None:
             return

@@ -290,8 +290,8 @@ class OonaPublisher:
     ) -> Mailbox[M]:
         """Give a mailbox that durable messages land in, each once, until it is settled; live once this returns.
 
-        ``watch`` is told of each message as it lands, on the publisher's loop: work on it can begin there before the
-        reader looks.
+        ``watch`` is told of each message before it lands, on the publisher's loop: work on it begins there, and the
+        reader need not do it again.
 
         Raises:
             InvalidStateError: The publisher does not run.

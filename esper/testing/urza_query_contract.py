@@ -32,6 +32,7 @@ from esper.contracts.blueprint import (
 from esper.contracts.errors import CapacityExceededError, InvalidInputError, NotFoundError
 from esper.contracts.kernel import CompileTarget, DeviceKind, ValidationCheck
 from esper.contracts.run import AdaptationOutcome
+from esper.contracts.tag_expression import parse_tags
 from esper.execution.artifact import KernelContent, artifact_bytes, pack
 from esper.execution.keys import SigningKey
 from esper.mesh.database import Database
@@ -43,7 +44,6 @@ from esper.services.urza.reference_costs import REFERENCE_SITES
 from esper.services.urza.rules import BlueprintDraft, BlueprintQuery, PageRequest
 from esper.services.urza.seeding import seed_library
 from esper.services.urza.store import StoreLimits, UrzaStore
-from esper.services.urza.tag_expression import parse_tags
 from esper.testing.urza_contract import names, put
 from esper.testing.urza_samples import SITE, field_report, graph
 

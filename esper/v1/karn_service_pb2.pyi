@@ -29,10 +29,13 @@ class ProposalConstraints(_message.Message):
     MAX_PARAMETERS_FIELD_NUMBER: _builtins.int
     MAX_FLOPS_FIELD_NUMBER: _builtins.int
     ALLOWED_OPS_FIELD_NUMBER: _builtins.int
+    ALLOWED_BLUEPRINTS_FIELD_NUMBER: _builtins.int
     max_parameters: _builtins.int
     """Trainable parameters at the site, at most."""
     max_flops: _builtins.int
     """FLOPs per example, at most."""
+    allowed_blueprints: _builtins.str
+    """Expression over tags that every proposal must keep, as SystemStatePacket has it; empty lets every one through."""
     @_builtins.property
     def allowed_ops(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Operators that may be used; empty means all."""
@@ -43,10 +46,11 @@ class ProposalConstraints(_message.Message):
         max_parameters: _builtins.int | None = ...,
         max_flops: _builtins.int | None = ...,
         allowed_ops: _abc.Iterable[_builtins.str] | None = ...,
+        allowed_blueprints: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_flops", b"_max_flops", "_max_parameters", b"_max_parameters", "max_flops", b"max_flops", "max_parameters", b"max_parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_flops", b"_max_flops", "_max_parameters", b"_max_parameters", "allowed_ops", b"allowed_ops", "max_flops", b"max_flops", "max_parameters", b"max_parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_flops", b"_max_flops", "_max_parameters", b"_max_parameters", "allowed_blueprints", b"allowed_blueprints", "allowed_ops", b"allowed_ops", "max_flops", b"max_flops", "max_parameters", b"max_parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_flops: _TypeAlias = _typing.Literal["max_flops"]  # noqa: Y015
     _WhichOneofArgType__max_flops: _TypeAlias = _typing.Literal["_max_flops", b"_max_flops"]  # noqa: Y015

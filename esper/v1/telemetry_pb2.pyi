@@ -340,6 +340,7 @@ class SeedStatus(_message.Message):
     ADAPTATION_ID_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     LAST_TRANSITION_STEP_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     seed_index: _builtins.int
     """Seed within its layer, from 0."""
     state: _lifecycle_pb2.SeedLifecycleState.ValueType
@@ -354,6 +355,8 @@ class SeedStatus(_message.Message):
     """Trainable parameters it adds."""
     last_transition_step: _builtins.int
     """Step of its last transition."""
+    source: _builtins.str
+    """Layer whose input it reads; empty for its own, and while DORMANT."""
     def __init__(
         self,
         *,
@@ -364,10 +367,11 @@ class SeedStatus(_message.Message):
         adaptation_id: _builtins.str = ...,
         parameters: _builtins.int = ...,
         last_transition_step: _builtins.int = ...,
+        source: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptation_id", b"adaptation_id", "alpha", b"alpha", "blueprint_id", b"blueprint_id", "last_transition_step", b"last_transition_step", "parameters", b"parameters", "seed_index", b"seed_index", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptation_id", b"adaptation_id", "alpha", b"alpha", "blueprint_id", b"blueprint_id", "last_transition_step", b"last_transition_step", "parameters", b"parameters", "seed_index", b"seed_index", "source", b"source", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -530,6 +534,7 @@ class SystemStatePacket(_message.Message):
     CACHE_TIERS_FIELD_NUMBER: _builtins.int
     CREATED_AT_FIELD_NUMBER: _builtins.int
     PHASE_REASON_FIELD_NUMBER: _builtins.int
+    ALLOWED_BLUEPRINTS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Run, [a-z0-9][a-z0-9-]{0,63}."""
     sequence: _builtins.int
@@ -557,7 +562,7 @@ class SystemStatePacket(_message.Message):
     host_parameters: _builtins.int
     """Parameters of the host before any growth."""
     current_parameters: _builtins.int
-    """Parameters now."""
+    """Parameters that the model's output comes from now; seeds that learn alone have no part in it."""
     host_flops: _builtins.int
     """Forward FLOPs of the host per example. Absent until measured."""
     random_seed: _builtins.int
@@ -566,6 +571,10 @@ class SystemStatePacket(_message.Message):
     """Epochs planned. Absent when nobody said."""
     phase_reason: _builtins.str
     """Why a run FAILED or STOPPED, in words. At most 500 characters; else empty."""
+    allowed_blueprints: _builtins.str
+    """Expression over tags (as in SearchBlueprints) that a blueprint must keep to stand in the run, e.g. "dense" or
+    "!conv & !attention"; empty lets every one stand.
+    """
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerStatus]:
         """Layers that can hold seeds, in the model's order."""
@@ -607,10 +616,11 @@ class SystemStatePacket(_message.Message):
         cache_tiers: _abc.Iterable[Global___CacheTierStatus] | None = ...,
         created_at: _timestamp_pb2.Timestamp | None = ...,
         phase_reason: _builtins.str = ...,
+        allowed_blueprints: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_control_accuracy", b"_control_accuracy", "_control_loss", b"_control_loss", "_control_loss_se", b"_control_loss_se", "_examples_per_second", b"_examples_per_second", "_gradient_norm", b"_gradient_norm", "_host_flops", b"_host_flops", "_learning_rate", b"_learning_rate", "_planned_epochs", b"_planned_epochs", "_train_loss", b"_train_loss", "budget", b"budget", "control_accuracy", b"control_accuracy", "control_loss", b"control_loss", "control_loss_se", b"control_loss_se", "created_at", b"created_at", "examples_per_second", b"examples_per_second", "gradient_norm", b"gradient_norm", "host_flops", b"host_flops", "learning_rate", b"learning_rate", "planned_epochs", b"planned_epochs", "train_loss", b"train_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_control_accuracy", b"_control_accuracy", "_control_loss", b"_control_loss", "_control_loss_se", b"_control_loss_se", "_examples_per_second", b"_examples_per_second", "_gradient_norm", b"_gradient_norm", "_host_flops", b"_host_flops", "_learning_rate", b"_learning_rate", "_planned_epochs", b"_planned_epochs", "_train_loss", b"_train_loss", "budget", b"budget", "cache_tiers", b"cache_tiers", "control_accuracy", b"control_accuracy", "control_loss", b"control_loss", "control_loss_se", b"control_loss_se", "created_at", b"created_at", "current_parameters", b"current_parameters", "epoch", b"epoch", "examples_per_second", b"examples_per_second", "gradient_norm", b"gradient_norm", "host_flops", b"host_flops", "host_parameters", b"host_parameters", "layers", b"layers", "learning_rate", b"learning_rate", "phase", b"phase", "phase_reason", b"phase_reason", "planned_epochs", b"planned_epochs", "random_seed", b"random_seed", "run_id", b"run_id", "sequence", b"sequence", "step", b"step", "train_loss", b"train_loss"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_control_accuracy", b"_control_accuracy", "_control_loss", b"_control_loss", "_control_loss_se", b"_control_loss_se", "_examples_per_second", b"_examples_per_second", "_gradient_norm", b"_gradient_norm", "_host_flops", b"_host_flops", "_learning_rate", b"_learning_rate", "_planned_epochs", b"_planned_epochs", "_train_loss", b"_train_loss", "allowed_blueprints", b"allowed_blueprints", "budget", b"budget", "cache_tiers", b"cache_tiers", "control_accuracy", b"control_accuracy", "control_loss", b"control_loss", "control_loss_se", b"control_loss_se", "created_at", b"created_at", "current_parameters", b"current_parameters", "epoch", b"epoch", "examples_per_second", b"examples_per_second", "gradient_norm", b"gradient_norm", "host_flops", b"host_flops", "host_parameters", b"host_parameters", "layers", b"layers", "learning_rate", b"learning_rate", "phase", b"phase", "phase_reason", b"phase_reason", "planned_epochs", b"planned_epochs", "random_seed", b"random_seed", "run_id", b"run_id", "sequence", b"sequence", "step", b"step", "train_loss", b"train_loss"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__control_accuracy: _TypeAlias = _typing.Literal["control_accuracy"]  # noqa: Y015
     _WhichOneofArgType__control_accuracy: _TypeAlias = _typing.Literal["_control_accuracy", b"_control_accuracy"]  # noqa: Y015

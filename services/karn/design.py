@@ -16,7 +16,7 @@ figures, is too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -26,12 +26,13 @@ from numpy.typing import NDArray
 
 from esper.blueprints import Plan, plan
 from esper.blueprints.cost import plan_cost
+from esper.blueprints.tags import KINDS
 from esper.contracts.blueprint import BlueprintCost, BlueprintIR, Site
 
-FAMILIES: Final = {
-    "linear": ("linear", "low_rank"),
-    "conv": ("conv", "depthwise_conv"),
-    "attention": ("attention",),
+FAMILIES: Final[Mapping[str, Collection[str]]] = {
+    "linear": KINDS["linear"],
+    "conv": KINDS["conv"],
+    "attention": KINDS["attention"],
     "norm": ("layer_norm", "rms_norm", "group_norm"),
     "activation": ("activation",),
     "gate": ("mul", "scale", "multiply"),

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from esper.blueprints import BlueprintRegistry, allowed_mixing, check_blueprint, content_id, structure_id
 from esper.blueprints.operators import OPERATORS
+from esper.blueprints.tags import DESIGNED, is_allowed
 from esper.contracts import wire
 from esper.contracts.blueprint import (
     Blueprint,
@@ -36,6 +37,7 @@ from esper.contracts.blueprint import (
     Site,
 )
 from esper.contracts.errors import InvalidBlueprintError, InvalidInputError, InvalidStateError
+from esper.contracts.tag_expression import TagExpression
 from esper.services.karn.archive import Archive
 from esper.services.karn.design import DesignView, novelty, view
 from esper.services.karn.grammar import Grammar, Variation
@@ -64,6 +66,8 @@ class Constraints:
     """FLOPs per example, at most. >= 0."""
     allowed_ops: frozenset[str] = frozenset()
     """Operators that may be used; empty means all."""
+    allowed_blueprints: TagExpression | None = None
+    """Expression over tags that every proposal must keep (`esper.blueprints.tags`)."""
 
     def __post_init__(self) -> None:
         for name in ("max_parameters", "max_flops"):
@@ -75,7 +79,7 @@ class Constraints:
             raise InvalidInputError.of("constraints.allowed_ops", f"be among {', '.join(sorted(OPERATORS))}", unknown)
 
     def admit(self, design: DesignView) -> bool:
-        """Say whether a design keeps the bounds."""
+        """Say whether a design keeps the bounds; what its tags must be is not asked here."""
         price = design.cost
         if self.max_parameters is not None and price.parameters > self.max_parameters:
             return False
@@ -130,8 +134,9 @@ class Proposer:
             raise InvalidInputError.of("count", f"be 1 to {MAX_COUNT}", count)
         random = np.random.default_rng(_stream(site, count, constraints, random_seed))
         base = self._base(site)
-        known = [one for one in base if constraints.admit(one.view)]
-        children = self._children(site, base, constraints, random, max(_ATTEMPTS, 8 * count))
+        allowed = [one for one in base if is_allowed(one.blueprint, constraints.allowed_blueprints)]
+        known = [one for one in allowed if constraints.admit(one.view)]
+        children = self._children(site, base, allowed, constraints, random, max(_ATTEMPTS, 8 * count))
         proven = [one for one in known if self._earned(one)]
         chosen = self._passed(self._rank([*proven, *children], random), site, count)
         chosen = chosen or self._passed(self._rank(known, random), site, count)
@@ -166,24 +171,31 @@ class Proposer:
         self,
         site: Site,
         base: Sequence[_Design],
+        allowed: Sequence[_Design],
         constraints: Constraints,
         random: np.random.Generator,
         attempts: int,
     ) -> list[_Design]:
-        """Give new designs within the bounds; the base itself may break them."""
+        """Give new designs within the bounds; the base itself may break them.
+
+        Parents are of an allowed kind where there are such: the kind of a design is seldom varied away.
+        """
         if not base:
             return []
+        pool = allowed or base
         grammar = Grammar(site, constraints.allowed_ops)
         known = {structure_id(one.blueprint.ir) for one in base}
         children: list[_Design] = []
         for _ in range(attempts):
-            parents = [self._parent(base, random), self._parent(base, random)]
+            parents = [self._parent(pool, random), self._parent(pool, random)]
             made = grammar.vary([one.blueprint.ir for one in parents], random, known)
             made = made and _within(made, site, grammar, constraints, random)
             if made is not None and made.structure not in known:
                 known.add(made.structure)
                 seen = view(made.ir, site)
-                children.append(_Design(_blueprint(made, parents, site, seen.kind), seen))
+                child = _Design(_blueprint(made, parents, site, seen.kind), seen)
+                if is_allowed(child.blueprint, constraints.allowed_blueprints):
+                    children.append(child)
         return children
 
     def _parent(self, pool: Sequence[_Design], random: np.random.Generator) -> _Design:
@@ -281,7 +293,7 @@ def _blueprint(made: Variation, parents: Sequence[_Design], site: Site, family: 
         name=f"karn-{kind.replace('_', '-')}-{identity[:16]}",
         ir=made.ir,
         metadata=BlueprintMetadata(
-            tags=["karn", "generated", family],
+            tags=[*DESIGNED, family],
             description=described,
             site_kinds=(site.kind,),
         ),
@@ -294,6 +306,12 @@ def _blueprint(made: Variation, parents: Sequence[_Design], site: Site, family: 
 
 def _stream(site: Site, count: int, constraints: Constraints, random_seed: int) -> NDArray[np.uint32]:
     """Give the seed of a request's random stream."""
-    bounds = (constraints.max_parameters, constraints.max_flops, tuple(sorted(constraints.allowed_ops)))
+    bounds: tuple[object, ...] = (
+        constraints.max_parameters,
+        constraints.max_flops,
+        tuple(sorted(constraints.allowed_ops)),
+    )
+    if constraints.allowed_blueprints is not None:
+        bounds = (*bounds, str(constraints.allowed_blueprints))
     text = f"karn:{wire.serialize(site).hex()}:{count}:{bounds}:{random_seed}"
     return np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint32)

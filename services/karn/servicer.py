@@ -7,6 +7,7 @@ from typing import Any
 from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.errors import InvalidInputError
 from esper.contracts.run import FieldReport
+from esper.contracts.tag_expression import parse_tags
 from esper.contracts.wire import enum_from_wire, from_wire, to_wire
 from esper.services.karn.proposer import Constraints
 from esper.services.karn.service import Karn
@@ -33,6 +34,7 @@ class KarnServicer(KarnServiceServicer):
             max_parameters=bounds.max_parameters if bounds.HasField("max_parameters") else None,
             max_flops=bounds.max_flops if bounds.HasField("max_flops") else None,
             allowed_ops=frozenset(bounds.allowed_ops),
+            allowed_blueprints=parse_tags(bounds.allowed_blueprints, parameter="constraints.allowed_blueprints"),
         )
         found = await self._karn.propose(
             from_wire(request.site, Site), request.count or _DEFAULT_COUNT, constraints, request.random_seed

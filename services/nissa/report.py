@@ -119,6 +119,7 @@ def _configuration(packets: Sequence[SystemStatePacket]) -> dict[str, Any]:
         "random_seed": first.random_seed,
         "planned_epochs": first.planned_epochs,
         "learning_rate": first.learning_rate,
+        "allowed_blueprints": first.allowed_blueprints,
         "budget": {name: budget[name] for name in budget if name.startswith("max_")},
         "layers": [{"layer": name, "site": site} for name, site in sites.items()],
     }

@@ -42,6 +42,7 @@ def _configuration(configuration: Mapping[str, Any]) -> str:
     if not configuration:
         return "No state packet was received."
     rows = [(name, configuration[name]) for name in ("random_seed", "planned_epochs", "learning_rate")]
+    rows.append(("allowed_blueprints", configuration["allowed_blueprints"] or "every one"))
     rows += list(configuration["budget"].items())
     rows += [("layer", f"{layer['layer']}: {_site(layer['site'])}") for layer in configuration["layers"]]
     return _table(("setting", "value"), rows)
@@ -68,9 +69,11 @@ def _architecture(architecture: Mapping[str, Any]) -> str:
         return "No state packet was received."
     rows = [(name, value) for name, value in architecture.items() if name != "seeds"]
     seeds = _table(
-        ("layer", "seed", "state", "alpha", "blueprint", "parameters"),
+        ("layer", "source", "seed", "state", "alpha", "blueprint", "parameters"),
         [
-            (one["layer"], one["seed_index"], one["state"], one["alpha"], one["blueprint_id"], one["parameters"])
+            tuple(
+                one[name] for name in ("layer", "source", "seed_index", "state", "alpha", "blueprint_id", "parameters")
+            )
             for one in architecture["seeds"]
         ],
     )

@@ -3,6 +3,9 @@
 What a run may choose from must not depend on how busy the machine is, or equal runs would grow differently. Karn is
 therefore told of every report that this side has learned from before it is asked, and its answer stands until another
 report comes: no clock is looked at. The library changes by somebody's hand alone, so its answers may age by the clock.
+
+For the same reason Karn may be asked before a decision wants to know (`CandidateSource.ask_ahead`): equal questions
+after equal reports have equal answers, whenever they are put.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any, Final
 from esper.blueprints import allowed_mixing, content_id, plan
 from esper.blueprints.cost import plan_cost
 from esper.blueprints.ir import reads_input
+from esper.blueprints.tags import is_allowed
 from esper.contracts.blueprint import Blueprint, BlueprintCost, BlueprintState, Site, SiteKind
 from esper.contracts.errors import (
     EsperError,
@@ -27,7 +31,9 @@ from esper.contracts.errors import (
     InvalidInputError,
     InvalidStateError,
 )
+from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import BudgetStatus, FieldReport, SystemStatePacket
+from esper.contracts.tag_expression import TagExpression, parse_tags
 from esper.contracts.wire import from_wire, to_wire
 from esper.v1 import blueprint_pb2, karn_service_pb2, urza_service_pb2
 
@@ -110,42 +116,86 @@ class CandidateSource:
         self._untold: OrderedDict[str, FieldReport] = OrderedDict()
         self._costs: OrderedDict[tuple[str, Site], BlueprintCost | None] = OrderedDict()
         self._gate = asyncio.Lock()
+        self._gate_ahead = asyncio.Lock()
         self._names: dict[str, str] = {}
         self._away_until_s: dict[str, float] = {}
         self.failures: dict[str, int] = {"urza": 0, "karn": 0}
 
     async def candidates(self, packet: SystemStatePacket, layers: AbstractSet[str] | None = None) -> list[Candidate]:
-        """Give every legal (layer, source, blueprint) of a packet, by layer in the model's order, then blueprint.
+        """Give every legal and allowed (layer, source, blueprint) of a packet, by layer in the model's order, then id.
 
         Skip seeds are taken from the library alone: Karn designs for a layer's own site. ``layers`` names the layers of
         interest; ``None`` takes all.
+
+        Raises:
+            InvalidInputError: ``allowed_blueprints`` is no expression.
         """
         found: list[Candidate] = []
+        rule = _rule(packet)
         async with self._gate:
             for layer in packet.layers:
                 if layer.site is None or (layers is not None and layer.layer not in layers):
                     continue
-                asked = _Asked(layer.site, packet.run_id, packet.random_seed, _bounds(packet.budget))
+                asked = _Asked(layer.site, packet.run_id, packet.random_seed, _bounds(packet.budget), rule)
                 designs = await self._blueprints(asked)
-                found += self._priced(layer.layer, layer.site, designs)
+                found += self._priced(layer.layer, layer.site, _allowed(designs, rule))
                 for skip in layer.skip_sites:
-                    found += self._priced(layer.layer, skip.site, self._library_at(skip.site), skip.source)
+                    library = _allowed(self._library_at(skip.site), rule)
+                    found += self._priced(layer.layer, skip.site, library, skip.source)
         return found
 
+    async def ask_ahead(self, packet: SystemStatePacket) -> bool:
+        """Ask Karn for the designs of one layer that `candidates` would ask for now; say whether there was such a one.
+
+        A decision finds the answer, or waits for it in place of asking: it is the same. A failure is of no consequence
+        to it: nothing but time is lost. Of any number of callers one at a time is let at Karn, beside decisions.
+
+        Raises:
+            InvalidInputError: ``allowed_blueprints`` is no expression.
+            EsperError: Karn did not answer.
+        """
+        if self._karn is None or self._config.proposals == 0:
+            return False
+        rule = _rule(packet)
+        async with self._gate_ahead, self._gate:
+            for layer in packet.layers:
+                if layer.site is None or not any(seed.state is SeedLifecycleState.DORMANT for seed in layer.seeds):
+                    continue
+                asked = _Asked(layer.site, packet.run_id, packet.random_seed, _bounds(packet.budget), rule)
+                if self._current(asked) is None and not self._away("karn"):
+                    await self._design(asked)
+                    return True
+        return False
+
     def held(self, packet: SystemStatePacket) -> list[Candidate]:
-        """Give what of `candidates` follows from answers that are there, however old; asks nobody."""
+        """Give what of `candidates` follows from answers that are there; asks nobody.
+
+        Where Karn's answer to what would be asked now is not there, those it gave the run before stand in for it.
+
+        Raises:
+            InvalidInputError: ``allowed_blueprints`` is no expression.
+        """
         found: list[Candidate] = []
+        rule = _rule(packet)
         for layer in packet.layers:
             if layer.site is None:
                 continue
-            known = {one.id: one for one in self._library_at(layer.site)}
-            for asked, designs in self._designs.items():
-                if (asked.site, asked.run_id) == (layer.site, packet.run_id):
-                    known.update((one.id, one) for one in designs.blueprints)
-            found += self._priced(layer.layer, layer.site, [known[key] for key in sorted(known)])
+            asked = _Asked(layer.site, packet.run_id, packet.random_seed, _bounds(packet.budget), rule)
+            known = {one.id: one for one in (*self._library_at(layer.site), *self._held_designs(asked))}
+            found += self._priced(layer.layer, layer.site, _allowed([known[key] for key in sorted(known)], rule))
             for skip in layer.skip_sites:
-                found += self._priced(layer.layer, skip.site, self._library_at(skip.site), skip.source)
+                library = _allowed(self._library_at(skip.site), rule)
+                found += self._priced(layer.layer, skip.site, library, skip.source)
         return found
+
+    def _held_designs(self, asked: _Asked) -> list[Blueprint]:
+        current = self._current(asked)
+        answers = (
+            [designs.blueprints for one, designs in self._designs.items() if one.is_like(asked)]
+            if current is None
+            else [current]
+        )
+        return [one for answer in answers for one in answer]
 
     def _library_at(self, site: Site) -> Sequence[Blueprint]:
         """Give the library's blueprints for a kind of site, as they were answered last."""
@@ -219,16 +269,26 @@ class CandidateSource:
     async def _of_karn(self, asked: _Asked) -> Sequence[Blueprint]:
         if self._karn is None or self._config.proposals == 0:
             return ()
-        held, lessons = self._designs.get(asked), self._lessons[asked.site.kind]
-        if held is not None and held.lessons == lessons:
-            return held.blueprints
+        current = self._current(asked)
+        if current is not None:
+            return current
         try:
-            found = None if self._away("karn") else await self._propose(asked)
+            if not self._away("karn"):
+                return await self._design(asked)
         except EsperError as error:
             self._note_failure("karn", error)
-            found = None
-        if found is None:
-            return held.blueprints if held else ()
+        held = self._designs.get(asked)
+        return held.blueprints if held else ()
+
+    def _current(self, asked: _Asked) -> Sequence[Blueprint] | None:
+        """Give Karn's answer if no report of its kind of site has come since."""
+        held = self._designs.get(asked)
+        return held.blueprints if held is not None and held.lessons == self._lessons[asked.site.kind] else None
+
+    async def _design(self, asked: _Asked) -> Sequence[Blueprint]:
+        """Ask Karn, and keep its answer."""
+        lessons = self._lessons[asked.site.kind]
+        found = await self._propose(asked)
         self._designs[asked] = _Designs(found, lessons)
         while len(self._designs) > _MAX_DESIGNS:
             self._designs.popitem(last=False)
@@ -239,7 +299,11 @@ class CandidateSource:
         await self._tell_reports()
         request = karn_service_pb2.ProposeBlueprintsRequest(count=self._config.proposals, random_seed=asked.random_seed)
         request.site.CopyFrom(to_wire(asked.site))  # type: ignore[arg-type]
-        limits = karn_service_pb2.ProposalConstraints(max_parameters=asked.bounds[0], max_flops=asked.bounds[1])
+        limits = karn_service_pb2.ProposalConstraints(
+            max_parameters=asked.bounds[0],
+            max_flops=asked.bounds[1],
+            allowed_blueprints="" if asked.rule is None else str(asked.rule),
+        )
         request.constraints.CopyFrom(limits)
         assert self._karn is not None
         try:
@@ -299,6 +363,11 @@ class _Asked:
     run_id: str = ""
     random_seed: int = 0
     bounds: tuple[int | None, int | None] = (None, None)
+    rule: TagExpression | None = None
+
+    def is_like(self, other: _Asked) -> bool:
+        """Say whether it is asked for the same run and site, in whatever state."""
+        return (self.site, self.run_id) == (other.site, other.run_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +376,15 @@ class _Designs:
 
     blueprints: Sequence[Blueprint]
     lessons: int
+
+
+def _rule(packet: SystemStatePacket) -> TagExpression | None:
+    """Give what a blueprint must keep to stand in the packet's run; ``None`` lets every one stand."""
+    return parse_tags(packet.allowed_blueprints, parameter="state.allowed_blueprints")
+
+
+def _allowed(designs: Sequence[Blueprint], rule: TagExpression | None) -> Sequence[Blueprint]:
+    return [one for one in designs if is_allowed(one, rule)]
 
 
 def _bounds(budget: BudgetStatus) -> tuple[int | None, int | None]:

@@ -20,10 +20,13 @@ class TamiyoConfig:
     """Confidence before calibration from which a decision is actionable, 0 to 1."""
     urgency_threshold: float = 0.6
     """Urgency from which a decision is actionable, 0 to 1."""
-    max_open_adaptations: int = 2
-    """Adaptations of one run under way at once, at least 1; a race counts as one."""
+    max_open_adaptations: int = 1
+    """Adaptations of one run under way at once, at least 1; a race counts as one, wherever its seeds stand."""
     race_size: int = 8
-    """Seeds that race for one place in the network: they learn side by side, one is grafted. At least 1."""
+    """Seeds that race for one place in the network: they learn side by side, one is grafted. As much of it as is left
+    of the budget of parameters, since no race can bring more than fits; at least 1."""
+    first_race_epochs: int = 3
+    """Epochs after which a run in which nothing was tried holds its first race though it still improves, at least 1."""
     layer_cooldown_epochs: int = 2
     """Epochs between two decisions for one layer. >= 0."""
     rest_epochs: int = 5
@@ -58,7 +61,7 @@ class TamiyoConfig:
         for name in ("confidence_threshold", "urgency_threshold"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InvalidInputError.of(name, "be within [0, 1]", getattr(self, name))
-        for name in ("max_open_adaptations", "race_size", "pending_epochs", "max_candidates"):
+        for name in ("max_open_adaptations", "race_size", "first_race_epochs", "pending_epochs", "max_candidates"):
             if getattr(self, name) < 1:
                 raise InvalidInputError.of(name, "be >= 1", getattr(self, name))
         for name in ("layer_cooldown_epochs", "rest_epochs", "embargo_epochs", "parameter_cooldown_epochs"):

@@ -5,22 +5,25 @@
     score    m + s: what a draw may well promise                          loss
 
 Races spread over kinds of blueprint (see ``rivals``), and so does a forecast: first the best of every kind, then the
-second of every kind, and so on. What has no kernel yet is asked for as work that nobody waits for; what has one is told
-to the run, which brings it near. Nothing here is part of a decision: equal packets, reports and seeds give the same
-decisions with forecasts and without.
+second of every kind, and so on. What has no kernel yet is asked for as work that everything else goes before; what has
+one is told to the run, which brings it near. Karn's designs are asked for as soon as they can be: after the reports
+that they follow from, and before the decision that may want them. Nothing here is part of a decision: equal packets,
+reports and seeds give the same decisions with forecasts and without.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 
+from esper.contracts.blueprint import Site
 from esper.contracts.errors import EsperError, InvalidInputError
 from esper.contracts.kernel import MAX_FORECAST, CompileJob, CompileSpec, JobPhase
 from esper.contracts.lifecycle import SeedLifecycleState
@@ -34,8 +37,16 @@ from esper.v1 import tezzeret_service_pb2
 log = logging.getLogger(__name__)
 
 _MAX_RUNS: Final = 256
+_MAX_ANSWERS: Final = 1024
+"""Kernels of one run that are remembered."""
 _MAX_JUDGED: Final = 512
 """Candidates that are judged for one forecast; judging takes the cube of it (about 50 ms at this size)."""
+_SHORTEST_PAUSE_S: Final = 0.01
+_GATHER_S: Final = 2.0
+"""How long news waits for more of it, in seconds."""
+
+_Kernel = tuple[str, Site]
+"""Blueprint and site."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,28 +55,38 @@ class ForecastConfig:
 
     size: int = 32
     """Kernels in a forecast, 0 to ``MAX_FORECAST``; 0 makes none."""
-    refresh_s: float = 10.0
+    refresh_s: float = 0.5
     """Seconds between two forecasts for one run. >= 0."""
+    patience_s: float = 10.0
+    """Seconds that kernels which are being made are looked for after one packet, at most; never longer than between
+    the last two packets. >= 0."""
     call_timeout_s: float = 10.0
     """Seconds one call of the compiler may take. > 0."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.size <= MAX_FORECAST:
             raise InvalidInputError.of("size", f"be within [0, {MAX_FORECAST}]", self.size)
-        if not self.refresh_s >= 0:
-            raise InvalidInputError.of("refresh_s", "be >= 0 seconds", self.refresh_s)
+        for name in ("refresh_s", "patience_s"):
+            if not getattr(self, name) >= 0:
+                raise InvalidInputError.of(name, "be >= 0 seconds", getattr(self, name))
         if not self.call_timeout_s > 0:
             raise InvalidInputError.of("call_timeout_s", "be > 0 seconds", self.call_timeout_s)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Told:
-    """What a run was told last, and what that followed from."""
+    """What a run was told, and what is known of the kernels it may want."""
 
-    basis: tuple[int, int]
-    at_s: float
-    artifact_ids: tuple[str, ...]
-    all_ready: bool
+    begun_s: float = 0.0
+    """When the last forecast was begun."""
+    basis: tuple[int, frozenset[_Kernel]] = (0, frozenset())
+    """What that one followed from."""
+    answers: OrderedDict[_Kernel, str] = field(default_factory=OrderedDict)
+    """Id of every kernel that is there; empty for one that cannot be made."""
+    told: set[str] = field(default_factory=set)
+    """Kernels the run knows of."""
+    all_ready: bool = False
+    """Whether every kernel that was favoured has its answer."""
 
 
 class KernelForecaster:
@@ -97,36 +118,71 @@ class KernelForecaster:
         self._told: OrderedDict[str, _Told] = OrderedDict()
 
     async def foresee(self, packet: SystemStatePacket) -> tuple[str, ...]:
-        """Give the kernels to tell a run, likeliest first; empty where there is nothing new to say.
+        """Give kernels to tell a run, likeliest first; empty where there is nothing new to say.
 
-        Asks for those that are not there yet, so that a later forecast has them. An outage of the compiler makes the
-        forecast shorter, and the next one is made as if this one had not been.
+        What is there is told at once. Where that is nothing new, Karn is asked for its next designs, what is not there
+        yet is asked for, and looked for until the run's next packet may be expected. An outage makes the forecast
+        shorter, and the next one goes on from there.
         """
         before = self._told.get(packet.run_id)
+        now_s = self._clock()
         if not self._is_due(packet, before):
             return ()
-        rows = self._open_candidates(packet)
-        basis = (self._posterior.num_observations, len(rows))
-        if not rows or (before is not None and before.all_ready and before.basis == basis):
-            return ()
-        specs, begun_s = self._favoured(packet, rows), self._clock()
-        try:
-            ready = [await self._kernel_of(spec) for spec in specs]
-        except EsperError as error:
-            log.info("forecast_given_up", extra={"run_id": packet.run_id, "error": str(error)})
-            return ()
-        found = tuple(one for one in ready if one)
-        self._told[packet.run_id] = _Told(basis, begun_s, found, all(one is not None for one in ready))
+        run = self._told[packet.run_id] = before or _Told()
+        patience_s = 0.0 if before is None else min(self._config.patience_s, now_s - before.begun_s)
+        run.begun_s = now_s
         self._told.move_to_end(packet.run_id)
         while len(self._told) > _MAX_RUNS:
             self._told.popitem(last=False)
-        return () if before is not None and found == before.artifact_ids else found
+        try:
+            return await self._look(packet, run) or await self._look_ahead(packet, run, patience_s)
+        except EsperError as error:
+            log.info("forecast_given_up", extra={"run_id": packet.run_id, "error": str(error)})
+            run.begun_s = now_s - self._config.refresh_s
+            run.told.clear()  # what was found before the failure was told to nobody
+            return ()
+
+    async def _look_ahead(self, packet: SystemStatePacket, run: _Told, patience_s: float) -> tuple[str, ...]:
+        """Have designed and made what a decision would have to wait for."""
+        found: tuple[str, ...] = ()
+        until_s = self._clock() + patience_s
+        while self._open_layers(packet) and not (found and self._clock() >= until_s):
+            if not await self._candidates.ask_ahead(packet):
+                break
+            found = await self._look(packet, run) or found
+        pause_s = max(self._config.refresh_s, _SHORTEST_PAUSE_S)
+        looks = int((min(patience_s, _GATHER_S) if found else patience_s) / pause_s)
+        while looks > 0 and not run.all_ready:
+            await asyncio.sleep(pause_s)
+            news = await self._look(packet, run)
+            looks = min(looks - 1, int(_GATHER_S / pause_s)) if news and not found else looks - 1
+            found = news or found
+        return found
+
+    async def _look(self, packet: SystemStatePacket, run: _Told) -> tuple[str, ...]:
+        """Give the favoured kernels that are there, if the run does not know one; ask for those that are not there."""
+        rows = self._open_candidates(packet)
+        basis = (self._posterior.num_observations, frozenset((one.blueprint.id, one.site) for one in rows))
+        if not rows or (run.all_ready and run.basis == basis):
+            return ()
+        favoured = self._favoured(packet, rows)
+        for key, spec in favoured.items():
+            if key not in run.answers and (answer := await self._kernel_of(spec)) is not None:
+                run.answers[key] = answer
+        while len(run.answers) > _MAX_ANSWERS:
+            run.answers.popitem(last=False)
+        run.basis, run.all_ready = basis, run.answers.keys() >= favoured.keys()
+        found = tuple(answer for key in favoured if (answer := run.answers.get(key)))
+        if run.told.issuperset(found):
+            return ()
+        run.told = {*(run.told if len(run.told) < _MAX_ANSWERS else ()), *found}
+        return found
 
     def likely(self, packet: SystemStatePacket) -> list[CompileSpec]:
         """Give what the posterior favours of the candidates at hand, likeliest first; each kernel once."""
-        return self._favoured(packet, self._open_candidates(packet))
+        return list(self._favoured(packet, self._open_candidates(packet)).values())
 
-    def _favoured(self, packet: SystemStatePacket, candidates: Sequence[Candidate]) -> list[CompileSpec]:
+    def _favoured(self, packet: SystemStatePacket, candidates: Sequence[Candidate]) -> dict[_Kernel, CompileSpec]:
         rows = candidates[:_MAX_JUDGED]
         asked = [_features(packet, one) for one in rows]
         beliefs = self._posterior.believe(asked, np.random.default_rng(0))  # its draw is not looked at
@@ -142,25 +198,29 @@ class KernelForecaster:
             seen[kind] += 1
         ranked.sort(key=lambda row: row[0])  # stable: the best of every kind stay in the order of their scores
         specs = {(one.blueprint.id, one.site): CompileSpec(ir=one.blueprint.ir, site=one.site) for _, one in ranked}
-        return list(specs.values())[: self._config.size]
+        return dict(list(specs.items())[: self._config.size])
 
     def _is_due(self, packet: SystemStatePacket, before: _Told | None) -> bool:
         trains = packet.phase in (RunPhase.STARTED, RunPhase.TRAINING)
-        rested = before is None or self._clock() - before.at_s >= self._config.refresh_s
+        rested = before is None or self._clock() - before.begun_s >= self._config.refresh_s
         return self._config.size > 0 and trains and rested
 
     def _open_candidates(self, packet: SystemStatePacket) -> Sequence[Candidate]:
         """Give the candidates at hand that have a dormant seed, and that the budget allows."""
-        parameters, flops, adaptations = budget_left(packet.budget, ())
-        dormant = SeedLifecycleState.DORMANT
-        layers = {layer.layer for layer in packet.layers if any(seed.state is dormant for seed in layer.seeds)}
-        if adaptations < 1 or not layers:
-            return ()
+        parameters, flops, _ = budget_left(packet.budget, ())
+        layers = self._open_layers(packet)
         return [
             one
-            for one in self._candidates.held(packet)
+            for one in (self._candidates.held(packet) if layers else ())
             if one.layer in layers and one.cost.parameters <= parameters and one.cost.flops <= flops
         ]
+
+    def _open_layers(self, packet: SystemStatePacket) -> frozenset[str]:
+        """Give the layers that have a dormant seed, while the budget allows one more adaptation."""
+        if budget_left(packet.budget, ())[2] < 1:
+            return frozenset()
+        dormant = SeedLifecycleState.DORMANT
+        return frozenset(layer.layer for layer in packet.layers if any(seed.state is dormant for seed in layer.seeds))
 
     async def _kernel_of(self, spec: CompileSpec) -> str | None:
         """Give a kernel's id, ``None`` while it is being made, and nothing where it cannot be made."""

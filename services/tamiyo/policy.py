@@ -1,11 +1,12 @@
 """The policy: from a state packet and the candidates for it to one decision, or to those of one race.
 
 Equal packets, reports, posterior and seed give equal decisions, bit for bit: the random stream of a decision is drawn
-from the run's seed, the run's id and the packet's sequence, and the decision's time is the packet's.
+from the run's seed and the packet's sequence, and the decision's time is the packet's.
 
     figure       formula
     belief       ADD_SEED: log odds of P(reward > 0) of the likeliest candidate in the race, plus those of P(plateau)
-                 P(capacity lacks); all decisions of a race share it: together they ask for one seed that pays
+                 P(capacity lacks), before a plateau of the latter alone; all decisions of a race share it: together
+                 they ask for one seed that pays
                  UNSTABLE, OVERFITTING: P(state) shrunk by 0.9, since a smaller step helps mostly but not always
                  REMOVE_SEED: P(contribution < 0) from its interval, or (n + 1) / (n + 2) after n new errors
     confidence   the belief, calibrated by what came of earlier decisions (`calibration.py`); REMOVE_SEED and what asks
@@ -155,8 +156,7 @@ class Policy:
         if packet.sequence in memory.decisions:
             return frozenset()
         reading = self._take_in(packet, memory)
-        grows = packet.phase is RunPhase.TRAINING and reading.state is CurveState.PLATEAU
-        if not grows or reading.capacity_lacks < 0.5:
+        if packet.phase is not RunPhase.TRAINING or not self._may_grow(reading, memory):
             return frozenset()
         return frozenset(self._open_seeds(packet, memory))
 
@@ -252,14 +252,25 @@ class Policy:
             return removal
         if reading.state is CurveState.OVERFITTING:
             return self._regularise(reading, memory)
+        if self._may_grow(reading, memory):
+            return self._grow(packet, reading, memory, candidates)
         if reading.state is not CurveState.PLATEAU:
             return _nothing(reading, f"The curve is {reading.state.value.replace('_', ' ')}; there is nothing to do.")
-        if reading.capacity_lacks < 0.5:
-            return _nothing(
-                reading,
-                "The control loss is flat while training loss still falls with a wide gap: capacity is not what lacks.",
-            )
-        return self._grow(packet, reading, memory, candidates)
+        return _nothing(
+            reading,
+            "The control loss is flat while training loss still falls with a wide gap: capacity is not what lacks.",
+        )
+
+    def _may_grow(self, reading: CurveReading, memory: RunMemory) -> bool:
+        """Say whether the curve asks for growth, or lets a first race be held beside it.
+
+        A race costs the host nothing, and what is found early has the rest of the run to be trained; behind a host that
+        has learnt its training set by heart, a seed learns little (experiment 0008).
+        """
+        if reading.capacity_lacks < 0.5 or reading.state is CurveState.PLATEAU:
+            return reading.capacity_lacks >= 0.5
+        improves = reading.state in (CurveState.WARMING_UP, CurveState.IMPROVING)
+        return improves and not memory.has_tried and len(memory.points) >= self.config.first_race_epochs
 
     def _calm(self, reading: CurveReading, memory: RunMemory) -> _Draft:
         if memory.parameters_rest(self.config.parameter_cooldown_epochs):
@@ -286,24 +297,26 @@ class Policy:
     def _grow(
         self, packet: SystemStatePacket, reading: CurveReading, memory: RunMemory, candidates: Sequence[Candidate]
     ) -> _Draft:
+        flat = reading.state is CurveState.PLATEAU
+        occasion = "At a plateau" if flat else "Nothing was tried yet"
         if self._is_full(packet, memory):
-            return _nothing(reading, "At a plateau, but as many adaptations as allowed are under way.")
+            return _nothing(reading, f"{occasion}, but as many adaptations as allowed are under way.")
         if memory.rests(self.config.rest_epochs):
-            return _nothing(reading, "At a plateau, but what was tried lately came to nothing so far: growing rests.")
+            return _nothing(reading, f"{occasion}, but what was tried lately came to nothing so far: growing rests.")
         seeds = self._open_seeds(packet, memory)
         open_candidates = self._affordable(packet, memory, seeds, candidates)
         if not open_candidates:
-            return _nothing(reading, _why_none(packet, seeds, candidates))
+            return _nothing(reading, f"{occasion}, but {_why_none(packet, seeds, candidates)}")
         choices, helps = self._choose(packet, memory, seeds, open_candidates)
         reports = Evidence(name="posterior_observations", value=self.posterior.num_observations, detail="rewards known")
         chance = Evidence(name="probability_of_reward", value=helps, detail="of the likeliest drawn, before the curve")
         return _Draft(
             kind=AdaptationType.ADD_SEED,
-            belief=join_evidence(helps, reading.probability * reading.capacity_lacks),
+            belief=join_evidence(helps, (reading.probability if flat else 1.0) * reading.capacity_lacks),
             urgency=self._growth_urgency(packet, reading),
             choices=choices,
             evidence=(chance, reports, *self._reliability_evidence()),
-            explanation=f"Plateau for {reading.stretch_epochs} epochs; drawn from {len(open_candidates)} candidates:",
+            explanation=f"{_words_of(reading)}; drawn from {len(open_candidates)} candidates:",
         )
 
     def _is_full(self, packet: SystemStatePacket, memory: RunMemory) -> bool:
@@ -364,7 +377,8 @@ class Policy:
             picked = random.choice(len(rows), self.config.max_candidates, replace=False)
             rows = [rows[place] for place in sorted(picked)]
         reserved = memory.pending(self.config.pending_epochs).values()
-        room = min(self.config.race_size, budget_left(packet.budget, reserved)[2])
+        parameters, _, adaptations = budget_left(packet.budget, reserved)
+        room = min(self._race_size(packet, parameters), adaptations)
         free = {layer: len(found) for layer, found in seeds.items()}
         asked = [(one, _features(packet, one)) for one in rows]
         field = draw_rivals(self.posterior, asked, size=int(room), free=free, random=random)
@@ -379,6 +393,11 @@ class Policy:
             taken.add((layer, seed.seed_index))
             choices.append(_Choice(rival.candidate, rival.belief, seed))
         return tuple(choices), field.helps
+
+    def _race_size(self, packet: SystemStatePacket, parameters: float) -> int:
+        """Give how many rivals are worth their cost: the share of ``race_size`` that is left of the parameters."""
+        whole = packet.budget.max_added_parameters
+        return self.config.race_size if not whole else max(1, math.ceil(self.config.race_size * parameters / whole))
 
     def _growth_urgency(self, packet: SystemStatePacket, reading: CurveReading) -> float:
         progress = _progress(packet)
@@ -462,6 +481,13 @@ class Policy:
         return self.calibrator.confidence(asked), asked.evidence
 
 
+def _words_of(reading: CurveReading) -> str:
+    """Say why a race is held now."""
+    if reading.state is CurveState.PLATEAU:
+        return f"Plateau for {reading.stretch_epochs} epochs"
+    return "Nothing was tried yet, and the run still improves: seeds may learn beside it"
+
+
 def _racing(place: int, size: int) -> str:
     return f", {place + 1} of {size} that race for one place" if size > 1 else ""
 
@@ -487,7 +513,7 @@ def adaptation_id(run_id: str, sequence: int, place: int = 0) -> str:
 
 def _random(packet: SystemStatePacket) -> np.random.Generator:
     """Give the random stream of the decision on one packet."""
-    text = f"tamiyo:{packet.random_seed}:{packet.run_id}:{packet.sequence}"
+    text = f"tamiyo:{packet.random_seed}:{packet.sequence}"
     return np.random.default_rng(np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint32))
 
 
@@ -554,12 +580,12 @@ def _why_none(
     packet: SystemStatePacket, seeds: Mapping[str, Sequence[SeedStatus]], candidates: Sequence[Candidate]
 ) -> str:
     if not candidates:
-        return "At a plateau, but no blueprint fits any layer."
+        return "no blueprint fits any layer."
     if not seeds:
-        return "At a plateau, but every layer is busy, resting or without a dormant seed."
+        return "every layer is busy, resting or without a dormant seed."
     budget = packet.budget
     return (
-        f"At a plateau, but none of {len(candidates)} candidates is within the budget ({budget.added_parameters} of "
+        f"none of {len(candidates)} candidates is within the budget ({budget.added_parameters} of "
         f"{budget.max_added_parameters} parameters, {budget.adaptations} of {budget.max_adaptations} adaptations) "
         "and free of an embargo."
     )

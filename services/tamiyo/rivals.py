@@ -1,15 +1,15 @@
 """Which candidates race: one joint draw from the posterior for each place at the start, spread over kinds.
 
-Thompson sampling in batches: rival k is the best of draw k among those that are not in the race yet. A kind is a family
-of operators with a reach: which kind of blueprint stands where can matter far more than its size, only what is tried is
-learnt about, and every rival costs. So
-- every family comes in before a second of its members does, and a kind has one rival unless the race would not be half
-  full;
-- where even the best of a draw promises nothing, nobody enters, unless no reward of its kind was ever learned: a prior
-  is no reason to leave out the one kind that a task may want.
+Thompson sampling in batches: draw k brings in the candidate that is best in it. A kind is a family of operators with a
+reach: which kind of blueprint stands where can matter far more than its size, and only what is tried is learnt about.
+So kinds of which no reward was ever learned come first, one rival each and every family before a second kind of one: a
+prior is no reason to leave out the one kind that a task may want. Beyond them every rival costs: where they fill a
+quarter of the race nobody else enters; else what promises most on average does, and against it the winners of draws
+(top-two sampling), where they promise anything. The more is known, the smaller a race.
 
 Source: E. Kaufmann, N. Korda, R. Munos, Thompson sampling, ALT 2012; in batches: K. Kandasamy et al., Parallelised
-Bayesian optimisation via Thompson sampling, AISTATS 2018.
+Bayesian optimisation via Thompson sampling, AISTATS 2018; top two: D. Russo, Simple Bayesian algorithms for best arm
+identification, COLT 2016.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from esper.services.tamiyo.candidates import Candidate
 from esper.services.tamiyo.normal import probability_positive
 from esper.services.tamiyo.posterior import Belief, Features, RewardPosterior
+
+_KNOWN_SHARE: Final = 0.25
+"""Share of a race that kinds of which something is known may fill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +67,12 @@ def draw_rivals(
     chosen: dict[int, float] = {}
     for draw in drawn.draws:
         open_rows = [row for row, (one, _) in enumerate(candidates) if row not in chosen and left[one.layer] > 0]
-        new = _of_new_kinds(asked, open_rows, chosen)
-        if not new and (not open_rows or 2 * len(chosen) >= size):
+        unknown = _of_unknown_kinds(posterior, asked, open_rows, chosen)
+        if not open_rows or (not unknown and len(chosen) >= _KNOWN_SHARE * size):
             break
-        row = max(new or open_rows, key=lambda one: (draw[one], -one))
-        if chosen and draw[row] <= 0.0 and posterior.has_tried(*_kind(asked[row])):
+        promised = draw if unknown or chosen else drawn.mean
+        row = max(unknown or [*open_rows, *chosen], key=lambda one: (promised[one], -one))
+        if row in chosen or (chosen and not unknown and draw[row] <= 0.0):
             continue
         chosen[row] = float(draw[row])
         left[candidates[row][0].layer] -= 1
@@ -78,12 +83,16 @@ def draw_rivals(
     return Field(rivals, max(probability_positive(one.belief.mean, one.belief.deviation) for one in rivals))
 
 
-def _of_new_kinds(features: Sequence[Features], rows: Sequence[int], chosen: Collection[int]) -> list[int]:
-    """Give the rows of families that nobody chosen is of; or else of kinds that nobody chosen is of."""
+def _of_unknown_kinds(
+    posterior: RewardPosterior, features: Sequence[Features], rows: Sequence[int], chosen: Collection[int]
+) -> list[int]:
+    """Give the rows of kinds that nothing is known of and nobody chosen is of; of new families where there are any."""
     families = {features[row].family for row in chosen}
     kinds = {_kind(features[row]) for row in chosen}
-    of_new_family = [row for row in rows if features[row].family not in families]
-    return of_new_family or [row for row in rows if _kind(features[row]) not in kinds]
+    unknown = [
+        row for row in rows if _kind(features[row]) not in kinds and not posterior.has_tried(*_kind(features[row]))
+    ]
+    return [row for row in unknown if features[row].family not in families] or unknown
 
 
 def _kind(features: Features) -> tuple[str, str]:

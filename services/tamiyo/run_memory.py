@@ -64,6 +64,8 @@ class RunMemory:
         self.decisions: OrderedDict[int, tuple[AdaptationDecision, ...]] = OrderedDict()
         self.new_errors: dict[str, int] = {}
         self.contributions: dict[str, Contribution] = {}
+        self.has_tried = False
+        """Whether anything was to grow, or has grown, in this run."""
         self._pending: dict[str, Pending] = {}
         self._layer_epochs: dict[str, int] = {}
         self._embargoes: dict[tuple[str, str], int] = {}
@@ -111,6 +113,7 @@ class RunMemory:
         if layer.health.errors > before:
             self.new_errors[layer.layer] = layer.health.errors - before
         for seed in layer.seeds:
+            self.has_tried |= seed.state is not SeedLifecycleState.DORMANT
             if seed.state in UNDER_WAY:
                 self._record(layer.layer, seed.seed_index).last_step = self._step
 
@@ -126,6 +129,7 @@ class RunMemory:
             return
         self._layer_epochs[decision.layer] = decision.epoch
         if decision.adaptation_type.grows:
+            self.has_tried = True
             self._pending[decision.adaptation_id] = Pending(decision.layer, decision.epoch, cost, decision.group)
 
     def note_plan(self, plan: AdaptationPlan) -> None:

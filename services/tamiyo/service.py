@@ -13,6 +13,7 @@ from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.decision import AdaptationDecision, AdaptationPlan
 from esper.contracts.errors import InvalidInputError, NotFoundError
 from esper.contracts.run import FieldReport, SystemStatePacket
+from esper.contracts.tag_expression import parse_tags
 from esper.mesh.validation import require_id, require_range
 from esper.services.tamiyo.calibration import MAX_CASES
 from esper.services.tamiyo.candidates import CandidateSource
@@ -204,9 +205,10 @@ def check_packet(packet: SystemStatePacket) -> None:
     """Refuse a packet that breaks a rule of the wire.
 
     Raises:
-        InvalidInputError: The run id, the sequence, a layer or a budget is not legal.
+        InvalidInputError: The run id, the sequence, a layer, a budget or ``allowed_blueprints`` is not legal.
     """
     check_run_id(packet.run_id)
+    parse_tags(packet.allowed_blueprints, parameter="state.allowed_blueprints")
     require_range("state.sequence", packet.sequence, low=1)
     names = [layer.layer for layer in packet.layers]
     if len(set(names)) != len(names):

@@ -6,6 +6,7 @@ and to take them down again, costs as much as the work itself. It inherits the w
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -103,18 +104,23 @@ class SecondProcess:
         return True
 
     def _start(self) -> None:
-        its_requests, self._requests = os.pipe()
-        self._answers, its_answers = os.pipe()
-        os.set_blocking(self._requests, False)
-        worker = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            os.close(self._requests)
-            os.close(self._answers)
-            self._serve_and_exit(worker, its_requests, its_answers)
-        self._pid = pid
-        os.close(its_requests)
-        os.close(its_answers)
+        """Fork the process.
+
+        Raises:
+            OSError: The system gives no pipe or no process; nothing is left open.
+        """
+        with contextlib.ExitStack() as on_failure, contextlib.ExitStack() as its_ends:
+            its_requests, requests = _pipe(its_ends, on_failure)
+            answers, its_answers = _pipe(on_failure, its_ends)
+            os.set_blocking(requests, False)
+            worker = os.getpid()
+            pid = os.fork()
+            if pid == 0:
+                os.close(requests)
+                os.close(answers)
+                self._serve_and_exit(worker, its_requests, its_answers)
+            on_failure.pop_all()
+            self._pid, self._requests, self._answers = pid, requests, answers
 
     def _serve_and_exit(self, worker: int, requests: int, answers: int) -> NoReturn:
         """Run in the fork until the worker hangs up; end without the worker's exit handlers, which are not for it."""
@@ -129,6 +135,14 @@ class SecondProcess:
             traceback.print_exc()
         finally:
             os._exit(code)
+
+
+def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
+    """Open a pipe whose ends are closed with a stack each."""
+    ends = os.pipe()
+    for stack, end in zip((reader, writer), ends, strict=True):
+        stack.callback(os.close, end)
+    return ends
 
 
 def _read_request(stream: BinaryIO) -> bytes | None:

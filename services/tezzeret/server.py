@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from esper.contracts.errors import InvalidInputError
-from esper.contracts.kernel import CompileJob, CompileSpec, CompileTarget, DeviceKind, JobPhase, JobPriority
+from esper.contracts.kernel import (
+    ENDED_PHASES,
+    CompileJob,
+    CompileSpec,
+    CompileTarget,
+    DeviceKind,
+    JobPhase,
+    JobPriority,
+)
 from esper.contracts.wire import enum_from_wire, from_wire, to_wire
 from esper.mesh import InProcessChannel, MeshServer
 from esper.mesh.page_token import decode_page_token, encode_page_token
 from esper.mesh.validation import require_name, require_page_size, require_size
 from esper.services.tezzeret.job_store import place_of
+from esper.services.tezzeret.known_specs import CheckedSpec, KnownSpecs, check_spec
 from esper.services.tezzeret.service import TezzeretService
 from esper.v1 import tezzeret_service_pb2 as pb
 from esper.v1.tezzeret_service_pb2_grpc import TezzeretServiceServicer, add_TezzeretServiceServicer_to_server
@@ -26,6 +36,7 @@ MAX_PAGE: Final = 500
 
 _MAX_SPEC_BYTES: Final = 128 * 1024
 _MAX_ADAPTATION_BYTES: Final = 128
+_MAX_ANSWERS: Final = 1024
 
 
 def register(server: MeshServer | InProcessChannel, service: TezzeretService) -> tuple[str, ...]:
@@ -41,19 +52,21 @@ class TezzeretServicer(TezzeretServiceServicer):
 
     def __init__(self, service: TezzeretService) -> None:
         self._service = service
+        self._specs = KnownSpecs()
+        self._answers: OrderedDict[str, tuple[CompileJob, pb.CompileJob]] = OrderedDict()
 
     async def Compile(self, request: pb.CompileRequest, context: Any) -> pb.CompileResponse:  # noqa: N802
         """Give the job of a request, at once or when it has ended."""
         del context
         require_size("adaptation_id", request.adaptation_id, max_bytes=_MAX_ADAPTATION_BYTES)
-        job, cached = await self._service.compile(
-            _spec(request),
+        job, cached = await self._service.compile_checked(
+            self._checked(request),
             run_id=request.run_id,
             adaptation_id=request.adaptation_id,
             priority=_priority(request.priority),
             wait=request.wait,
         )
-        return pb.CompileResponse(job=_wire(job), cached=cached)
+        return pb.CompileResponse(job=self._answer(job), cached=cached)
 
     async def GetJob(self, request: pb.GetJobRequest, context: Any) -> pb.GetJobResponse:  # noqa: N802
         """Give one job."""
@@ -99,14 +112,36 @@ class TezzeretServicer(TezzeretServiceServicer):
         del context
         return pb.CancelJobResponse(job=_wire(await self._service.cancel(_job_id(request.job_id))))
 
+    def _checked(self, request: pb.CompileRequest) -> CheckedSpec:
+        """Give the spec of a request; one that was read before is known by its bytes."""
+        if not request.HasField("spec"):
+            raise InvalidInputError.of("spec", "be set", "nothing")
+        said = request.spec.SerializeToString(deterministic=True)
+        require_size("spec", said, max_bytes=_MAX_SPEC_BYTES)
+        known = self._specs.find(said)
+        if known is None:
+            known = check_spec(_filled(request.spec))
+            self._specs.learn(said, known)
+        return known
 
-def _spec(request: pb.CompileRequest) -> CompileSpec:
-    """Give the spec with what was left unspecified filled in."""
-    if not request.HasField("spec"):
-        raise InvalidInputError.of("spec", "be set", "nothing")
-    require_size("spec", request.spec.SerializeToString(), max_bytes=_MAX_SPEC_BYTES)
+    def _answer(self, job: CompileJob) -> pb.CompileJob:
+        """Give a job as a message; that of an ended one, which stays as it is, is made once."""
+        if job.phase not in ENDED_PHASES:
+            return _wire(job)
+        known = self._answers.get(job.job_id)
+        if known is not None and known[0] is job:
+            return known[1]
+        message = _wire(job)
+        self._answers[job.job_id] = (job, message)
+        while len(self._answers) > _MAX_ANSWERS:
+            self._answers.popitem(last=False)
+        return message
+
+
+def _filled(asked: pb.CompileSpec) -> CompileSpec:
+    """Give a spec with what was left unspecified filled in."""
     filled = pb.CompileSpec()
-    filled.CopyFrom(request.spec)
+    filled.CopyFrom(asked)
     filled.target = filled.target or int(CompileTarget.TORCHSCRIPT)  # type: ignore[assignment]
     filled.device = filled.device or int(DeviceKind.CPU)  # type: ignore[assignment]
     return from_wire(filled, CompileSpec)

@@ -13,8 +13,6 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from esper.blueprints.cost import cost
-from esper.blueprints.ir import content_id
 from esper.contracts.errors import (
     CapacityExceededError,
     CorruptDataError,
@@ -31,10 +29,11 @@ from esper.execution.keys import SigningKey
 from esper.mesh import remaining_s
 from esper.mesh.periodic import Periodic
 from esper.services.tezzeret.config import TezzeretConfig
-from esper.services.tezzeret.content_key import content_key, job_id_of
+from esper.services.tezzeret.content_key import job_id_of
 from esper.services.tezzeret.job_changes import JobChanges
 from esper.services.tezzeret.job_runner import GENERATION_HEADER, JobRunner
 from esper.services.tezzeret.job_store import Asker, JobStore
+from esper.services.tezzeret.known_specs import CheckedSpec, check_spec
 from esper.services.tezzeret.lanes import lane_of, priority_of
 from esper.services.tezzeret.library import KernelLookup, StoredKernel
 from esper.services.tezzeret.outbox import Outbox
@@ -47,7 +46,6 @@ from esper.telemetry.tracing import inject_headers
 log = logging.getLogger(__name__)
 
 _ANSWER_MARGIN_S: Final = 0.25
-_MAX_SEED: Final = 2**63 - 1
 _MAX_ADAPTATION_CHARS: Final = 128
 _MAX_REMEMBERED: Final = 1024
 _CANCELLED: Final = "cancelled on request"
@@ -159,10 +157,29 @@ class TezzeretService:
         priority: JobPriority | None = None,
         wait: bool = False,
     ) -> tuple[CompileJob, bool]:
+        """Give the job of a request, and whether its kernel was there already; see `compile_checked`.
+
+        Raises:
+            InvalidBlueprintError: The blueprint is not legal at the site.
+            EsperError: As `compile_checked`.
+        """
+        return await self.compile_checked(
+            check_spec(spec), run_id=run_id, adaptation_id=adaptation_id, priority=priority, wait=wait
+        )
+
+    async def compile_checked(
+        self,
+        asked: CheckedSpec,
+        *,
+        run_id: str = "",
+        adaptation_id: str = "",
+        priority: JobPriority | None = None,
+        wait: bool = False,
+    ) -> tuple[CompileJob, bool]:
         """Give the job of a request, and whether its kernel was there already.
 
         Args:
-            spec: What is to be compiled.
+            asked: What is to be compiled.
             run_id: Run that asks; it is told on ``<run>.kernel`` how the job ended. May be empty.
             adaptation_id: Adaptation that asks; may be empty.
             priority: How urgent it is; ``None`` means INTERACTIVE when a run asks, NORMAL else. It never lowers what
@@ -170,21 +187,19 @@ class TezzeretService:
             wait: Return when the job has ended, or just before the call's deadline with the job as it stands.
 
         Raises:
-            InvalidBlueprintError: The blueprint is not legal at the site.
-            InvalidInputError: Another field breaks its rule.
+            InvalidInputError: A field breaks its rule.
             UnavailableError: Store or queue cannot be reached.
             CapacityExceededError: The queue is full, or the blueprint larger than a kernel may be.
         """
-        self._check(spec, run_id, adaptation_id)
-        blueprint_id = content_id(spec.ir)
-        key = content_key(spec, blueprint_id=blueprint_id)
+        self._check(asked, run_id, adaptation_id)
+        job_id = job_id_of(asked.content_key)
         asker = Asker(run_id=run_id, adaptation_id=adaptation_id) if run_id else None
-        self._outbox.join_trace(job_id_of(key), adaptation_id)
+        self._outbox.join_trace(job_id, adaptation_id)
         fresh = CompileJob(
-            job_id=job_id_of(key),
-            content_key=key,
-            blueprint_id=blueprint_id,
-            spec=spec,
+            job_id=job_id,
+            content_key=asked.content_key,
+            blueprint_id=asked.blueprint_id,
+            spec=asked.spec,
             phase=JobPhase.QUEUED,
             adaptation_id=adaptation_id,
             run_id=run_id,
@@ -249,17 +264,14 @@ class TezzeretService:
         log.info("job_cancelled", extra={"job_id": job_id})
         return job
 
-    def _check(self, spec: CompileSpec, run_id: str, adaptation_id: str) -> None:
-        if not 0 <= spec.random_seed <= _MAX_SEED:
-            raise InvalidInputError.of("spec.random_seed", "be within [0, 2**63)", spec.random_seed)
+    def _check(self, asked: CheckedSpec, run_id: str, adaptation_id: str) -> None:
         if run_id:
             check_run_id(run_id)
         if len(adaptation_id) > _MAX_ADAPTATION_CHARS:
             raise InvalidInputError.of("adaptation_id", f"be at most {_MAX_ADAPTATION_CHARS} characters", adaptation_id)
-        parameters = cost(spec.ir, spec.site).parameters
         limit = self._pool.config.compiler.max_parameters
-        if parameters > limit:
-            raise CapacityExceededError(f"kernel must have at most {limit} parameters, got {parameters}")
+        if asked.parameters > limit:
+            raise CapacityExceededError(f"kernel must have at most {limit} parameters, got {asked.parameters}")
 
     async def _job_of(self, fresh: CompileJob, asker: Asker | None) -> tuple[CompileJob, bool]:
         """Find the job or make it; a kernel that the library has needs none of the work.

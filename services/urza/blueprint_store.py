@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final, NamedTuple
@@ -116,6 +116,7 @@ class BlueprintStore:
         self._max_blueprints = max_blueprints
         self._token_key = token_key
         self._counts = queries.RecentCounts()
+        self._watch: Callable[[str, BlueprintState], Awaitable[None]] | None = None
 
     async def create(self, draft: BlueprintDraft) -> tuple[Blueprint, bool]:
         """Store a new version, or give the one that is there; say which.
@@ -215,6 +216,10 @@ class BlueprintStore:
             )
         return found
 
+    def watch_state(self, watch: Callable[[str, BlueprintState], Awaitable[None]]) -> None:
+        """Have somebody told of every change of state, by blueprint, once it is stored."""
+        self._watch = watch
+
     async def set_state(self, blueprint_id: str, state: BlueprintState, *, actor: str, reason: str) -> Blueprint:
         """Take the next step of the life cycle; asking for the state that holds already changes nothing.
 
@@ -237,6 +242,8 @@ class BlueprintStore:
                 await session.flush()
         if state is not before:
             log.info("blueprint_state", extra={"blueprint_id": blueprint_id, "state": state.name, "actor": actor})
+            if self._watch is not None:
+                await self._watch(blueprint_id, state)
         return blueprint_of(record._replace(state=int(state)))
 
     async def _insert(

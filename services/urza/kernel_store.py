@@ -12,7 +12,7 @@ import hashlib
 import logging
 import secrets
 import zlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -84,6 +84,10 @@ class KernelLimits:
     """Most bytes of kernels altogether."""
 
 
+Withdrawn = Callable[[Sequence[str], str], Awaitable[None]]
+"""Is told the ids of kernels that are no longer offered, and why."""
+
+
 class KernelStore:
     """The kernels of the library. Safe for many tasks of one event loop."""
 
@@ -96,8 +100,11 @@ class KernelStore:
         token_key: bytes = b"",
         blobs: Blobs | None = None,
         clock: Callable[[], int] = now_us,
+        withdrawn: Withdrawn | None = None,
     ) -> None:
+        """Build the store over an open database; ``withdrawn`` is told of kernels that are no longer offered."""
         self._database = database
+        self._withdrawn = withdrawn
         self._key_ring = key_ring
         self._token_key = token_key
         self._limits = limits
@@ -222,7 +229,22 @@ class KernelStore:
         require_artifact_id("artifact_id", artifact_id)
         async with self._database.reading() as session:
             row = await session.get(KernelRow, artifact_id)
-        return row is not None and await self.remove_copy(row)
+        gone = row is not None and await self.remove_copy(row)
+        if gone:
+            await self.tell_withdrawn([artifact_id], "removed from the library")
+        return gone
+
+    async def withdraw_of(self, blueprint_id: str, reason: str) -> None:
+        """Say that the kernels of a blueprint are no longer offered; they stay where they are."""
+        of_it = select(KernelRow.artifact_id).where(KernelRow.blueprint_id == blueprint_id)
+        async with self._database.reading() as session:
+            artifact_ids = (await session.scalars(of_it)).all()
+        await self.tell_withdrawn([one for one in artifact_ids if ARTIFACT_ID.fullmatch(one)], reason)
+
+    async def tell_withdrawn(self, artifact_ids: Sequence[str], reason: str) -> None:
+        """Tell whoever listens that some kernels are no longer offered."""
+        if artifact_ids and self._withdrawn is not None:
+            await self._withdrawn(artifact_ids, reason)
 
     async def remove_copy(self, row: KernelRow) -> bool:
         """Remove the very copy that a row spoke of when it was read; say whether it was there."""
@@ -430,6 +452,8 @@ class KernelStore:
             log.warning("kernel_replaced", extra={"artifact_id": repr(old.artifact_id), "sound": is_sound(old)})
             if old.outside:
                 await self.discard(old.copy_id)
+        gone = {old.artifact_id for old in replaced if ARTIFACT_ID.fullmatch(old.artifact_id)} - {record.artifact_id}
+        await self.tell_withdrawn(sorted(gone), "replaced in the library")
         log.info("kernel_stored", extra={"artifact_id": record.artifact_id, "size_bytes": record.size_bytes})
         return record, True
 

@@ -21,10 +21,10 @@ from itertools import islice
 from typing import Any, Final
 
 from esper.contracts.blueprint import BlueprintBounds
+from esper.contracts.tag_expression import AllOf, Not, Tag, TagExpression, covers
 from esper.mesh.driver_reads import ReadScript, Statement
 from esper.services.urza.blueprint_records import FIELDS, SOURCE, BlueprintRecord
 from esper.services.urza.rules import BlueprintQuery
-from esper.services.urza.tag_expression import AllOf, Not, Tag, TagExpression, covers
 
 FEW: Final = 10_000
 """Most rows from which a query begins, rather than from the listing's order."""

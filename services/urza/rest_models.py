@@ -25,9 +25,9 @@ from esper.contracts.blueprint import (
     SiteKind,
 )
 from esper.contracts.kernel import KernelManifest
+from esper.contracts.tag_expression import parse_tags
 from esper.services.urza.kernel_rows import KernelRecord
 from esper.services.urza.rules import MAX_TAGS, BlueprintDraft, BlueprintQuery
-from esper.services.urza.tag_expression import parse_tags
 
 State = StrEnum("State", {state.name: state.name for state in BlueprintState})  # type: ignore[misc]
 """Names of the states of a blueprint."""

@@ -195,6 +195,7 @@ class Retention:
             log.info("kernel_swept", extra=extra)
             if row.outside:
                 await self._kernels.discard(row.copy_id)
+        await self._kernels.tell_withdrawn([row.artifact_id for row in gone], "swept from the library")
         return gone
 
     async def _remove(self, session: AsyncSession, row: KernelRow, now: int) -> bool:

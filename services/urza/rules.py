@@ -17,8 +17,8 @@ from esper.contracts.blueprint import (
     SiteKind,
 )
 from esper.contracts.errors import InvalidInputError
+from esper.contracts.tag_expression import TagExpression
 from esper.mesh.validation import require_name, require_range
-from esper.services.urza.tag_expression import TagExpression
 
 T = TypeVar("T")
 

@@ -6,11 +6,13 @@ import logging
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Self
 
 from esper.blueprints.registry import default_registry
 from esper.contracts.errors import ConfigError, InvalidStateError
 from esper.execution.keys import KeyRing
+from esper.execution.withdrawals import tell_withdrawn
 from esper.mesh.database import Database
 from esper.mesh.health import ReadinessProbe
 from esper.mesh.http_server import HttpServer
@@ -104,7 +106,8 @@ class UrzaService:
 
         Args:
             config: Where and within which bounds.
-            bus: Where field reports come from; ``None`` takes them over gRPC alone. The caller closes it.
+            bus: Where field reports come from, and where it is told which kernels are no longer offered; ``None``
+                takes reports over gRPC alone, and tells nobody. The caller closes it.
             key_ring: Whose signatures uploaded kernels must carry; ``None`` checks their digests alone.
         """
         self._config = config
@@ -118,6 +121,7 @@ class UrzaService:
             token_key=config.page_token_key,
             blobs=blobs,
             retention=config.retention,
+            withdrawn=None if bus is None else partial(tell_withdrawn, bus),
         )
         """What both faces stand on."""
         self.servicer = UrzaServicer(self.store, upload_budget_bytes=config.upload_budget_bytes)

@@ -19,6 +19,7 @@ from esper.contracts.blueprint import (
 from esper.contracts.chunks import SHA256_BYTES
 from esper.contracts.errors import InvalidInputError
 from esper.contracts.run import FieldReport
+from esper.contracts.tag_expression import parse_tags
 from esper.contracts.wire import enum_from_wire, from_wire, to_message, to_wire
 from esper.mesh.validation import require_size
 from esper.services.urza.blueprint_records import message_of, page_message
@@ -26,7 +27,6 @@ from esper.services.urza.blueprint_store import LineageDirection
 from esper.services.urza.kernel_upload import KernelUpload, UploadBudget
 from esper.services.urza.rules import BlueprintDraft, BlueprintQuery, PageRequest
 from esper.services.urza.store import UrzaStore
-from esper.services.urza.tag_expression import parse_tags
 from esper.v1 import blueprint_pb2, kernel_pb2, urza_service_pb2, urza_service_pb2_grpc
 
 log = logging.getLogger(__name__)

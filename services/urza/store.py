@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from esper.contracts.blueprint import BlueprintState
 from esper.contracts.errors import ConfigError
 from esper.execution.artifact import MAX_ARTIFACT_BYTES
 from esper.execution.keys import KeyRing
@@ -12,7 +13,7 @@ from esper.mesh.database import Database
 from esper.services.urza.blobs import Blobs
 from esper.services.urza.blueprint_store import BlueprintStore
 from esper.services.urza.clock import now_us
-from esper.services.urza.kernel_store import KernelLimits, KernelStore
+from esper.services.urza.kernel_store import KernelLimits, KernelStore, Withdrawn
 from esper.services.urza.migrate import migrate
 from esper.services.urza.report_store import ReportStore
 from esper.services.urza.retention import Retention, RetentionPolicy
@@ -53,6 +54,7 @@ class UrzaStore:
         blobs: Blobs | None = None,
         retention: RetentionPolicy | None = None,
         clock: Callable[[], int] = now_us,
+        withdrawn: Withdrawn | None = None,
     ) -> None:
         """Build the store over an open database.
 
@@ -64,12 +66,15 @@ class UrzaStore:
             blobs: Where the bytes of kernels rest; ``None`` is the database. Kernels stay where they were stored.
             retention: What sweeps let go of.
             clock: Gives the present, in microseconds since 1970.
+            withdrawn: Told of kernels that are no longer offered: removed, replaced, or of a blueprint that is
+                deprecated or retired.
         """
         limits = limits or StoreLimits()
         self._database = database
         self._blobs = blobs
         self.blueprints = BlueprintStore(database, max_blueprints=limits.max_blueprints, token_key=token_key)
         """Blueprints: versions, tags, genealogy, life cycle."""
+        self.blueprints.watch_state(self._note_state)
         self.kernels = KernelStore(
             database,
             key_ring=key_ring,
@@ -77,6 +82,7 @@ class UrzaStore:
             token_key=token_key,
             blobs=blobs,
             clock=clock,
+            withdrawn=withdrawn,
         )
         """Kernels: manifests and bytes."""
         self.uploads = UploadStore(database, max_bytes=limits.max_upload_bytes, clock=clock)
@@ -85,6 +91,10 @@ class UrzaStore:
         """Field reports and what they add up to."""
         self.retention = Retention(database, self.kernels, self.uploads, retention or RetentionPolicy(), clock=clock)
         """What the library lets go of."""
+
+    async def _note_state(self, blueprint_id: str, state: BlueprintState) -> None:
+        if state in (BlueprintState.DEPRECATED, BlueprintState.RETIRED):
+            await self.kernels.withdraw_of(blueprint_id, f"its blueprint is {state.name.lower()}")
 
     async def migrate(self) -> None:
         """Bring the tables to this build's form, and make the place for bytes outside ready.

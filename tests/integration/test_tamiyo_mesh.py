@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,15 @@ async def test_what_karn_designed_stands_among_the_candidates(mesh: Mesh) -> Non
     designed = [one.blueprint for one in candidates if one.blueprint.lineage.author == "karn"]
     assert len(designed) == 4
     assert {one.blueprint.name for one in candidates} > {"lora", "glu"}
+
+
+async def test_karn_designs_and_the_library_offers_what_the_run_allows(mesh: Mesh) -> None:
+    asked = replace(packet(1, 1.0), allowed_blueprints="dense & !widening")
+    found = [one.blueprint for one in await mesh.tamiyo.tamiyo.candidates.candidates(asked)]
+    assert len([one for one in found if one.lineage.author == "karn"]) == 4
+    templates = {one.name for one in found if one.lineage.author != "karn"}
+    assert templates == {"bottleneck_adapter", "deepen", "gated_mlp", "glu", "lora", "norm_shift"}
+    assert not any(node.op in ("conv", "depthwise_conv", "attention") for one in found for node in one.ir.nodes)
 
 
 async def test_karn_learns_the_same_report(mesh: Mesh) -> None:

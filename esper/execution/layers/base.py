@@ -180,4 +180,5 @@ class KasminaLayer(Germination):
             adaptation_id=found.adaptation_id if found else "",
             parameters=found.num_parameters if found else 0,
             last_transition_step=record.last_transition_step,
+            source=found.source if found else "",
         )

@@ -73,12 +73,18 @@ def _blend(
 ) -> Any:
     require_synchronised(layer, layer._kasmina.terms)
     h = layer.seed_output(out)
-    x_site, h_site = layer.to_site(layer.seed_input(args, kwargs)), layer.to_site(h)
-    if h.device.type == "cpu":
-        total = _sum_on_cpu(layer, x_site, h_site, sampled=sampled, recomputing=recomputing)
+    x_site, h_site, lanes = layer.to_site(layer.seed_input(args, kwargs)), layer.to_site(h), layer._kasmina.lanes
+    if lanes is not None:
+        total = lanes.blend(x_site, h_site, partial(_sum, layer))
     else:
-        total = _sum_on_device(layer, x_site, h_site, recomputing=recomputing)
+        total = _sum(layer, x_site, h_site, sampled=sampled, recomputing=recomputing)
     return out if total is h_site else layer.with_output(out, layer.from_site(total, like=h))
+
+
+def _sum(layer: KasminaLayer, x: Tensor, h: Tensor, *, sampled: bool = False, recomputing: bool = False) -> Tensor:
+    if h.device.type == "cpu":
+        return _sum_on_cpu(layer, x, h, sampled=sampled, recomputing=recomputing)
+    return _sum_on_device(layer, x, h, recomputing=recomputing)
 
 
 def _sum_on_cpu(layer: KasminaLayer, x: Tensor, h: Tensor, *, sampled: bool, recomputing: bool) -> Tensor:
@@ -182,7 +188,10 @@ def _input_for(layer: KasminaLayer, seed: Seed, x: Tensor) -> Tensor:
     Raises:
         KernelFaultError: The source's input can't be had in this pass.
     """
-    return layer._kasmina.skips.input_of(seed.source) if seed.source else x
+    if not seed.source:
+        return x
+    found, lanes = layer._kasmina.skips.input_of(seed.source), layer._kasmina.lanes
+    return found if lanes is None else lanes.source_rows(found)
 
 
 def _run_behind_own_gate(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor) -> Tensor:

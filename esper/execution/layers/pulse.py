@@ -70,11 +70,12 @@ def arm(host: nn.Module, layers: Iterable[KasminaLayer]) -> None:
 
     Those inside a compiled part of the host are left out: there nothing is measured, and the change would recompile.
     """
-    compiled = {id(inside) for module in host.modules() if _is_compiled(module) for inside in module.modules()}
+    compiled = {id(inside) for module in host.modules() if is_compiled(module) for inside in module.modules()}
     for layer in layers:
         if layer.telemetry_enabled and id(layer) not in compiled:
             layer.arm()
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calling the module runs what ``torch.compile`` made of it."""
     return module._compiled_call_impl is not None or isinstance(module, OptimizedModule)

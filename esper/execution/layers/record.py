@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable
 
     from esper.execution.artifact import VerifiedKernel
+    from esper.execution.lanes import Lanes
     from esper.execution.seed import BlendMode, Seed
 
 DEFAULT_TELEMETRY_INTERVAL_STEPS: Final = 128
@@ -100,6 +101,7 @@ class LayerRecord:
         "is_read",
         "is_site_settled",
         "kernel_source",
+        "lanes",
         "layer_id",
         "num_kept",
         "num_samples",
@@ -133,6 +135,7 @@ class LayerRecord:
         self.is_paused = False
         self.is_armed = True
         self.terms: tuple[Seed, ...] = ()
+        self.lanes: Lanes | None = None
         self.standing: tuple[tuple[Seed, BlendMode], ...] = ()
         self.has_separate_gates = False
         self.guards: tuple[NestedPathGuard, ...] = ()

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from bench.c4_tiers import RecordedRun, Replay, hit_figures, known_share
+import esper
+from bench.c4_tiers import Origin, RecordedRun, Replay, hit_figures, known_share, origin_of
+from esper.blueprints import default_registry
+from esper.contracts.decision import AdaptationDecision
 from esper.contracts.run import CacheTierStatus
+from esper.execution.artifact import VerifiedKernel, verify
 from esper.execution.keys import SigningKey
 from esper.execution.tier_directory import DirectoryTier
 from esper.execution.tier_urza import upload_kernel
@@ -18,12 +25,31 @@ from esper.mesh.settings import MeshSettings
 from esper.services.urza.server import UrzaConfig, UrzaService
 from esper.testing.urza_samples import kernel_bytes
 from esper.v1.urza_service_pb2_grpc import UrzaServiceStub
+from tests.decisions import add_seed
+
+MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def run(requests: str, *, l1: int = 0, l2: int = 0, l3: int = 0, warmed: int = 0) -> RecordedRun:
+def decided(*tags: str) -> AdaptationDecision:
+    """Give a decision of that moment for a blueprint with some tags."""
+    blueprint = default_registry().create_blueprint("lora")
+    model = esper.wrap(nn.Sequential(nn.Linear(4, 4)))
+    decision = add_seed(model, "", "lora", created_at=MOMENT)
+    return replace(decision, blueprint=replace(blueprint, metadata=replace(blueprint.metadata, tags=tags)))
+
+
+def kernel_made(moment: datetime) -> VerifiedKernel:
+    """Give a kernel that was made at a moment."""
+    key = SigningKey.generate()
+    kernel = verify(kernel_bytes(key), key.ring())
+    return replace(kernel, manifest=replace(kernel.manifest, created_at=moment))
+
+
+def run(requests: str, *, l1: int = 0, l2: int = 0, l3: int = 0, warmed: int = 0, origins: str = "") -> RecordedRun:
     counts = {"l1": l1, "l2": l2, "l3": l3}
     return RecordedRun(
         requests=tuple(requests),
+        origins=tuple({"t": Origin.THERE, "d": Origin.DESIGNED, "l": Origin.LISTED}[one] for one in origins),
         tiers=tuple(
             CacheTierStatus(tier=tier, hits=hits, warmed=warmed if tier == "l3" else 0) for tier, hits in counts.items()
         ),
@@ -42,8 +68,27 @@ def test_shares_are_of_requests_and_only_later_runs_are_held_against_the_goal() 
 
 
 def test_one_run_alone_claims_nothing_about_later_ones() -> None:
-    later = hit_figures([run("ab", l3=2)])[-1]
+    figures = {figure.name: figure for figure in hit_figures([run("ab", l3=2, origins="dl")])}
+    later = figures["from the second run on, answered by L1 or L2"]
     assert (later.value, later.holds) == (None, None)
+    assert figures["of these, a design of Karn's, made for the decision"].value == 0
+
+
+def test_misses_are_told_apart_by_what_the_kernel_was_when_its_decision_came() -> None:
+    later = run("abcdef", l1=1, l2=1, l3=4, origins="tttdld")
+    figures = {figure.name: figure.value for figure in hit_figures([run("x", l3=1, origins="d"), later])}
+    assert figures["from the second run on, answered by neither"] == 4
+    assert figures["of these, a design of Karn's, made for the decision"] == 2
+    assert figures["of these, a blueprint of the library's, made for the decision"] == 1
+    assert figures["of these, there already"] == 1
+
+
+def test_a_kernel_is_there_if_it_was_made_before_its_decision() -> None:
+    before, after = MOMENT - timedelta(seconds=1), MOMENT + timedelta(seconds=1)
+    assert origin_of(decided(), kernel_made(before)) is Origin.THERE
+    assert origin_of(decided(), kernel_made(after)) is Origin.LISTED
+    assert origin_of(decided("karn", "generated"), kernel_made(after)) is Origin.DESIGNED
+    assert origin_of(decided("karn"), None) is Origin.DESIGNED
 
 
 def test_known_is_what_any_earlier_run_asked_for() -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from itertools import count
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
 import esper
 from bench import growth
 from bench.growth import Extent, arms_of, extent_of, main, measure_extent, run_seed
-from bench.growth_arms import ARMS, CONTROLS, GROWN, KINDS, Kind, Option, options
+from bench.growth_arms import ARMS, CONTROLS, GROWN, KINDS, PLAIN_ARMS, Kind, Option, choose, options, run_arm
 from bench.growth_figures import (
     CellRuns,
     accuracy_margin,
@@ -24,10 +27,10 @@ from bench.growth_figures import (
     loss_margin,
     time_to,
 )
-from bench.growth_hosts import Cell, make_cell
-from bench.growth_log import RunLog, sources_version
+from bench.growth_hosts import FAMILIES, Cell, FamilyName, make_cell
+from bench.growth_log import _PLAIN_SOURCES, RunLog, Versions, versions_here, versions_of
 from bench.growth_training import Outcome, Point, Tried
-from bench.random_growth import RandomMesh, draws
+from bench.random_growth import FIRST_EPOCH, RandomMesh, draws
 from bench.report import Figure
 from esper.blueprints.plan import is_legal
 from esper.cli import digits
@@ -39,6 +42,7 @@ from esper.telemetry.subjects import Kind as SubjectKind
 
 MLP = make_cell("digits", "mlp")
 NUMBERS = count()
+ONE = Versions(plain="p", grown="g")
 
 
 def point(epoch: int, accuracy: float | None) -> Point:
@@ -185,19 +189,19 @@ def test_what_is_written_down_is_not_run_again(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(growth, "run_arm", run_arm)
     path = tmp_path / "runs.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        run_seed(RunLog(path, version="1"), cell, 0, first_options(cell))
+        run_seed(RunLog(path, versions=ONE), cell, 0, first_options(cell))
     assert asked == arms_of(cell)[:3]
     goes_on = True
-    done = run_seed(RunLog(path, version="1"), cell, 0, first_options(cell))
+    done = run_seed(RunLog(path, versions=ONE), cell, 0, first_options(cell))
     assert asked == arms_of(cell)
     assert list(done) == arms_of(cell)
-    run_seed(RunLog(path, version="1"), cell, 0, first_options(cell))
+    run_seed(RunLog(path, versions=ONE), cell, 0, first_options(cell))
     assert asked == arms_of(cell)
 
 
 def test_lines_of_other_sources_settings_or_seeds_do_not_count(tmp_path: Path) -> None:
     cell, path = small_cell(), tmp_path / "runs.jsonl"
-    log = RunLog(path, version="1")
+    log = RunLog(path, versions=ONE)
     log.add_outcome(cell, 0, GROWN, outcome(0.9))
     log.add_chosen(cell, 1, "host", options(cell, "host")[1])
     assert log.outcomes(cell, 0) == {GROWN: outcome(0.9)}
@@ -205,12 +209,31 @@ def test_lines_of_other_sources_settings_or_seeds_do_not_count(tmp_path: Path) -
     assert log.outcomes(cell, 1) == {}
     assert log.outcomes(MLP, 0) == {}
     assert log.chosen(cell, 3) == {}
-    assert RunLog(path, version="2").outcomes(cell, 0) == {}
+    other = RunLog(path, versions=Versions(plain="q", grown="h"))
+    assert (other.outcomes(cell, 0), other.chosen(cell, 1)) == ({}, {})
+
+
+def test_controls_in_which_nothing_of_espers_grows_outlast_a_change_of_it_and_of_what_may_grow(tmp_path: Path) -> None:
+    cell, path = small_cell(), tmp_path / "runs.jsonl"
+    log = RunLog(path, versions=ONE)
+    for arm in ARMS:
+        log.add_outcome(cell, 0, arm, outcome(0.9))
+    log.add_chosen(cell, 1, "host", options(cell, "host")[1])
+    plain = {"host", "host, train+control", "static-wide", "static-wide, train+control", "static-deep"}
+    plain |= {"Net2Wider", "gromo"}
+    changed, dense = RunLog(path, versions=Versions(plain="p", grown="h")), replace(cell, kinds="dense")
+    assert set(changed.outcomes(cell, 0)) == set(changed.outcomes(dense, 0)) == set(log.outcomes(dense, 0)) == plain
+    assert changed.chosen(dense, 1) == log.chosen(cell, 1) == {"host": options(cell, "host")[1]}
+    assert RunLog(path, versions=Versions(plain="q", grown="g")).outcomes(cell, 0).keys() == set(ARMS) - plain
+    log.add_outcome(dense, 0, GROWN, outcome(0.8))
+    log.add_outcome(dense, 0, "host", outcome(0.8))
+    assert log.outcomes(dense, 0)[GROWN] == outcome(0.8) != log.outcomes(cell, 0)[GROWN]
+    assert log.outcomes(cell, 0)["host"] == outcome(0.8), "written for dense alone, it counts for all"
 
 
 def test_a_last_line_that_was_cut_off_is_dropped_and_a_broken_one_before_is_said(tmp_path: Path) -> None:
     cell, path = small_cell(), tmp_path / "runs.jsonl"
-    log = RunLog(path, version="1")
+    log = RunLog(path, versions=ONE)
     log.add_outcome(cell, 0, GROWN, outcome(0.9))
     with path.open("a") as file:
         file.write('{"version": "1", "ce')
@@ -222,10 +245,53 @@ def test_a_last_line_that_was_cut_off_is_dropped_and_a_broken_one_before_is_said
         log.outcomes(cell, 0)
 
 
-def test_the_version_changes_with_the_sources_it_names() -> None:
-    commit, _, digest = sources_version().rpartition(" ")
-    assert len(digest) == 16
-    assert commit
+def test_a_version_changes_with_the_sources_that_it_depends_on_and_no_others(tmp_path: Path) -> None:
+    root = Path(growth.__file__).parents[1]
+    for place in ("esper", "services", "bench", "csrc"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(root / place, tmp_path / place, ignore=ignored)
+    before = versions_of(tmp_path)
+    assert before == versions_of(root) == versions_here()
+    assert before.plain != before.grown
+    for name, plain, grown in (
+        ("bench/growth_figures.py", False, False),
+        ("esper/core/race.py", False, True),
+        ("services/tamiyo/policy.py", False, True),
+        ("bench/growth_grown.py", False, True),
+        ("bench/random_growth.py", False, True),
+        ("bench/growth_training.py", True, True),
+        ("esper/blueprints/flops.py", True, True),
+    ):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text + "\n")
+        after = versions_of(tmp_path)
+        assert (after.plain != before.plain, after.grown != before.grown) == (plain, grown), name
+        (tmp_path / name).write_text(text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_controls_in_which_nothing_of_espers_grows_run_through_no_source_but_those_of_their_version(
+    family: FamilyName,
+) -> None:
+    cell = replace(make_cell("digits", family), settings=replace(MLP.settings, epochs=2, batch_size=512, tail=0.3))
+    root, ran = Path(growth.__file__).parents[1], set[str]()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_name != "<module>":
+            ran.add(frame.f_code.co_filename)
+
+    chosen, arms = first_options(cell), [arm for arm in arms_of(cell) if arm in PLAIN_ARMS]
+    choose(cell, "host", num_seeds=1)  # what is imported late is imported now
+    sys.setprofile(note)
+    try:
+        choose(cell, "host", num_seeds=1)
+        for arm in arms:
+            run_arm(arm, cell, seed=0, chosen=chosen, done={})
+    finally:
+        sys.setprofile(None)
+    named = {str(path.relative_to(root)) for path in map(Path, ran) if path.is_relative_to(root)}
+    ours = {name for name in named if not name.startswith((".venv", "tests"))}
+    assert {"bench/growth_training.py", "esper/blueprints/flops.py"} <= ours <= set(_PLAIN_SOURCES)
 
 
 def test_extents_are_those_of_the_design() -> None:
@@ -266,7 +332,7 @@ def packet(**budget: int) -> SystemStatePacket:
         run_id="r",
         sequence=1,
         phase=RunPhase.TRAINING,
-        epoch=5,
+        epoch=FIRST_EPOCH,
         step=1,
         layers=layers,
         budget=BudgetStatus(**budget),
@@ -285,9 +351,18 @@ def test_random_draws_span_layers_and_legal_affordable_templates() -> None:
     assert not draws(packet(max_added_parameters=0))
 
 
+def test_random_growth_draws_from_what_the_run_allows() -> None:
+    def drawn(text: str) -> set[str]:
+        return {draw.blueprint.name for draw in draws(replace(packet(), allowed_blueprints=text))}
+
+    assert drawn("dense") == {"bottleneck_adapter", "deepen", "gated_mlp", "glu", "lora", "norm_shift", "widen"}
+    assert drawn("") - drawn("dense") == {"image_conv", "signal_conv"}
+    assert not drawn("attention")
+
+
 def test_random_growth_asks_for_nothing_before_its_first_epoch() -> None:
     link = RandomMesh(0).open_link("r", esper.wrap(digits.make_host(0)))
-    link.send(SubjectKind.STATE, replace(packet(), epoch=4))
+    link.send(SubjectKind.STATE, replace(packet(), epoch=FIRST_EPOCH - 1))
     assert not list(link.arrivals())
     link.send(SubjectKind.STATE, packet())
     arrivals = list(link.arrivals())
@@ -304,7 +379,7 @@ def test_random_growth_asks_for_nothing_before_its_first_epoch() -> None:
 def test_one_seed_of_every_arm(tmp_path: Path) -> None:
     cell = small_cell()
     result = measure_extent(Extent(cells=(cell,), num_seeds=1, num_tuning_seeds=1, directory=tmp_path))
-    done = RunLog(tmp_path / "runs.jsonl", version=sources_version()).outcomes(cell, 0)
+    done = RunLog(tmp_path / "runs.jsonl", versions=versions_here()).outcomes(cell, 0)
     assert list(done) == arms_of(cell)
     assert all(0 < arm.accuracy <= 1 for arm in done.values())
     assert all(arm.flops >= done[GROWN].flops for name, arm in done.items() if name.endswith("same compute"))

@@ -21,16 +21,17 @@ from bench.growth_arms import (
     SAME_COMPUTE,
     Kind,
     Option,
+    _at,
     choose,
     options,
     run_arm,
 )
 from bench.growth_gromo import make_gromo, reason_not_measured
-from bench.growth_grown import grow_arm, rebuild, topology_from
+from bench.growth_grown import _growth, grow_arm, grow_once, rebuild, topology_from
 from bench.growth_hosts import Cell, make_cell, make_net, num_parameters
 from bench.growth_tasks import load
 from bench.growth_training import Outcome, Point, Recipe, _taken, evaluate, outcome_of, train, train_shape
-from bench.random_growth import RandomMesh
+from bench.random_growth import FIRST_EPOCH, RandomMesh
 from esper.blueprints.flops import count_flops
 from esper.blueprints.registry import default_registry
 from esper.contracts.errors import UnavailableError
@@ -196,13 +197,42 @@ def test_an_outcome_is_read_as_it_was_written() -> None:
     assert topology_from(outcome.topology) == a_topology(DIGITS)
 
 
+def test_what_grows_has_the_rate_of_the_goals_or_the_hosts_choice_with_its_fall() -> None:
+    cnn = small(make_cell("digits", "cnn"))
+    chosen: dict[Kind, Option] = {"host": Option(shape=cnn.host, rate=5e-3, tail=0.25)}
+    settings = _at(cnn, chosen).settings
+    assert (settings.learning_rate, settings.tail) == (5e-3, 0.25)
+    assert _at(DIGITS, chosen) == DIGITS
+
+
+def test_the_rate_of_what_grows_falls_as_a_static_networks_and_never_twice() -> None:
+    cell = small(make_cell("digits", "mlp"), 6)
+    cell = replace(cell, settings=replace(cell.settings, tail=1.0 / 3.0, batch_size=512))
+    assert FIRST_EPOCH + GrowthConfig().incubation_epochs > cell.settings.epochs
+    assert (_growth(cell).graft_tail, _growth(DIGITS).graft_tail) == (0.0, GrowthConfig().graft_tail)
+    # Seeds learn alone for longer than what is left after the first race begins: the host learns as a static network.
+    grown = grow_once(RandomMesh(0), cell, seed=0, wait_s=0.0)
+    alone = train_shape(cell, cell.host, Recipe(settings=cell.settings), seed=0)
+    assert [point.loss for point in grown.curve] == [pytest.approx(point.loss) for point in alone.curve]
+    assert grown.tail == cell.settings.tail
+
+
+def test_only_dense_blueprints_grow_in_a_cell_of_them() -> None:
+    cell = small(make_cell("digits", "mlp", "dense"), 7)
+    assert _growth(cell).allowed_blueprints == "dense"
+    tried = grow_once(RandomMesh(0), cell, seed=0, wait_s=0.0).tried
+    assert tried
+    dense = {"bottleneck_adapter", "deepen", "gated_mlp", "glu", "lora", "norm_shift", "widen"}
+    assert {item.blueprint for item in tried} <= dense
+
+
 @pytest.mark.slow
 def test_random_growth_is_counted_timed_and_repeats_to_the_bit() -> None:
     cell = small(make_cell("digits", "mlp"), 10)
     outcome = grow_arm(lambda: nullcontext(RandomMesh(3)), cell, seed=3, wait_s=0.0)
     assert outcome.is_repeated is True
     assert outcome.tried
-    assert all(item.confidence == 1.0 and item.begun_epoch >= 5 for item in outcome.tried)
+    assert all(item.confidence == 1.0 and item.begun_epoch >= FIRST_EPOCH for item in outcome.tried)
     assert 0 < outcome.own_flops < outcome.flops == outcome.curve[-1].flops
     assert [point.flops for point in outcome.curve] == sorted(point.flops for point in outcome.curve)
     kept = sum(item.outcome == "kept" for item in outcome.tried)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_no_example_stands_in_two_splits(name: TaskName) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes"), [("digits", (1037, 260, 500)), ("mnist1d", (3200, 800, 1000)), ("chars", (12288, 2048, 4096))]
+    ("name", "sizes"), [("digits", (1037, 260, 500)), ("mnist1d", (3200, 800, 1000)), ("chars", (259_984, 2048, 4096))]
 )
 def test_splits_have_the_sizes_that_the_goals_were_set_for(name: TaskName, sizes: tuple[int, int, int]) -> None:
     task = load(name)
@@ -61,9 +62,40 @@ def test_making_mnist1d_leaves_the_random_streams_of_the_process_alone() -> None
 
 
 def test_the_text_is_told_apart_by_its_digest() -> None:
-    assert len(shipped_text()) == 400_000
+    assert len(shipped_text()) == 370_000
     assert "SHA-256" in load("chars").note
     assert len(set(VOCABULARY)) == len(VOCABULARY)
+
+
+def test_no_context_of_text_stands_anywhere_in_the_blocks_before_its_own() -> None:
+    task = load("chars")
+    learnt = {bytes(row) for row in task.train.inputs.byte().numpy()}
+    known = {bytes(row) for row in task.control.inputs.byte().numpy()}
+    assert len(task.train) == 260_000 - 16, "the train split is every place of its block"
+    assert not learnt & known
+    assert not (learnt | known) & {bytes(row) for row in task.sealed.inputs.byte().numpy()}
+
+
+def test_no_paragraph_stands_twice_in_the_text() -> None:
+    paragraphs = [" ".join(one.lower().split()) for one in shipped_text().split("\n\n")]
+    assert len(paragraphs) > 1500
+    assert len(set(paragraphs)) >= len(paragraphs) - 1, "only the last may be cut"
+
+
+def test_an_epoch_may_take_a_part_of_the_examples_and_the_next_one_the_next_part() -> None:
+    examples = load("digits").train
+    batches = Batches(examples, batch_size=64, seed=3, passes_per_epoch=0.4)
+    epochs = [torch.cat([x for x, _ in batches]) for _ in range(3)]
+    assert [len(epoch) for epoch in epochs] == [415, 415, 415]
+    seen = [{row.numpy().tobytes() for row in epoch} for epoch in epochs]
+    assert not seen[0] & seen[1]
+    assert seen[2] & (seen[0] | seen[1]), "what is too little for an epoch is left out"
+
+
+def test_an_epoch_of_text_is_as_long_as_the_docs_say() -> None:
+    task = load("chars")
+    assert len(task.epoch_of_train) == 12_288
+    assert len(load("digits").epoch_of_train) == len(load("digits").train)
 
 
 def test_an_unknown_task_is_refused() -> None:
@@ -92,6 +124,19 @@ def test_every_static_network_keeps_to_the_budget_and_is_larger_than_the_host(
         assert host < size_of(cell, shape) <= cell.max_parameters
     assert all(shape.depth == cell.host.depth for shape in wide_shapes(cell))
     assert all(shape.depth > cell.host.depth for shape in deep_shapes(cell))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_transformers_take_the_whole_budget_whatever_their_width(task: TaskName) -> None:
+    cell = make_cell(task, "transformer")
+    for shape in (*wide_shapes(cell), *deep_shapes(cell), inner_shape(cell)):
+        assert size_of(cell, replace(shape, inner=shape.inner + 1)) > cell.max_parameters
+
+
+def test_a_cell_of_dense_blueprints_has_its_own_name_and_the_same_host_and_budget() -> None:
+    every, dense = make_cell("digits", "mlp"), make_cell("digits", "mlp", "dense")
+    assert (every.name, dense.name) == ("digits/mlp", "digits/mlp/dense")
+    assert replace(dense, kinds="all") == every
 
 
 def test_the_budgets_of_the_goals() -> None:

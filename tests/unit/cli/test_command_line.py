@@ -18,7 +18,7 @@ from esper.client.transport import AsyncStubTransport, Transport
 from esper.contracts.errors import NotFoundError, UnavailableError
 from esper.mesh import InProcessChannel
 from esper.mesh.settings import MeshSettings
-from esper.v1 import telemetry_pb2
+from esper.v1 import lifecycle_pb2, telemetry_pb2
 from esper.v1 import tolaria_service_pb2 as pb
 from esper.v1.tolaria_service_pb2_grpc import (
     TolariaServiceServicer,
@@ -104,6 +104,12 @@ class Runs(TolariaServiceServicer):
             raise NotFoundError(f"run must be known, got {request.run_id!r}", parameter="run_id")
         return pb.GetRunResponse(run=pb.Run(run_id="run-1"))
 
+    async def ListSeeds(self, request: Any, context: Any) -> Any:
+        layer = telemetry_pb2.LayerStatus(layer="head")
+        for index, source in enumerate(("", "body")):
+            layer.seeds.add(seed_index=index, state=lifecycle_pb2.SEED_LIFECYCLE_STATE_ACTIVE, source=source)
+        return pb.ListSeedsResponse(layers=[layer])
+
     async def ControlRun(self, request: Any, context: Any) -> Any:
         self.commands.append(request.command)
         result = {"accepted": self.accepts, "detail": "held" if self.accepts else "there is no seed", "step": 7}
@@ -151,6 +157,11 @@ def test_a_table_is_for_people_otherwise(esper: Any, service: Runs) -> None:
 
 def test_a_run_is_shown_as_json(esper: Any, service: Runs) -> None:
     assert json.loads(esper("runs", "show", "run-1")[1])["run"]["run_id"] == "run-1"
+
+
+def test_seeds_are_listed_with_the_layer_whose_input_they_read(esper: Any, service: Runs) -> None:
+    rows = json.loads(esper("seeds", "list", "run-1", "--json")[1])
+    assert [(row["layer"], row["seed"], row["source"]) for row in rows] == [("head", 0, ""), ("head", 1, "body")]
 
 
 def test_an_error_of_the_service_is_one_line_and_exit_code_1(esper: Any, service: Runs) -> None:

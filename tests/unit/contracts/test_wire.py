@@ -114,6 +114,15 @@ def test_absent_required_time_is_refused() -> None:
         wire.from_wire(message, SystemStatePacket)
 
 
+def test_a_packet_of_a_version_without_the_newer_fields_is_read() -> None:
+    message = telemetry_pb2.SystemStatePacket(run_id="r", sequence=1, phase=telemetry_pb2.RUN_PHASE_STARTED)
+    message.created_at.GetCurrentTime()
+    message.layers.add(layer="0").seeds.add(state=lifecycle_pb2.SEED_LIFECYCLE_STATE_ACTIVE)
+    packet = wire.parse(message.SerializeToString(), SystemStatePacket)
+    assert packet.allowed_blueprints == ""
+    assert packet.layers[0].seeds[0].source == ""
+
+
 def test_empty_attribute_is_refused() -> None:
     message = blueprint_pb2.IRNode(name="a", op="linear")
     message.attributes["features"].SetInParent()

@@ -20,12 +20,21 @@ from esper.blueprints.flops import count_flops
 from esper.blueprints.registry import default_registry
 from esper.contracts.errors import InvalidInputError
 from esper.core.flops import forward_flops
-from esper.core.incubator import MIN_TRIAL_EXAMPLES, Incubator, LearningWay, choose_way, way_cost
+from esper.core.incubator import (
+    MIN_TRIAL_EXAMPLES,
+    Incubator,
+    LearningWay,
+    affordable_way,
+    choose_way,
+    way_cost,
+)
 
 WAYS = {
     "trial": LearningWay(kind="trial"),
     "trial on a quarter": LearningWay(kind="trial", share=0.25),
     "trial, norms by batch": LearningWay(kind="trial", norms="batch"),
+    "damped": LearningWay(kind="damped"),
+    "damped, on a quarter": LearningWay(kind="damped", share=0.25),
     "local": LearningWay(kind="local"),
     "local, measured": LearningWay(kind="local", reach_interval=3),
 }
@@ -235,8 +244,9 @@ def test_a_state_taken_over_goes_on_to_the_bit(way: LearningWay) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "straight"}, "kind must be trial or local, got 'straight'"),
+        ({"kind": "straight"}, "kind must be one of damped, local, trial, got 'straight'"),
         ({"kind": "trial", "share": 0.0}, r"share must lie in \(0, 1\], got 0.0"),
+        ({"kind": "damped", "host_share": 1.5}, r"host_share must lie in \[0, 1\], got 1.5"),
         ({"kind": "local", "reach": -1.0}, "reach must be > 0, got -1.0"),
         ({"kind": "local", "reach_interval": -1}, "reach_interval must be >= 0 steps, got -1"),
     ],
@@ -250,15 +260,24 @@ def chosen(choice: Any = "auto", limit: float = 0.5, *, kernel_flops: int = 0, h
     return choose_way(choice, limit, kernel_flops=kernel_flops, host_flops=host_flops)
 
 
-def test_a_site_is_learnt_from_where_the_limit_has_room_for_its_kernel() -> None:
-    assert chosen(limit=0.5) == LearningWay(kind="local", reach=1.0)
-    assert chosen(limit=0.5, kernel_flops=500).kind == "local"
-    assert chosen(limit=0.7, kernel_flops=600).kind == "local"
+def test_a_seed_learns_beside_a_damped_host_by_as_much_of_the_batch_as_the_limit_has_room_for() -> None:
+    assert chosen(limit=1.0) == LearningWay(kind="damped")
+    assert chosen(limit=0.5) == LearningWay(kind="damped", share=0.5)
+    assert chosen(limit=0.5, kernel_flops=500) == LearningWay(kind="damped", share=0.25)
+    for share in (0.0, 0.5, 20.0):
+        growth = esper.GrowthConfig()
+        found = affordable_way(growth, kernel_flops=int(1000 * share), host_flops=1000)
+        assert found == LearningWay(kind="damped", share=0.5)
+
+
+def test_a_site_is_learnt_from_where_the_limit_has_no_room_for_a_trial() -> None:
+    assert chosen(limit=0.2) == LearningWay(kind="local", reach=1.0)
+    assert chosen(limit=0.2, kernel_flops=200).kind == "local"
 
 
 def test_a_heavy_kernel_gets_the_largest_trial_that_the_limit_has_room_for() -> None:
-    assert chosen(limit=0.5, kernel_flops=600) == LearningWay(kind="trial", share=0.25)
-    assert chosen(limit=1.1, kernel_flops=1500) == LearningWay(kind="trial", share=0.5)
+    assert chosen(limit=0.45, kernel_flops=900) == LearningWay(kind="trial", share=0.25)
+    assert chosen("trial", 1.1, kernel_flops=1500) == LearningWay(kind="trial", share=0.5)
     assert chosen("trial", 1.0) == LearningWay(kind="trial")
     assert chosen("trial", 0.5) == LearningWay(kind="trial", share=0.5)
     assert chosen("trial", 0.2) == LearningWay(kind="trial", share=0.25)
@@ -277,8 +296,9 @@ def test_a_choice_is_kept_whatever_it_costs() -> None:
 
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.25])
-def test_the_cost_of_a_way_is_a_bound_on_the_flops_counted(site: str, share: float) -> None:
-    way = LearningWay(kind="trial", share=share)
+@pytest.mark.parametrize("kind", ["damped", "trial"])
+def test_the_cost_of_a_way_is_a_bound_on_the_flops_counted(site: str, share: float, kind: Any) -> None:
+    way = LearningWay(kind=kind, share=share)
     model = esper.wrap(host())
     x, y = BATCHES[0]
     model.eval()(x)
@@ -294,6 +314,69 @@ def test_the_cost_of_a_way_is_a_bound_on_the_flops_counted(site: str, share: flo
     step = 3 * host_flops * len(x)
     counted = count_flops(lambda: incubator.step((x, y))) / step
     assert 0.1 * share < counted <= way_cost(way, kernel_flops=kernel_flops, host_flops=host_flops) * 1.001
+
+
+def beside_a_knowing_host(kind: Any, loss_fn: Any = nn.CrossEntropyLoss()) -> tuple[Any, Incubator, Any]:  # noqa: B008
+    """A host whose training loss is next to nothing, with a seed that reads the input; gives a batch too."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 4, generator=draw)
+    x[:, 0] = x[:, 0].sign()
+    y = (x[:, 0] > 0).long() if isinstance(loss_fn, nn.CrossEntropyLoss) else x[:, :2].clone()
+    model = esper.wrap(nn.Sequential(nn.Linear(4, 2)))
+    with torch.no_grad():
+        weight = torch.tensor([[-15.0, 0, 0, 0], [15.0, 0, 0, 0]])
+        model.get_submodule("0").weight.copy_(weight if y.dtype == torch.long else torch.eye(2, 4))
+        model.get_submodule("0").bias.zero_()
+    model.eval()(x)
+    model.train()
+    model.kasmina_layer("0").germinate(0, default_registry().create_blueprint("glu").ir, random_seed=1)
+    way = LearningWay(kind=kind)
+    return model, Incubator(model, loss_fn, layer="0", seed_index=0, learning_rate=1e-2, way=way), (x, y)
+
+
+def delta_size(model: Any, x: Tensor) -> float:
+    with torch.no_grad():
+        return float(model.kasmina_layer("0").require_seed(0).kernel(x, model.eval()(x)).norm())
+
+
+def test_behind_a_host_that_knows_its_training_set_a_seed_learns_by_damping_alone() -> None:
+    sizes = {}
+    for kind in ("damped", "trial"):
+        model, incubator, batch = beside_a_knowing_host(kind)
+        for _ in range(20):
+            assert incubator.step(batch)
+        sizes[kind] = delta_size(model, batch[0])
+    assert sizes["damped"] > 5.0 * sizes["trial"]
+
+
+def test_a_loss_that_takes_no_damping_is_learnt_from_the_site() -> None:
+    """Beside a host at its optimum, a damped squared error would have the seed say again what was taken away."""
+    model, incubator, (x, y) = beside_a_knowing_host("damped", nn.MSELoss())
+    assert not incubator.step((x, y)), "the site was not seen yet"
+    for _ in range(5):
+        nn.MSELoss()(model(x), y).backward()
+        assert incubator.step((x, y))
+    assert incubator.state_dict()["takes_damping"] is False
+    assert incubator.state_dict()["learns_locally"] is True
+
+
+def test_whether_a_loss_takes_damping_is_asked_once_and_survives_a_checkpoint() -> None:
+    asked: list[float] = []
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        asked.append(float(outputs.detach().abs().max()))
+        return nn.functional.cross_entropy(outputs, targets)
+
+    model, incubator, batch = beside_a_knowing_host("damped")
+    incubator._loss_fn = loss_fn
+    incubator.step(batch)
+    assert len(asked) == 3
+    assert asked[0] == 2.0 * asked[1]
+    assert asked[2] == pytest.approx(0.5 * asked[1])
+    again = Incubator(model, loss_fn, layer="0", seed_index=0, learning_rate=1e-2, way=LearningWay(kind="damped"))
+    again.load_state_dict(copy.deepcopy(incubator.state_dict()))
+    again.step(batch)
+    assert len(asked) == 4
 
 
 @pytest.mark.parametrize(("name", "value"), [("incubation_way", "straight"), ("incubation_cost", 0.0)])

@@ -21,7 +21,8 @@ from esper.contracts.decision import AdaptationDecision, AdaptationType, Control
 from esper.contracts.errors import InvalidStateError, NotFoundError, UnavailableError
 from esper.contracts.kernel import MAX_FORECAST, CompileSpec, KernelForecast, KernelReady
 from esper.contracts.run import CacheTierStatus
-from esper.contracts.wire import to_message, to_wire
+from esper.contracts.wire import from_wire, to_message, to_wire
+from esper.core import link
 from esper.core.link import BusLink, KernelArrival, fresh_client
 from esper.execution._native import KernelCache
 from esper.execution.artifact import artifact_bytes
@@ -153,6 +154,24 @@ def test_a_decision_arrives_whole_and_once(wire: Wire, decision: AdaptationDecis
     wire.publish(Kind.DECISION, to_wire(decision))
     assert wire.arrivals() == [decision]
     assert list(wire.link.arrivals()) == []
+
+
+def test_a_decision_is_read_once_and_never_by_the_training_thread(
+    wire: Wire, decision: AdaptationDecision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: list[str] = []
+
+    def noted(message: Any, cls: type[Any]) -> Any:
+        readers.append(threading.current_thread().name)
+        return from_wire(message, cls)
+
+    monkeypatch.setattr(link, "from_wire", noted)
+    another = replace(decision, adaptation_id="a" + "9" * 32, actionable=False)
+    for one in (decision, another):
+        wire.publish(Kind.DECISION, to_wire(one))
+    assert wire.arrivals(2) == [decision, another]
+    assert readers == ["esper-oona"] * 2
+    assert not wire.link._read, "what has arrived is not kept"
 
 
 def test_an_undecodable_decision_is_given_up_and_the_next_arrives(

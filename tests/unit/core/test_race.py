@@ -87,7 +87,8 @@ def test_the_better_half_goes_on_and_the_best_is_grafted(
 def one_waits(large_task: Any, open_session: Any, enter: Any) -> Any:
     """A race of two that both help: the better one is blended in, the other waits; gives session and both."""
     model = esper.wrap(nn.Sequential(large_task.host()[0], nn.Linear(6, 2)))
-    session = open_session(model, control=large_task.control, growth=replace(GROWTH, price_per_host_share=0.0))
+    growth = replace(GROWTH, price_per_host_share=0.0, incubation_way="local")
+    session = open_session(model, control=large_task.control, growth=growth)
     enter(model, ("bottleneck_adapter", "0", 0), ("gated_mlp", "0", 1))
     train(session, large_task, 4)
     found = {item.state: item for item in session.orchestrator.ongoing()}
@@ -117,15 +118,50 @@ def test_the_runner_up_is_grafted_where_the_winner_is_not_kept(large_task: Any, 
     assert waiting.outcome is AdaptationOutcome.KEPT
 
 
-def test_the_runner_up_goes_where_the_winner_is_kept(large_task: Any, line: Any, one_waits: Any) -> None:
+def test_the_runner_up_goes_where_the_winner_is_kept_and_it_adds_nothing(
+    large_task: Any, line: Any, one_waits: Any
+) -> None:
     session, winner, waiting = one_waits
+    winner.price, waiting.price = -1e6, 1e6
+    train(session, large_task, 2)
+    assert winner.outcome is AdaptationOutcome.KEPT
+    assert waiting.outcome is AdaptationOutcome.CULLED
+    assert waiting.graft_steps == 0
+    assert waiting.reason.startswith("beside the one that was kept it brings -")
+    assert session.orchestrator.ongoing() == []
+    assert [one.adaptation_id for one in line.values(Kind.FIELD_REPORT)] == [winner.id, waiting.id]
+
+
+def test_the_runner_up_is_grafted_beside_the_winner_where_it_still_helps(large_task: Any, one_waits: Any) -> None:
+    session, winner, waiting = one_waits
+    winner.price, waiting.price = -1e6, -1e6
+    train(session, large_task, 1)
+    assert winner.outcome is AdaptationOutcome.KEPT
+    assert waiting.state is State.EVALUATING
+    train(session, large_task, 2)
+    assert waiting.outcome is AdaptationOutcome.KEPT
+    booked = session._context.ledger.status().added_parameters
+    assert booked == winner.cost.parameters + waiting.cost.parameters
+
+
+def test_what_the_budget_has_no_room_for_beside_the_winner_goes(large_task: Any, open_session: Any, enter: Any) -> None:
+    model = esper.wrap(nn.Sequential(large_task.host()[0], nn.Linear(6, 2)))
+    growth = replace(GROWTH, price_per_host_share=0.0)
+    session = open_session(model, control=large_task.control, growth=growth, budget=esper.Budget(added_params=100))
+    enter(model, ("bottleneck_adapter", "0", 0), ("gated_mlp", "0", 1))
+    train(session, large_task, 4)
+    found = {item.state: item for item in session.orchestrator.ongoing()}
+    winner, waiting = found[State.EVALUATING], found[State.ACTIVE]
+    assert winner.cost.parameters + waiting.cost.parameters > 100
     winner.price = -1e6
     train(session, large_task, 2)
     assert winner.outcome is AdaptationOutcome.KEPT
     assert waiting.outcome is AdaptationOutcome.CULLED
-    assert waiting.reason == f"lost its race to {winner.label}, which was kept"
-    assert session.orchestrator.ongoing() == []
-    assert [one.adaptation_id for one in line.values(Kind.FIELD_REPORT)] == [winner.id, waiting.id]
+    assert "lost its race to" in waiting.reason
+    assert (
+        f"{waiting.cost.parameters} parameters do not fit: {winner.cost.parameters} of 100 are used" in waiting.reason
+    )
+    assert session._context.ledger.status().added_parameters == winner.cost.parameters
 
 
 def test_a_run_that_ends_while_one_waits_ends_both_once(line: Any, one_waits: Any) -> None:
@@ -354,7 +390,7 @@ def test_a_rival_whose_kernel_never_came_goes_where_the_winner_is_kept(
     train(session, large_task, 2)
     assert winner.outcome is AdaptationOutcome.KEPT
     assert session.orchestrator.adaptations[loading.adaptation_id].outcome is AdaptationOutcome.CULLED
-    assert layer.state_layout.state(waiting.seed_index) is State.EMBARGOED
+    assert layer.state_layout.state(waiting.seed_index) is State.EVALUATING, "the other one goes on"
 
 
 def test_the_one_that_waits_learns_nothing_wherever_it_stands_in_line(large_task: Any, one_waits: Any) -> None:

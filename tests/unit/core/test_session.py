@@ -129,6 +129,8 @@ def test_an_epoch_counts_the_parameters_that_its_output_comes_from(
     counted = [record.parameters for record in session.report().history]
     assert seed > 0
     assert counted == [host, host, host + seed], "alone, blended in at the end of the epoch, and with a share"
+    told = [packet.current_parameters for packet in line.values(Kind.STATE) if packet.epoch]
+    assert told == counted, "packets count alike"
 
 
 def test_a_cull_before_the_graft_leaves_no_trace(

@@ -80,6 +80,9 @@ def test_a_skip_seed_goes_through_its_whole_life(
     assert report.site == decision.site
     (grown,) = model.grown_structure()
     assert grown.source == "0"
+    head = line.values(Kind.STATE)[-1].layers[1]
+    assert [seed.source for seed in head.seeds] == ["0", "", "", ""]
+    assert from_wire(to_wire(head), type(head)) == head
     fresh = esper.wrap(large_task.host())
     restore_model(fresh, capture_model(model))
     x = next(iter(large_task.control))[0]

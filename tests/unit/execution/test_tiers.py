@@ -442,6 +442,54 @@ async def test_a_loop_is_held_up_by_small_kernels_alone(tiers: Tiers, monkeypatc
     assert (tiers.status("l1").hits, tiers.status("l1").misses) == (2, 1)
 
 
+async def test_what_the_library_withdraws_is_gone_from_here_and_asked_for_anew(tiers: Tiers) -> None:
+    artifact_id, data = kernel_bytes()
+    tiers.l3.entries[artifact_id] = data
+    kernel = await tiers.source.fetch(artifact_id, announced=True)
+    del tiers.l3.entries[artifact_id]
+    await tiers.source.withdraw(artifact_id, "swept from the library")
+    assert tiers.source.cached(artifact_id) is None
+    assert artifact_id not in tiers.l2.entries
+    assert tiers.source.answer_to(spec()) is None
+    assert kernel.weights, "what was taken of it goes on as it is"
+    with pytest.raises(NotFoundError, match=f"no cache tier has kernel {artifact_id}"):
+        await tiers.source.fetch(artifact_id)
+    tiers.l3.entries[artifact_id] = data
+    with pytest.raises(NotFoundError, match=f"no cache tier has kernel {artifact_id}"):
+        await tiers.source.fetch(artifact_id)
+    assert (await tiers.source.fetch(artifact_id, announced=True)).artifact_id == artifact_id
+    await tiers.source.withdraw(artifact_id, "twice is as once")
+    await tiers.source.withdraw(artifact_id, "twice is as once")
+    with pytest.raises(InvalidInputError, match="artifact_id"):
+        await tiers.source.withdraw("../etc", "no kernel")
+
+
+async def test_nothing_is_kept_of_a_fetch_whose_kernel_is_withdrawn_meanwhile(tiers: Tiers) -> None:
+    artifact_id, data = kernel_bytes()
+    tiers.l3.entries[artifact_id] = data
+    tiers.l3.gate = asyncio.Event()
+    fetch = asyncio.create_task(tiers.source.fetch(artifact_id))
+    warm = asyncio.create_task(tiers.source.warm([artifact_id]))
+    await tiers.l3.asked.wait()
+    await tiers.source.withdraw(artifact_id, "its blueprint is retired")
+    tiers.l3.gate.set()
+    assert (await fetch).artifact_id == artifact_id, "who asked before gets it"
+    await warm
+    assert tiers.source.cached(artifact_id) is None
+    assert artifact_id not in tiers.l2.entries
+    assert tiers.source.answer_to(spec()) is None
+    await tiers.source.fetch(artifact_id)
+    assert tiers.source.cached(artifact_id) is not None, "the mark is of that one fetch"
+
+
+async def test_warming_ends_at_its_bytes() -> None:
+    kernels = [kernel_bytes(number) for number in range(6)]
+    tiers = Tiers(warm_concurrency=1, warm_bytes=2 * len(kernels[0][1]) - 1)
+    tiers.l3.entries |= dict(kernels)
+    assert await tiers.source.warm([artifact_id for artifact_id, _ in kernels]) == (kernels[0][0], kernels[1][0])
+    await tiers.source.close()
+
+
 async def test_a_name_of_ones_own(tiers: Tiers) -> None:
     tiers.l3.entries[ID] = DATA
     with pytest.raises(NotFoundError, match="no kernel is named kernel_123"):

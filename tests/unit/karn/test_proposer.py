@@ -16,7 +16,10 @@ from esper.blueprints import (
     structure_id,
 )
 from esper.blueprints.cost import cost
+from esper.blueprints.tags import is_allowed
+from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.errors import InvalidInputError, InvalidStateError
+from esper.contracts.tag_expression import parse_tags
 from esper.services.karn import proposer as proposer_module
 from esper.services.karn.archive import Archive
 from esper.services.karn.design import view
@@ -53,6 +56,32 @@ def test_bounds_are_hard(linear_site):
         assert one.cost.parameters <= 400
         assert one.cost.flops <= 900
         assert {node.op for node in one.blueprint.ir.nodes} <= bounds.allowed_ops
+
+
+@pytest.mark.parametrize("text", ["dense", "!conv & !attention", "conv | attention", "dense & !linear"])
+def test_every_proposal_is_of_an_allowed_kind(any_site, text):
+    rule = parse_tags(text)
+    found = proposer().propose(any_site, 4, Constraints(allowed_blueprints=rule), 0)
+    assert len(found) == 4, "there are designs enough of such a kind"
+    assert {structure_id(one.blueprint.ir) for one in found}.isdisjoint(
+        structure_id(one.ir) for one in default_registry().for_site(any_site)
+    ), "and they are new"
+    assert all(is_allowed(one.blueprint, rule) for one in found)
+
+
+def test_kinds_that_no_known_design_has_may_come_of_crossing_others():
+    site = Site(kind=SiteKind.CONV2D, input_shape=(6, 8, 8), output_shape=(8, 8, 8))
+    both = Constraints(allowed_blueprints=parse_tags("conv & attention"))
+    found = proposer().propose(site, 4, both, 0)
+    assert found
+    for one in found:
+        assert {"attention"} < {node.op for node in one.blueprint.ir.nodes} & {"attention", "conv", "depthwise_conv"}
+
+
+def test_a_kind_that_nothing_can_have_is_an_error_that_says_so(linear_site):
+    nothing = Constraints(allowed_blueprints=parse_tags("attention"))
+    with pytest.raises(InvalidStateError, match="9 known designs are legal, 0 keep them, 0 new ones were made"):
+        proposer().propose(linear_site, 4, nothing, 0)
 
 
 def test_costly_kinds_are_made_small_enough(linear_site):

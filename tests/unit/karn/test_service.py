@@ -186,6 +186,20 @@ async def test_an_unknown_operator_is_refused(mesh, linear_site):
         await stub.ProposeBlueprints(request_for(linear_site, allowed_ops=["magic"]))
 
 
+async def test_a_request_says_what_kinds_may_be_proposed(mesh, linear_site):
+    stub = await mesh.open()
+    free = await stub.ProposeBlueprints(request_for(linear_site, count=4))
+    bound = await stub.ProposeBlueprints(request_for(linear_site, count=4, allowed_blueprints="dense"))
+
+    def kinds(answer):
+        return [any("conv" in node.op for node in one.blueprint.ir.nodes) for one in answer.proposals]
+
+    assert any(kinds(free))
+    assert kinds(bound) == [False] * 4
+    with pytest.raises(InvalidInputError, match=r"constraints\.allowed_blueprints must have .* got its end"):
+        await stub.ProposeBlueprints(request_for(linear_site, allowed_blueprints="!"))
+
+
 async def test_a_restart_changes_no_proposal(tmp_path, linear_site, make_report):
     url = f"sqlite:///{tmp_path}/karn.db"
     first = Karn(await open_store(url))

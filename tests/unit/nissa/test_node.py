@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from esper.contracts.decision import ControlAction, ControlCommand, ControlResul
 from esper.contracts.errors import ConfigError, InvalidInputError, NotFoundError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.metrics import SystemHealth
-from esper.contracts.run import RunPhase
+from esper.contracts.run import LayerStatus, RunPhase
 from esper.contracts.wire import to_message, to_wire
 from esper.mesh import InProcessChannel
 from esper.services.nissa.server import NissaNode, NissaNodeConfig
@@ -240,6 +241,22 @@ async def test_the_markdown_report_keeps_foreign_text_in_its_cells(
     assert "a \\| b \\# \\<script\\>" in document
     assert "chain intact" in document
     assert "contribution 0.05 [0.03, 0.06]" in document
+
+
+async def test_the_report_says_what_might_stand_and_what_a_seed_reads(
+    stub: Any, node: NissaNode, bus: MemoryBus, make: Any
+) -> None:
+    standing = replace(make.seed(0, SeedLifecycleState.FOSSILIZED), source="body")
+    layers = (LayerStatus(layer="head", seeds=(standing,)),)
+    await send(bus, Kind.STATE, make.packet(1, layers=layers, allowed_blueprints="dense & !widening"))
+    await taken(node, 1)
+    report = await _report(stub)
+    assert report["configuration"]["allowed_blueprints"] == "dense & !widening"
+    assert report["architecture"]["seeds"][0]["source"] == "body"
+    request = pb.GetRunReportRequest(run_id="run-1", format=pb.REPORT_FORMAT_MARKDOWN)
+    document = (await stub.GetRunReport(request)).document
+    assert "| allowed_blueprints | dense & !widening |" in document
+    assert "| head | body | 0 | fossilized |" in document
 
 
 async def test_a_nan_in_the_figures_still_gives_valid_json(

@@ -422,8 +422,8 @@ async def test_a_decision_is_explained_with_its_race_and_what_became_of_it(mesh,
     assert f"{first.adaptation_id}, run run-1, epoch {first.epoch}: {first.adaptation_type.value}, acted on" in text
     assert f"confidence {first.confidence:.2f} (" in text
     assert " before calibration, threshold 0.7)" in text
-    assert "curve: plateau" in text
-    assert "cusum = " in text
+    assert "curve: warming up" in text
+    assert "epochs_seen = 3" in text
     assert f"raced against {1 + len(others)}:" in text
     assert "culled, brought -0.0200 (-0.0300 to -0.0100) at a price of 0.0000: lost its race" in text
     assert f"{third.blueprint.name} at {third.layer}: no report yet" in text

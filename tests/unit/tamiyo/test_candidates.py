@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ from esper.blueprints import Mixing, allowed_mixing, default_registry
 from esper.blueprints.cost import cost
 from esper.contracts.blueprint import BlueprintState, Site, SiteKind
 from esper.contracts.errors import InvalidInputError, InvalidStateError, UnavailableError
-from esper.contracts.run import BudgetStatus, SkipSite
+from esper.contracts.lifecycle import SeedLifecycleState
+from esper.contracts.run import BudgetStatus, SeedStatus, SkipSite
 from esper.contracts.wire import to_wire
 from esper.services.tamiyo.candidates import CandidateConfig, CandidateSource
 from esper.v1 import karn_service_pb2, urza_service_pb2
@@ -71,6 +73,20 @@ class Designer:
         answer = karn_service_pb2.ProposeBlueprintsResponse()
         answer.proposals.add().blueprint.CopyFrom(to_wire(self.blueprint))
         return answer
+
+
+class SlowDesigner(Designer):
+    """A designer that answers nobody until it may go on."""
+
+    def __init__(self, blueprint):
+        super().__init__(blueprint)
+        self.began = asyncio.Event()
+        self.go_on = asyncio.Event()
+
+    async def ProposeBlueprints(self, request, **_):
+        self.began.set()
+        await self.go_on.wait()
+        return await super().ProposeBlueprints(request)
 
 
 class Clock:
@@ -201,6 +217,77 @@ async def test_karn_knows_every_report_that_was_learned_from_before_it_is_asked(
     assert designer.heard == ["r1", "r2", "asked"]
     await source.candidates(replace(packet, run_id="run-2"), {"hidden"})
     assert designer.heard == ["r1", "r2", "asked", "asked"], "each run asks for itself; a report is told once"
+
+
+async def test_designs_asked_for_ahead_are_those_a_decision_finds(make_packet, make_report):
+    designer, packet = Designer(TEMPLATES[0]), make_packet(1, 1.0)
+    asked_late = await CandidateSource(None, Designer(TEMPLATES[0])).candidates(packet)
+    source = CandidateSource(None, designer)
+    assert source.held(packet) == []
+    assert [await source.ask_ahead(packet) for _ in range(3)] == [True, True, False], "one layer after the other"
+    asked = list(designer.requests)
+    assert source.held(packet) == asked_late
+    assert await source.candidates(packet) == asked_late
+    assert designer.requests == asked, "the decision asks nobody"
+    source.note_report(make_report())
+    assert await source.ask_ahead(packet)
+    assert designer.heard == ["asked", "asked", "r1", "asked"], "after every report that a decision would learn from"
+
+
+async def test_only_what_may_be_grown_is_asked_for_ahead(make_packet, make_layer):
+    busy = (SeedStatus(seed_index=0, state=SeedLifecycleState.ACTIVE),)
+    layers = (make_layer("hidden", seeds=busy), replace(make_layer("head"), site=None))
+    designer = Designer(TEMPLATES[0])
+    assert not await CandidateSource(None, designer).ask_ahead(make_packet(1, 1.0, layers=layers))
+    assert not await CandidateSource(None, designer, CandidateConfig(proposals=0)).ask_ahead(make_packet(1, 1.0))
+    assert not await CandidateSource(None, None).ask_ahead(make_packet(1, 1.0))
+    assert designer.requests == []
+
+
+async def test_a_failure_ahead_leaves_the_decision_to_ask_for_itself(make_packet):
+    designer, packet = Designer(TEMPLATES[0]), make_packet(1, 1.0)
+    source = CandidateSource(None, designer)
+    designer.away = True
+    with pytest.raises(UnavailableError, match="the designer is away"):
+        await source.ask_ahead(packet)
+    designer.away = False
+    assert len(await source.candidates(packet)) == 2
+    assert source.failures["karn"] == 0
+
+
+async def test_a_designer_found_away_by_a_decision_is_not_asked_ahead(make_packet):
+    designer, packet = Designer(TEMPLATES[0]), make_packet(1, 1.0)
+    source = CandidateSource(None, designer, clock=Clock())
+    designer.away = True
+    await source.candidates(packet)
+    assert not await source.ask_ahead(packet)
+    assert len(designer.requests) == 1
+
+
+async def test_a_decision_waits_for_what_is_being_asked_ahead_and_never_behind_a_queue_of_it(make_packet):
+    designer = SlowDesigner(TEMPLATES[0])
+    source = CandidateSource(None, designer)
+    ahead = [asyncio.create_task(source.ask_ahead(make_packet(1, 1.0, run_id=f"run-{name}"))) for name in range(5)]
+    await designer.began.wait()
+    decision = asyncio.create_task(source.candidates(make_packet(1, 1.0, run_id="run-0"), {"hidden"}))
+    await asyncio.sleep(0)
+    designer.go_on.set()
+    assert len(await decision) == 1
+    assert len(designer.requests) <= 2, "of the five, one was at Karn and one more may have come before"
+    await asyncio.gather(*ahead)
+    assert len(designer.requests) == 5, "the decision found what was asked ahead for its run"
+
+
+async def test_a_current_answer_is_held_alone_and_older_ones_until_it_is_there(make_packet, make_report):
+    packet = make_packet(1, 1.0, layers=make_packet(1, 1.0).layers[:1])
+    designer = Designer(TEMPLATES[0])
+    source = CandidateSource(None, designer)
+    await source.candidates(packet)
+    designer.blueprint = TEMPLATES[1]
+    source.note_report(make_report())
+    assert names(source.held(packet)) == {TEMPLATES[0].name}
+    await source.ask_ahead(packet)
+    assert names(source.held(packet)) == {TEMPLATES[1].name}
 
 
 async def test_reports_wait_for_a_designer_that_is_away_and_one_it_refuses_keeps_none_from_it(make_packet, make_report):

@@ -18,13 +18,23 @@ from tests.unit.tamiyo.conftest import MOMENT, candidates_of, layer_of, packet_o
 
 
 class Held:
-    """Candidates that are at hand."""
+    """Candidates that are at hand, and those that Karn has yet to be asked for, one answer after the other."""
 
     def __init__(self, found):
         self.found = found
+        self.ahead = []
+        self.error = None
 
     def held(self, packet):
         return self.found
+
+    async def ask_ahead(self, packet):
+        if self.error is not None:
+            raise self.error
+        if self.ahead:
+            self.found = self.found + self.ahead.pop(0)
+            return True
+        return False
 
 
 class Compiler:
@@ -34,9 +44,11 @@ class Compiler:
         self.requests = []
         self.phase = JobPhase.SUCCEEDED
         self.error = None
+        self.watch = lambda: None
 
     async def Compile(self, request, **_):
         self.requests.append(request)
+        self.watch()
         if self.error is not None:
             raise self.error
         spec = from_wire(request.spec, CompileSpec)
@@ -109,19 +121,29 @@ def test_what_the_run_cannot_take_is_left_out(world):
     assert world.forecaster.likely(first_packet(budget=BudgetStatus(max_adaptations=0))) == []
 
 
-async def test_what_is_there_is_told_once_and_again_when_something_was_learned(world):
+async def test_what_is_there_is_told_once_and_nobody_is_asked_for_it_again(world):
     first = await world.forecaster.foresee(first_packet())
     assert first == tuple(f"k{number:032x}" for number in range(1, 17))
     assert {request.priority for request in world.compiler.requests} == {JOB_PRIORITY_BULK}
     world.now_s = 100.0
     assert await world.forecaster.foresee(packet_of(2, 2.0)) == ()
     assert len(world.compiler.requests) == 16, "with nothing learned nobody is asked"
-    world.learn(world.held.found[0], 0.2, 1)
-    assert len(await world.forecaster.foresee(packet_of(3, 2.0))) == 16
-    world.learn(world.held.found[0], 0.2, 2)
-    world.now_s = 105.0
-    assert await world.forecaster.foresee(packet_of(4, 2.0)) == (), "not so soon after the last"
     assert len(await world.forecaster.foresee(first_packet(run_id="run-2"))) == 16, "another run has its own"
+
+
+async def test_what_was_learned_brings_other_kernels_but_not_so_soon_after_the_last(world):
+    at_first = await world.forecaster.foresee(first_packet())
+    irs = {str(from_wire(request.spec, CompileSpec).ir) for request in world.compiler.requests}
+    left_out = next(one for one in world.held.found if str(one.blueprint.ir) not in irs)
+    for number in range(6):
+        world.learn(left_out, 0.2, number)
+    world.now_s = 0.4
+    assert await world.forecaster.foresee(packet_of(2, 2.0)) == ()
+    world.now_s = 0.5
+    then = await world.forecaster.foresee(packet_of(3, 2.0))
+    assert set(then) - set(at_first)
+    asked = world.compiler.requests[16:]
+    assert len(asked) == len(set(then) - set(at_first)), "what is known to be there is not asked for again"
 
 
 async def test_what_is_being_made_is_asked_for_again_until_it_is_there(world):
@@ -129,8 +151,57 @@ async def test_what_is_being_made_is_asked_for_again_until_it_is_there(world):
     assert await world.forecaster.foresee(first_packet()) == ()
     world.compiler.phase = JobPhase.SUCCEEDED
     assert await world.forecaster.foresee(packet_of(2, 2.0)) == ()
-    world.now_s = 10.0
+    world.now_s = 0.5
     assert len(await world.forecaster.foresee(packet_of(3, 2.0))) == 16
+
+
+async def test_what_is_being_made_is_looked_for_while_no_other_packet_may_come():
+    world = World(refresh_s=0.01, patience_s=0.05)
+    world.compiler.phase = JobPhase.QUEUED
+    assert await world.forecaster.foresee(first_packet()) == ()
+    assert len(world.compiler.requests) == 16, "nothing says yet how far packets are apart: it is looked once"
+    world.now_s = 60.0
+    assert await world.forecaster.foresee(packet_of(2, 2.0)) == ()
+    assert len(world.compiler.requests) == 16 * (1 + 1 + 5), "no longer than the patience it has"
+
+    def ready():
+        if len(world.compiler.requests) >= 16 * 9:
+            world.compiler.phase = JobPhase.SUCCEEDED
+
+    world.compiler.watch = ready
+    world.now_s = 120.0
+    assert len(await world.forecaster.foresee(packet_of(3, 2.0))) == 16
+    assert len(world.compiler.requests) < 16 * 11, "no longer than it takes"
+
+
+async def test_designs_are_asked_for_once_nothing_at_hand_is_new_and_made_one_answer_after_the_other(world):
+    new = [one for one in world.held.found if one.layer == "head"]
+    world.held.found = [one for one in world.held.found if one.layer == "hidden"][:4]
+    world.held.ahead = [new[:2], new[2:4]]
+    assert len(await world.forecaster.foresee(first_packet())) == 4
+    assert len(world.held.ahead) == 2, "what is there is told first"
+    world.now_s = 0.5
+    assert len(await world.forecaster.foresee(packet_of(2, 2.0))) == 8
+    assert world.held.ahead == []
+    assert len(world.compiler.requests) == 8
+
+
+async def test_a_run_that_may_not_grow_has_no_designs_asked_for(world):
+    world.held.ahead = [candidates_of()]
+    full = BudgetStatus(max_adaptations=0)
+    assert await world.forecaster.foresee(first_packet(budget=full)) == ()
+    assert world.compiler.requests == []
+    taken = tuple(SeedStatus(seed_index=index, state=SeedLifecycleState.ACTIVE) for index in range(4))
+    world.now_s = 0.5
+    assert await world.forecaster.foresee(packet_of(2, 2.0, layers=(layer_of("head", seeds=taken),))) == ()
+    assert len(world.held.ahead) == 1
+
+
+async def test_with_the_designer_away_a_forecast_is_given_up(world):
+    world.held.found, world.held.error = [], UnavailableError("nobody designs")
+    assert await world.forecaster.foresee(first_packet()) == ()
+    world.held.error, world.held.ahead = None, [candidates_of()]
+    assert len(await world.forecaster.foresee(packet_of(2, 2.0))) == 16
 
 
 @pytest.mark.parametrize("phase", [JobPhase.FAILED, JobPhase.DEAD])
@@ -172,7 +243,7 @@ async def test_a_run_that_does_not_train_is_told_nothing(world, phase):
 async def test_no_candidates_or_no_size_is_no_forecast(world):
     world.held.found = []
     assert await world.forecaster.foresee(first_packet()) == ()
-    world.held.found = candidates_of()
+    world.held.found, world.now_s = candidates_of(), 0.5
     assert len(await world.forecaster.foresee(packet_of(2, 2.0))) == 16, "looked at again as soon as there are some"
     off = World(size=0)
     assert await off.forecaster.foresee(first_packet()) == ()
@@ -190,6 +261,7 @@ def test_a_forecast_leaves_the_draws_of_decisions_alone(world):
     [
         ({"size": 65}, r"size must be within \[0, 64\], got 65"),
         ({"refresh_s": -1}, "refresh_s must be >= 0 seconds, got -1"),
+        ({"patience_s": -1}, "patience_s must be >= 0 seconds, got -1"),
         ({"call_timeout_s": 0}, "call_timeout_s must be > 0 seconds, got 0"),
     ],
 )

@@ -92,14 +92,49 @@ def field_of(make_candidates, *, kinds, size, seed, believed=None):
     return draw_rivals(believed or RewardPosterior(), asked, size=size, free={"hidden": 9}, random=random)
 
 
-def test_kinds_repeat_only_until_the_race_is_half_full(make_candidates):
+def test_kinds_repeat_only_until_a_quarter_of_the_race_is_full(make_candidates):
     hopeful = RewardPosterior(PosteriorConfig(prior_mean=1.0))
     for seed in range(10):
         field = field_of(make_candidates, kinds=2, size=6, seed=seed, believed=hopeful)
+        assert len(field.rivals) == 2, "a quarter is full with them"
+        field = field_of(make_candidates, kinds=2, size=9, seed=seed, believed=hopeful)
         families = [family_of(one.candidate.blueprint.ir) for one in field.rivals]
         assert len(families) == 3
         assert len(set(families[:2])) == 2
         assert len({one.candidate.blueprint.id for one in field.rivals}) == 3
+
+
+def test_the_more_is_known_the_smaller_a_race(make_candidates):
+    """One blueprint was seen to be far ahead in ten runs, all others to bring nothing."""
+    known = RewardPosterior()
+    candidates = make_candidates(["hidden"])
+    best = next(one for one in candidates if family_of(one.blueprint.ir) == "conv")
+    for number, one in enumerate(candidates * 10):
+        features = features_of(
+            one.site, one.blueprint.id, parameters=1, progress=None, family=family_of(one.blueprint.ir)
+        )
+        reward = 0.3 if one is best else 0.0
+        known.learn(Observation(report_id=f"r{number}", features=features, reward=reward, variance=1e-6))
+    for seed in range(10):
+        field = field_of(make_candidates, kinds=3, size=8, seed=seed, believed=known)
+        assert [one.candidate.blueprint.id for one in field.rivals] == [best.blueprint.id]
+
+
+def test_what_promises_most_on_average_enters_first_and_one_that_may_be_better_against_it(make_candidates):
+    """All kinds were tried; many designs that nobody tried win draws, each for a little while."""
+    known = RewardPosterior()
+    candidates = make_candidates(["hidden"])
+    best = next(one for one in candidates if family_of(one.blueprint.ir) == "conv")
+    tried = {family_of(one.blueprint.ir): one for one in candidates} | {"conv": best}
+    for family, one in tried.items():
+        features = features_of(one.site, one.blueprint.id, parameters=1, progress=None, family=family)
+        reward = 0.08 if one is best else 0.02
+        known.learn(Observation(report_id=family, features=features, reward=reward, variance=1e-6))
+    fields = [field_of(make_candidates, kinds=3, size=8, seed=seed, believed=known) for seed in range(20)]
+    assert {field.rivals[0].candidate.blueprint.id for field in fields} == {best.blueprint.id}
+    assert {len(field.rivals) for field in fields} == {2}
+    assert len({field.rivals[1].candidate.blueprint.id for field in fields}) > 2
+    assert len(field_of(make_candidates, kinds=3, size=8, seed=0).rivals) > 2
 
 
 def test_of_what_was_never_tried_every_kind_enters(make_candidates):

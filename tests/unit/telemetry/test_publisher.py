@@ -12,6 +12,7 @@ from esper.contracts.errors import InvalidInputError, InvalidStateError, NotFoun
 from esper.telemetry.bus import Bus
 from esper.telemetry.consumer import health_batches, replay_run
 from esper.telemetry.health_wire import health_columns
+from esper.telemetry.mailbox import Mail
 from esper.telemetry.memory_bus import MemoryBroker, MemoryBus
 from esper.telemetry.memory_streams import Streams
 from esper.telemetry.outbox import HealthBox
@@ -247,6 +248,26 @@ async def test_durable_mail_is_handed_over_once_and_settled(
     async with asyncio.timeout(10), await reader.consume(EVENTS.name, "training", DECISION) as left:
         again = await anext(left)
     assert (again.message.payload, again.num_delivered) == (mail[2].raw.payload, 2)
+
+
+async def test_who_watches_a_mailbox_is_told_before_the_reader_can_look(
+    publisher: OonaPublisher, connect: Any, reader: MemoryBus, eventually: Eventually
+) -> None:
+    publisher.start(connect)
+    told: list[tuple[int, int]] = []
+
+    def watch(mail: Mail[SystemStatePacket]) -> None:
+        told.append((mail.message.epoch, len(mail.box)))
+        if not mail.message.epoch:
+            raise ValueError("a defect of the watch keeps no mail back")
+
+    box = publisher.open_durable_mailbox(
+        EVENTS.name, "training", SystemStatePacket, subject_filter=DECISION, watch=watch
+    )
+    for epoch in range(2):
+        await reader.publish(DECISION, SystemStatePacket(epoch=epoch).SerializeToString(), durable=True)
+    eventually(lambda: len(box) == 2)
+    assert told == [(0, 0), (1, 1)]
 
 
 def test_a_mailbox_on_a_missing_stream_fails_at_once(publisher: OonaPublisher, connect: Any) -> None:

@@ -142,3 +142,38 @@ def _runs(status: Path) -> bool:
         return "\nState:\tZ" not in status.read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_process_that_the_system_does_not_give_leaves_nothing_open() -> None:
+    done = run(
+        """
+def open_files():
+    return sorted(os.listdir("/proc/self/fd"))
+
+fork, pipe, before = os.fork, os.pipe, open_files()
+
+def refuse():
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+
+def one_pipe():
+    os.pipe = refuse
+    return pipe()
+
+def refused():
+    try:
+        second.ask(b"x")
+    except BlockingIOError:
+        return second.pid is None and open_files() == before
+
+os.fork = refuse
+assert refused() and refused()
+os.fork, os.pipe = fork, one_pipe
+assert refused()
+os.pipe = pipe
+assert right(b"next")
+with_it = len(open_files())
+second.end()
+assert with_it == len(before) + 2 and open_files() == before
+"""
+    )
+    assert done.stderr == ""

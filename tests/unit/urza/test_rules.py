@@ -8,6 +8,7 @@ import pytest
 
 from esper.contracts.blueprint import BlueprintMetadata, BlueprintState, Lineage, SiteKind
 from esper.contracts.errors import InvalidInputError
+from esper.contracts.tag_expression import parse_tags
 from esper.services.urza.rules import (
     MAX_PAGE_BYTES,
     BlueprintDraft,
@@ -141,3 +142,11 @@ def test_an_artifact_id_can_never_be_a_path(value: str) -> None:
 
 def test_text_may_have_lines() -> None:
     assert require_text("reason", "one\n\ttwo", max_chars=20) == "one\n\ttwo"
+
+
+def test_queries_that_mean_the_same_share_page_tokens_and_others_do_not() -> None:
+    def scope(text: str) -> str:
+        return BlueprintQuery(tags=parse_tags(text)).scope
+
+    assert scope("a & (b | c)") == scope("( c|b )&a") == scope("!!a & (b | c) & a")
+    assert len({scope(text) for text in ("a & b", "a | b", "!(a & b)", "a", "", "a & !b")}) == 6

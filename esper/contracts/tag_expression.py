@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
@@ -86,6 +87,34 @@ def parse_tags(text: str, *, parameter: str = "tag_expression") -> TagExpression
         )
     parser = _Parser(text, parameter)
     return None if parser.at_end else parser.whole()
+
+
+def holds(expression: TagExpression | None, tags: AbstractSet[str]) -> bool:
+    """Say whether an expression holds for a set of tags; ``None`` holds for every set."""
+    match expression:
+        case None:
+            return True
+        case Tag():
+            return expression.name in tags
+        case Not():
+            return not holds(expression.operand, tags)
+        case AllOf():
+            return all(holds(operand, tags) for operand in expression.operands)
+        case AnyOf():
+            return any(holds(operand, tags) for operand in expression.operands)
+
+
+def named(expression: TagExpression | None) -> frozenset[str]:
+    """Give every tag that an expression names."""
+    match expression:
+        case None:
+            return frozenset()
+        case Tag():
+            return frozenset({expression.name})
+        case Not():
+            return named(expression.operand)
+        case AllOf() | AnyOf():
+            return frozenset().union(*map(named, expression.operands))
 
 
 def covers(expression: TagExpression) -> Iterator[frozenset[str]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from esper.contracts.errors import InvalidInputError
-from esper.services.urza.rules import BlueprintQuery
-from esper.services.urza.tag_expression import MAX_CHARS, covers, parse_tags
+from esper.contracts.tag_expression import MAX_CHARS, covers, holds, named, parse_tags
 
 
 @pytest.mark.parametrize(
@@ -90,9 +89,23 @@ def test_an_expression_tells_which_tags_it_cannot_do_without(text: str, needed: 
     assert list(covers(expression)) == needed
 
 
-def test_queries_that_mean_the_same_share_page_tokens_and_others_do_not() -> None:
-    def scope(text: str) -> str:
-        return BlueprintQuery(tags=parse_tags(text)).scope
+@pytest.mark.parametrize(
+    ("text", "holding", "failing"),
+    [
+        ("", [set(), {"a"}], []),
+        ("a", [{"a"}, {"a", "b"}], [set(), {"b"}]),
+        ("!a", [set(), {"b"}], [{"a"}, {"a", "b"}]),
+        ("a & !b", [{"a"}, {"a", "c"}], [set(), {"b"}, {"a", "b"}]),
+        ("a | b & c", [{"a"}, {"b", "c"}], [{"b"}, {"c"}]),
+        ("!(a | b)", [set(), {"c"}], [{"a"}, {"b"}]),
+    ],
+)
+def test_an_expression_holds_for_sets_of_tags(text: str, holding: list[set[str]], failing: list[set[str]]) -> None:
+    expression = parse_tags(text)
+    assert all(holds(expression, tags) for tags in holding)
+    assert not any(holds(expression, tags) for tags in failing)
 
-    assert scope("a & (b | c)") == scope("( c|b )&a") == scope("!!a & (b | c) & a")
-    assert len({scope(text) for text in ("a & b", "a | b", "!(a & b)", "a", "", "a & !b")}) == 6
+
+def test_an_expression_names_its_tags() -> None:
+    assert named(parse_tags("a & !(b | !c) & a")) == {"a", "b", "c"}
+    assert named(None) == frozenset()
