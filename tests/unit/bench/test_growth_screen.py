@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.growth_screen import Score, ScreenConfig, score_kernel, thin
 from esper.blueprints import to_module
 from esper.blueprints.registry import default_registry
 from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.errors import InvalidInputError
-from bench.growth_screen import Score, ScreenConfig, score_kernel, thin
 from esper.execution.incubation import SiteSample
 
 UNTRAINED = ScreenConfig(steps=0)
