@@ -135,7 +135,10 @@ class KernelForecaster:
         while len(self._told) > _MAX_RUNS:
             self._told.popitem(last=False)
         try:
-            return await self._look(packet, run) or await self._look_ahead(packet, run, patience_s)
+            found = await self._look(packet, run) or await self._look_ahead(packet, run, patience_s)
+            if not found and not self._open_candidates(packet):
+                del self._told[packet.run_id]  # nothing was at hand to be foreseen: the next packet may be looked at
+            return found
         except EsperError as error:
             log.info("forecast_given_up", extra={"run_id": packet.run_id, "error": str(error)})
             run.begun_s = now_s - self._config.refresh_s

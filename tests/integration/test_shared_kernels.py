@@ -57,14 +57,15 @@ class Run:
         self.link: RunLink = mesh.open_link(run_id, model)
         self.decisions: list[AdaptationDecision] = []
         self.kernels: list[KernelArrival] = []
-        self._run_id, self._random_seed, self._sequence = run_id, random_seed, 0
+        self.sequence = 0
+        self._run_id, self._random_seed = run_id, random_seed
 
     def say(self) -> None:
         """Send the next packet."""
-        self._sequence += 1
-        self.link.send(Kind.STATE, packet(self._run_id, self._sequence, self._random_seed))
+        self.sequence += 1
+        self.link.send(Kind.STATE, packet(self._run_id, self.sequence, self._random_seed))
 
-    def until(self, done: Callable[[], bool]) -> None:
+    def until(self, done: Callable[[], bool], *, pause_s: float = 0.01) -> None:
         """Take in what comes until something holds, or fail."""
         deadline_s, tick = time.monotonic() + WAIT_S, threading.Event()
         while not done():
@@ -72,7 +73,7 @@ class Run:
                 self.decisions += [item] if isinstance(item, AdaptationDecision) else []
                 self.kernels += [item] if isinstance(item, KernelArrival) else []
             assert time.monotonic() < deadline_s, "what a test waits for must come in time"
-            tick.wait(0.01)
+            tick.wait(pause_s)
 
     def grow(self) -> None:
         """Say what leads to growth, and wait for the decisions and all their kernels."""
@@ -123,23 +124,38 @@ def test_a_second_run_of_another_seed_finds_kernels_near_before_it_asks() -> Non
         foretell(mesh)
         first = Run(mesh, "first", random_seed=1)
         first.grow()
+        fitting = {one.id for one in default_registry().for_site(SITE)}
+
+        def all_are_foreseen() -> bool:
+            first.say()
+            return fitting <= {job.blueprint_id for job in jobs(mesh) if job.phase is JobPhase.SUCCEEDED}
+
+        first.until(all_are_foreseen, pause_s=0.5)
         first.until(lambda: all(job.phase in ENDED_PHASES for job in jobs(mesh)))
         made = [job for job in jobs(mesh) if job.phase is JobPhase.SUCCEEDED]
         wanted = {arrival.ready.artifact_id for arrival in first.kernels}
         assert wanted < {job.artifact_id for job in made}, "more was made ready than the first run asked for"
-        assert (tier(mesh, "l3").hits, tier(mesh, "l3").warmed) == (len(wanted), 0)
+        assert tier(mesh, "l3").hits == len(wanted)
         templates = {default_registry().create_blueprint(name).id for name in default_registry().names()}
         near = {job.artifact_id for job in made if job.blueprint_id in templates}
+
+        def all_are_near() -> bool:
+            first.say()
+            return tier(mesh, "l3").warmed >= len(near - wanted) > 0
+
+        first.until(all_are_near, pause_s=0.5)
+        told = first.sequence
+        first.until(lambda: max(one.state_sequence for one in first.decisions) >= told)
+        first.until(lambda: len(first.kernels) >= sum(one.actionable for one in first.decisions))
+        l1, l3 = tier(mesh, "l1"), tier(mesh, "l3")
         second = Run(mesh, "second", random_seed=2)
-        second.say()
-        second.until(lambda: tier(mesh, "l3").warmed == len(near - wanted) > 0)
-        l1 = tier(mesh, "l1")
         second.grow()
         asked = [arrival.ready.artifact_id for arrival in second.kernels]
         found = sum(artifact_id in near | wanted for artifact_id in asked)
         assert found > 0
-        assert tier(mesh, "l1").hits - l1.hits == found
-        assert tier(mesh, "l3").hits == len(wanted) + len(asked) - found
+        near_hits = tier(mesh, "l1").hits - l1.hits
+        assert found <= near_hits <= len(asked), "Karn's designs may have been brought near as well"
+        assert tier(mesh, "l3").hits - l3.hits == len(asked) - near_hits
         designs = {one.adaptation_id: one.blueprint_id for one in second.decisions}
         elsewhere = {designs[one.ready.adaptation_id] for one in second.kernels if one.ready.artifact_id not in near}
         assert not elsewhere & templates, "of the library's blueprints none had to be compiled for the second run"
