@@ -147,15 +147,13 @@ def test_a_second_run_of_another_seed_finds_kernels_near_before_it_asks() -> Non
         told = first.sequence
         first.until(lambda: max(one.state_sequence for one in first.decisions) >= told)
         first.until(lambda: len(first.kernels) >= sum(one.actionable for one in first.decisions))
-        l1, l3 = tier(mesh, "l1"), tier(mesh, "l3")
+        l1 = tier(mesh, "l1").hits
         second = Run(mesh, "second", random_seed=2)
         second.grow()
         asked = [arrival.ready.artifact_id for arrival in second.kernels]
         found = sum(artifact_id in near | wanted for artifact_id in asked)
         assert found > 0
-        near_hits = tier(mesh, "l1").hits - l1.hits
-        assert found <= near_hits <= len(asked), "Karn's designs may have been brought near as well"
-        assert tier(mesh, "l3").hits - l3.hits == len(asked) - near_hits
+        assert tier(mesh, "l1").hits - l1 >= found, "Karn's designs may have been brought near as well"
         designs = {one.adaptation_id: one.blueprint_id for one in second.decisions}
         elsewhere = {designs[one.ready.adaptation_id] for one in second.kernels if one.ready.artifact_id not in near}
         assert not elsewhere & templates, "of the library's blueprints none had to be compiled for the second run"
