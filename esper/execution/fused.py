@@ -118,9 +118,14 @@ class FusedPasses:
 
     @contextmanager
     def _taking_part(self) -> Iterator[list[LayerSeeds]]:
-        """Let the named seeds take part, of no effect as yet."""
+        """Let the named seeds take part, of no effect as yet.
+
+        Layers of which none is named are there too where seeds stand: one may read what was before the lanes parted.
+        """
         layers = self._model.kasmina_layers
         places = [LayerSeeds.of(layers[name], list(seeds.values())) for name, seeds in self._named.items()]
+        standing = (layer for name, layer in layers.items() if name not in self._named and layer._kasmina.terms)
+        places += [LayerSeeds.of(layer, ()) for layer in standing]
         try:
             with unmeasured(self._model):
                 yield places

@@ -279,6 +279,23 @@ def test_skip_seeds_read_the_rows_of_their_own_configuration(host: type[Any]) ->
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("host", [Plain, Residual])
+def test_a_standing_skip_seed_that_nobody_names_reads_the_rows_it_is_blended_with(host: type[Any]) -> None:
+    """Its source's input was made before the lanes parted, its own layer's rows after."""
+    model, refs = grown(host())
+    head = model.kasmina_layer("head")
+    head.attach_module(0, Skip(6, 3), source="first")
+    head.transition(0, State.EVALUATING)
+    head.set_alpha(0, 0.9)
+    model.kasmina_layer("second").transition(1, State.CULLED)
+    named = [ref for ref in refs if ref.layer == "first"]
+    model.rows.clear()
+    together, alone = measured(model, [batch(1)], rivals(named))
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    assert head.state_layout.errors[0] == 0
+    assert len(model.rows) < 2 * len(rivals(named)), "it was fused"
+
+
 def test_rows_of_a_pass_are_bounded() -> None:
     model, refs = grown(Residual())
     configurations = rivals(refs)
