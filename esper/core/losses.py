@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from esper.contracts.errors import InvalidInputError
+
+log = logging.getLogger(__name__)
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Takes outputs and targets with the batch first and gives the mean loss, a scalar."""
@@ -36,16 +39,22 @@ def per_example(loss_fn: LossFunction) -> PerExampleLoss:
 
 
 def grows_in_proportion(loss_fn: LossFunction, outputs: object, targets: torch.Tensor) -> bool:
-    """Say whether twice the outputs cost at most twice the loss here: L(2 z) <= 2 L(z).
+    """Say whether any outputs may be asked about, and twice these cost at most twice their loss: L(2 z) <= 2 L(z).
 
     For losses of classification it is so whatever z and the target y are; of cross-entropy, since the sum over j of
     exp(2 (z_j - z_y)) is at most the square of that of exp(z_j - z_y). A squared error whose outputs come near their
-    targets grows without bound. Outputs that are no floating tensor are not asked about.
+    targets grows without bound. A loss of probabilities is defined, or finite, on some outputs alone: -z is none of
+    them. Outputs that are no floating tensor are not asked about.
     """
     if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point():
         return False
     with torch.no_grad():
-        return bool(loss_fn(2.0 * outputs, targets) <= 2.0 * loss_fn(outputs, targets))
+        try:
+            here, twice, turned = (loss_fn(factor * outputs, targets) for factor in (1.0, 2.0, -1.0))
+        except Exception as error:  # noqa: BLE001 - whatever a loss raises outside its domain, the run goes on
+            log.debug("loss_takes_no_damping", extra={"reason": f"{type(error).__name__}: {error}"})
+            return False
+    return bool(twice <= 2.0 * here) and bool(torch.isfinite(turned))
 
 
 def accuracy_of(outputs: torch.Tensor, targets: torch.Tensor) -> float | None:

@@ -137,7 +137,7 @@ class KernelForecaster:
         try:
             found = await self._look(packet, run) or await self._look_ahead(packet, run, patience_s)
             if not found and not self._open_candidates(packet):
-                del self._told[packet.run_id]  # nothing was at hand to be foreseen: the next packet may be looked at
+                run.begun_s = now_s - self._config.refresh_s  # nothing was at hand to be foreseen: the next may follow
             return found
         except EsperError as error:
             log.info("forecast_given_up", extra={"run_id": packet.run_id, "error": str(error)})

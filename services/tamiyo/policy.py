@@ -267,8 +267,10 @@ class Policy:
         A race costs the host nothing, and what is found early has the rest of the run to be trained; behind a host that
         has learnt its training set by heart, a seed learns little (experiment 0008).
         """
-        if reading.capacity_lacks < 0.5 or reading.state is CurveState.PLATEAU:
-            return reading.capacity_lacks >= 0.5
+        if reading.capacity_lacks < 0.5:
+            return False
+        if reading.state is CurveState.PLATEAU:
+            return True
         improves = reading.state in (CurveState.WARMING_UP, CurveState.IMPROVING)
         return improves and not memory.has_tried and len(memory.points) >= self.config.first_race_epochs
 

@@ -60,3 +60,28 @@ def test_a_share_of_unknown_flops_is_refused() -> None:
 def test_bad_bounds_are_refused(bounds: dict[str, float], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         Budget(**bounds)  # type: ignore[arg-type]
+
+
+def raced() -> BudgetLedger:
+    """A race that was won, with one rival left that fits beside the winner."""
+    books = ledger(Budget(added_params=100))
+    for name, parameters in (("winner", 60), ("small", 30), ("large", 50)):
+        books.book(name, cost(parameters), "race")
+    assert books.status().added_parameters == 60
+    assert books.keep("winner") == {"large": "50 parameters do not fit: 60 of 100 are used"}
+    books.release("large")
+    return books
+
+
+def test_a_rival_that_is_kept_is_booked_by_itself_and_what_fits_no_more_is_named() -> None:
+    assert raced().status().added_parameters == 90
+
+
+def test_a_checkpoint_knows_who_is_still_in_a_race() -> None:
+    first, second = raced(), ledger(Budget(added_params=100))
+    second.load_state_dict(first.state_dict(), {"winner": "winner", "small": "race"})
+    assert second.status() == first.status()
+    second.book("another", cost(35), "race")
+    assert second.status().added_parameters == 95, "the one still in the race shares with who joins it"
+    second.clear()
+    assert (second.status().added_parameters, second.status().adaptations) == (0, 0)

@@ -36,6 +36,13 @@ def test_a_squared_error_near_its_targets_takes_none() -> None:
     assert not grows_in_proportion(nn.MSELoss(), y + 0.01, y)
 
 
+@pytest.mark.parametrize("loss_fn", [nn.BCELoss(), nn.PoissonNLLLoss(log_input=False)])
+def test_a_loss_of_some_outputs_alone_takes_none_and_raises_nothing(loss_fn: Any) -> None:
+    z = torch.rand(16, generator=torch.Generator().manual_seed(0))
+    for outputs in (z, 0.4 * z):  # of which twice is still a probability
+        assert not grows_in_proportion(loss_fn, outputs, (z > 0.5).float())
+
+
 @pytest.mark.parametrize("outputs", [{"logits": torch.zeros(2, 3)}, (torch.zeros(2, 3),), torch.zeros(2, 3).long()])
 def test_outputs_that_cannot_be_scaled_take_none(outputs: Any) -> None:
     assert not grows_in_proportion(nn.CrossEntropyLoss(), outputs, torch.zeros(2).long())

@@ -140,8 +140,13 @@ def test_the_runner_up_is_grafted_beside_the_winner_where_it_still_helps(large_t
     assert waiting.state is State.EVALUATING
     train(session, large_task, 2)
     assert waiting.outcome is AdaptationOutcome.KEPT
-    booked = session._context.ledger.status().added_parameters
-    assert booked == winner.cost.parameters + waiting.cost.parameters
+    ledger = session._context.ledger
+    both = winner.cost.parameters + waiting.cost.parameters
+    assert ledger.status().added_parameters == both
+    state = session.orchestrator.state_dict()
+    session.orchestrator.forget()
+    session.orchestrator.load_state_dict(state)
+    assert ledger.status().added_parameters == both, "a checkpoint books them apart as well"
 
 
 def test_what_the_budget_has_no_room_for_beside_the_winner_goes(large_task: Any, open_session: Any, enter: Any) -> None:
