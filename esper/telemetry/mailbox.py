@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Generic, Protocol, TypeVar
+from typing import ClassVar, Final, Generic, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
@@ -125,8 +125,12 @@ class DurableFeed(Generic[M]):
     """Fills a mailbox with durable messages, each handed over once, and settles them as the reader says.
 
     A message that comes again while it lies unread, is being worked on, or was settled with an acknowledgement that
-    got lost, is not handed over again.
+    got lost, is not handed over again. The broker hears of what was settled while ``answered`` says that nothing waits
+    which its reader answered before: acknowledged earlier, a command would be lost with the answer.
     """
+
+    ack_wait_s: ClassVar[float] = 30.0
+    """Time after which what was not acknowledged comes again, to whoever reads then, in seconds."""
 
     def __init__(
         self,
@@ -135,11 +139,13 @@ class DurableFeed(Generic[M]):
         durable_name: str,
         message_type: type[M],
         subject_filter: str | Sequence[str],
+        *,
         watch: Watch[M] | None = None,
+        answered: Callable[[], bool],
     ) -> None:
         self.box = box
         self._watch = watch
-        self.ack_wait_s = 30.0
+        self._answered = answered
         self._stream = stream
         self._durable_name = durable_name
         self._message_type = message_type
@@ -171,7 +177,7 @@ class DurableFeed(Generic[M]):
 
     async def tend(self, elapsed_s: float) -> None:
         """Settle what the reader settled, and keep the rest from coming again."""
-        while self.box.settled:
+        while self.box.settled and self._answered():  # in this order: what is settled by now was answered before
             mail, give_up = self.box.settled.popleft()
             sequence = int(mail.raw.sequence or 0)
             delivery = self._open.pop(sequence, None)

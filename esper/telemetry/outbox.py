@@ -1,6 +1,9 @@
 """Bounded buffers between the training thread and the bus: what waits, what was dropped, how old the oldest is.
 
 ``OfferQueue`` is filled by any thread with one deque append; everything else here belongs to the publisher's loop.
+
+Events go in two lanes, each in order and within bounds of its own: what somebody waits for does not wait behind what
+is merely told, and a flood of the one drops nothing of the other.
 """
 
 from __future__ import annotations
@@ -8,10 +11,14 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import Final
 
 from google.protobuf.message import Message
 
 from esper.telemetry.health_wire import Columns, count_signals
+from esper.telemetry.subjects import RESERVED_RUNS, Kind
+
+_EXPRESS_KINDS: Final = frozenset(kind.value for kind in Kind if kind.express)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +117,10 @@ class OfferQueue:
                 self._overflow.append(oldest.kind)
         self._offers.append(offer)
 
-    def take_all(self) -> list[Offer]:
-        """Take everything that is there, oldest first."""
+    def take(self, at_most: int) -> list[Offer]:
+        """Take what is there, oldest first."""
         taken: list[Offer] = []
-        while (offer := self._pop()) is not None:
+        while len(taken) < at_most and (offer := self._pop()) is not None:
             taken.append(offer)
         return taken
 
@@ -175,6 +182,44 @@ class EventBox:
             return None
 
 
+class Lane:
+    """Events of one class on their way to the bus: offered, encoded, one being sent; in order, within own bounds."""
+
+    def __init__(self, max_offers: int, max_bytes: int, tally: Tally) -> None:
+        self.offers = OfferQueue(max_offers)
+        self.events = EventBox(max_bytes, tally)
+        self._sending: Event | None = None
+        self._tally = tally
+
+    def __len__(self) -> int:
+        return len(self.offers) + len(self.events) + (self._sending is not None)
+
+    def begin(self) -> Event | None:
+        """Give the event to send now, the same one until ``finish``; ``None`` when nothing encoded waits."""
+        if self._sending is None and self.events:
+            self._sending = self.events.pop()
+        return self._sending
+
+    def finish(self) -> None:
+        """Say that the bus took or refused what ``begin`` gave."""
+        self._sending = None
+
+    def drop_all(self) -> None:
+        """Count everything encoded in here as dropped."""
+        if self._sending is not None:
+            self._tally.dropped[kind_of(self._sending.subject)] += 1
+            self._sending = None
+        while self.events:
+            self._tally.dropped[kind_of(self.events.pop().subject)] += 1
+
+    @property
+    def oldest_s(self) -> float | None:
+        """Monotonic time of the oldest offer in here; readable from any thread."""
+        sending = self._sending
+        ages = (sending.offered_s if sending is not None else None, self.events.oldest_s, self.offers.oldest_s)
+        return next((at_s for at_s in ages if at_s is not None), None)
+
+
 class HealthBox:
     """Drained signals in order, bounded in bytes; a dropped batch leaves a gap in the sequence."""
 
@@ -219,6 +264,12 @@ class HealthBox:
             return self._rows[0].drained_s
         except IndexError:
             return None
+
+
+def is_express(subject: str) -> bool:
+    """Say whether messages of a subject take the lane that waits behind no other."""
+    tokens = subject.split(".")
+    return len(tokens) > 3 and tokens[2] not in RESERVED_RUNS and tokens[3] in _EXPRESS_KINDS
 
 
 def kind_of(subject: str) -> str:

@@ -3,41 +3,42 @@
 The training thread appends to a bounded deque and pushes into the native ring; it never sees a bus call, an exception
 or a lock. The publisher's loop polls both, encodes, publishes, and waits out outages: it keeps what fits its bounds,
 drops the oldest beyond them, and counts every drop by kind.
+
+Control answers go in a lane of their own, with its own bounds and its own sender: they wait behind no other event.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import logging
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
 from esper.contracts.errors import (
-    CapacityExceededError,
     DeadlineExceededError,
     EsperError,
     InvalidInputError,
     InvalidStateError,
-    NotFoundError,
     UnavailableError,
 )
 from esper.telemetry.bus import CONTENT_TYPE_HEADER, Bus
 from esper.telemetry.consumer import PUBLISHER_HEADER, content_type
+from esper.telemetry.event_sender import RETRY_S, EventSender, wait_bus
 from esper.telemetry.health_wire import MAX_SIGNAL_BYTES, Columns, count_signals, encode_health
 from esper.telemetry.mailbox import DurableFeed, FanOutFeed, Feed, M, Mailbox, Watch
-from esper.telemetry.outbox import Event, EventBox, HealthBox, HealthRows, Offer, OfferQueue, Tally, kind_of
+from esper.telemetry.outbox import Event, HealthBox, HealthRows, Lane, Offer, Tally, is_express
 from esper.telemetry.streams import STREAMS, StreamSpec
 from esper.telemetry.subjects import build_subject, check_run_id
-from esper.telemetry.tracing_context import current_headers, publish_span
+from esper.telemetry.tracing_context import current_headers
 from esper.v1 import telemetry_pb2
 
 log = logging.getLogger(__name__)
@@ -47,9 +48,8 @@ Connect = Callable[[], Awaitable[Bus]]
 """Opens the bus; called on the publisher's loop."""
 
 _MIB: Final = 1024 * 1024
-_RETRY_S: Final = 0.1
-_REFUSAL_ATTEMPTS: Final = 3
-"""How often a message is tried that the bus refuses for a reason which may pass."""
+_ENCODED_AT_ONCE: Final = 256
+"""Most events of a lane that are encoded before the loop looks at everything else again."""
 _FLUSH_EVERY: Final = 16
 """Most health batches between two confirmations of the bus."""
 _INDEX_EVERY: Final = 50
@@ -78,9 +78,11 @@ class PublisherConfig:
     max_health_buffer_bytes: int = 32 * _MIB
     """Most bytes of signals kept while the bus is away."""
     max_event_buffer_bytes: int = 64 * _MIB
-    """Most bytes of events kept while the bus is away."""
+    """Most bytes of events kept while the bus is away, control answers aside."""
+    max_control_buffer_bytes: int = 4 * _MIB
+    """Most bytes of control answers kept while the bus is away."""
     max_offers: int = 65_536
-    """Most events that wait to be encoded."""
+    """Most events that wait to be encoded, and as many control answers."""
     flush_timeout_s: float = 2.0
     """Longest wait for the bus to confirm a health batch before it is sent again."""
 
@@ -90,7 +92,8 @@ class PublisherConfig:
             raise InvalidInputError.of("poll_interval_ms", rule, self.poll_interval_ms)
         if self.max_batch_bytes < 1024:
             raise InvalidInputError.of("max_batch_bytes", "be >= 1024", self.max_batch_bytes)
-        for name in ("max_health_buffer_bytes", "max_event_buffer_bytes", "max_offers", "flush_timeout_s"):
+        bounds = ("max_health_buffer_bytes", "max_event_buffer_bytes", "max_control_buffer_bytes", "max_offers")
+        for name in (*bounds, "flush_timeout_s"):
             if getattr(self, name) <= 0:
                 raise InvalidInputError.of(name, "be > 0", getattr(self, name))
 
@@ -144,11 +147,11 @@ class OonaPublisher:
         self.instance_id = uuid.uuid4().hex
         self._source = source
         self._streams = streams
-        self._offers = OfferQueue(self.config.max_offers)
         self._tally = Tally()
-        self._events = EventBox(self.config.max_event_buffer_bytes, self._tally)
+        self._express = Lane(self.config.max_offers, self.config.max_control_buffer_bytes, self._tally)
+        self._ordinary = Lane(self.config.max_offers, self.config.max_event_buffer_bytes, self._tally)
+        self._lanes = (self._express, self._ordinary)
         self._health = HealthBox(self.config.max_health_buffer_bytes)
-        self._sending: Event | None = None
         self._unconfirmed: list[HealthRows] = []
         self._signals_published = 0
         self._layers: dict[int, str] = {}
@@ -171,9 +174,10 @@ class OonaPublisher:
         """Hand a message over; returns at once, raises nothing, takes no lock.
 
         The message must not be changed afterwards. It joins the trace of the caller. One with a ``msg_id`` is kept
-        once however often it is offered.
+        once however often it is offered. Control answers keep their order, everything else keeps its own.
         """
-        self._offers.put(Offer(subject, message, durable, current_headers(), msg_id, time.monotonic()))
+        lane = self._express if is_express(subject) else self._ordinary
+        lane.offers.put(Offer(subject, message, durable, current_headers(), msg_id, time.monotonic()))
 
     def name_layers(self, layers: Mapping[int, str]) -> None:
         """Say which layer each number in the signals stands for; the names go out with the next batch."""
@@ -182,17 +186,15 @@ class OonaPublisher:
 
     def stats(self) -> PublisherStats:
         """Give the counts so far; figures of different fields may be a poll apart."""
-        events, health, bus = self._events, self._health, self._bus
-        dropped = Counter(self._tally.dropped) + self._offers.overflow
+        health, bus = self._health, self._bus
+        dropped = sum((lane.offers.overflow for lane in self._lanes), Counter(self._tally.dropped))
         if health.batches_dropped:
             dropped["health"] += health.batches_dropped
-        sending = self._sending
         bus_stats = bus.stats() if bus is not None else None
         if bus_stats is not None:
             self._last_reconnects = bus_stats.reconnects
         unconfirmed = sum(count_signals(rows.columns) for rows in list(self._unconfirmed))
-        sending_s = sending.offered_s if sending is not None else None
-        since = (sending_s, self._offers.oldest_s, events.oldest_s, health.oldest_s)
+        since = (*(lane.oldest_s for lane in self._lanes), health.oldest_s)
         ages = [at_s for at_s in since if at_s is not None]
         return PublisherStats(
             connected=bus_stats is not None and bus_stats.connected,
@@ -202,9 +204,9 @@ class OonaPublisher:
             signals_published=self._signals_published,
             signals_dropped=health.signals_dropped,
             ring_dropped=self._source.dropped if self._source is not None else 0,
-            buffered_events=len(self._offers) + len(events) + (sending is not None),
+            buffered_events=sum(len(lane) for lane in self._lanes),
             buffered_signals=health.signals + unconfirmed,
-            buffered_bytes=events.size_bytes + health.size_bytes,
+            buffered_bytes=sum(lane.events.size_bytes for lane in self._lanes) + health.size_bytes,
             reconnects=self._last_reconnects,
             lag_s=time.monotonic() - min(ages) if ages else None,
         )
@@ -291,15 +293,23 @@ class OonaPublisher:
         """Give a mailbox that durable messages land in, each once, until it is settled; live once this returns.
 
         ``watch`` is told of each message before it lands, on the publisher's loop: work on it begins there, and the
-        reader need not do it again.
+        reader need not do it again. What is settled is acknowledged once the control answers offered before are out:
+        a command whose answer died with this process comes again to the next.
 
         Raises:
             InvalidStateError: The publisher does not run.
             NotFoundError: There is no such stream.
         """
         box: Mailbox[M] = Mailbox(max_mail)
-        self._open_feed(DurableFeed(box, stream, durable_name, message_type, subject_filter, watch))
+        feed = DurableFeed(
+            box, stream, durable_name, message_type, subject_filter, watch=watch, answered=self._answered
+        )
+        self._open_feed(feed)
         return box
+
+    def _answered(self) -> bool:
+        """Say whether every control answer that was offered is out."""
+        return not self._express
 
     def _open_feed(self, feed: Feed) -> None:
         async def open_on(bus: Bus) -> None:
@@ -336,7 +346,8 @@ class OonaPublisher:
             self._bus = bus
             self._started.set_result(None)
             senders = [
-                self._spawn(self._keep_sending(self._send_events, bus), "oona-events"),
+                self._spawn(self._keep_sending(partial(self._send_lane, self._express), bus), "oona-control"),
+                self._spawn(self._keep_sending(partial(self._send_lane, self._ordinary), bus), "oona-events"),
                 self._spawn(self._keep_sending(self._send_health, bus), "oona-health"),
             ]
             await self._poll_until_closing()
@@ -355,20 +366,24 @@ class OonaPublisher:
         interval_s = self.config.poll_interval_ms / 1e3
         with_source = True
         while self._closing_s is None:
-            self._collect_safely(with_source=with_source)
+            more = self._collect_safely(with_source=with_source)
             with_source = not with_source  # fewer, larger batches: half the work beside the training thread
-            await asyncio.sleep(interval_s)
+            await asyncio.sleep(0.0 if more else interval_s)
 
     async def _drain(self, senders: list[asyncio.Task[None]]) -> None:
         """Let the senders empty the boxes, until they have or the deadline is over."""
-        self._collect_safely(with_source=True)
+        while self._collect_safely(with_source=True):  # noqa: ASYNC110 - the senders' turn, no wait
+            await asyncio.sleep(0.0)
         self._collected_all = True
         self._arrived.set()
         left_s = (self._closing_s or 0.0) - time.monotonic()
         await asyncio.wait(senders, timeout=max(0.0, left_s))
 
-    def _collect_safely(self, *, with_source: bool) -> None:
-        """Collect, whatever the source does; its failure is logged once a spell, and looked at again next time."""
+    def _collect_safely(self, *, with_source: bool) -> bool:
+        """Collect, whatever the source does; its failure is logged once a spell, and looked at again next time.
+
+        Says whether offers are left.
+        """
         try:
             self._collect_offers()
             if with_source and self._source is not None:
@@ -379,16 +394,18 @@ class OonaPublisher:
             self._source_failed = True
         else:
             self._source_failed = False
+        return any(lane.offers for lane in self._lanes)
 
     def _collect_offers(self) -> None:
-        """Take over what the training thread left since the last look."""
-        self._tally.dropped.update(self._offers.take_overflow())
-        for offer in self._offers.take_all():
-            event = self._encode(offer)
-            if event is not None:
-                self._events.put(event)
-        if self._events:
-            self._arrived.set()
+        """Take over what the training thread left since the last look, so much that a flood holds nothing else up."""
+        for lane in self._lanes:
+            self._tally.dropped.update(lane.offers.take_overflow())
+            for offer in lane.offers.take(_ENCODED_AT_ONCE):
+                event = self._encode(offer)
+                if event is not None:
+                    lane.events.put(event)
+            if lane.events:
+                self._arrived.set()
 
     def _drain_source(self, source: SignalSource) -> None:
         most = max(1, self.config.max_batch_bytes // MAX_SIGNAL_BYTES)
@@ -421,66 +438,18 @@ class OonaPublisher:
                 await send(bus)
             except Exception:
                 log.exception("publisher_sender_failed", extra={"run_id": self.run_id})
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(RETRY_S)
             else:
                 return
 
-    async def _send_events(self, bus: Bus) -> None:
-        """Publish events one by one, in order, each until the bus took or refused it."""
+    async def _send_lane(self, lane: Lane, bus: Bus) -> None:
+        """Publish a lane's events one by one, in order, until everything is sent after the last look."""
+        sender = EventSender(self.run_id, lane, self._tally, self._streams, self.config.flush_timeout_s)
         while True:
-            while self._sending is not None or self._events:
-                if self._sending is None:
-                    self._sending = self._events.pop()
-                await self._send_event(bus, self._sending)
-                self._sending = None
+            await sender.send_all(bus)
             if self._collected_all:
                 return
-            await self._wait_arrival(self._events)
-
-    async def _send_event(self, bus: Bus, event: Event) -> None:
-        kind = kind_of(event.subject)
-        attempts_left = _REFUSAL_ATTEMPTS
-        while True:
-            try:
-                with publish_span(event.subject, event.headers) as headers:
-                    await bus.publish(
-                        event.subject, event.payload, headers=headers, msg_id=event.msg_id, durable=event.durable
-                    )
-                    if not event.durable:
-                        await bus.flush(self.config.flush_timeout_s)
-            except (UnavailableError, DeadlineExceededError) as error:
-                log.info("event_postponed", extra={"subject": event.subject, "error": str(error)})
-            except CapacityExceededError as error:
-                if error.parameter == "payload":
-                    self._refuse(kind, event, error)
-                    return
-                log.warning("stream_full", extra={"subject": event.subject, "error": str(error)})
-            except EsperError as error:
-                attempts_left -= 1
-                if isinstance(error, InvalidInputError) or not attempts_left or not await self._repair(bus, error):
-                    self._refuse(kind, event, error)
-                    return
-            else:
-                self._tally.published[kind] += 1
-                return
-            await self._wait_bus(bus)
-
-    async def _repair(self, bus: Bus, error: EsperError) -> bool:
-        """Make the streams again if the bus has lost them; say whether another attempt makes sense."""
-        if not isinstance(error, NotFoundError):
-            return True
-        try:
-            await bus.ensure_streams(self._streams)
-        except (UnavailableError, DeadlineExceededError):
-            return True
-        except EsperError:
-            log.exception("streams_not_repaired", extra={"run_id": self.run_id})
-            return False
-        return True
-
-    def _refuse(self, kind: str, event: Event, error: EsperError) -> None:
-        self._tally.refused[kind] += 1
-        log.error("event_refused", extra={"subject": event.subject, "reason": error.reason, "error": str(error)})
+            await self._wait_arrival(lane.events)
 
     async def _send_health(self, bus: Bus) -> None:
         """Publish health batches; those the bus has not confirmed go again, under the same sequence."""
@@ -496,7 +465,7 @@ class OonaPublisher:
                     await bus.flush(self.config.flush_timeout_s)
                 except (UnavailableError, DeadlineExceededError):
                     self._layers_due = True  # whoever listens after an outage may be new
-                    await self._wait_bus(bus)
+                    await wait_bus(bus, self.config.flush_timeout_s)
                 except EsperError:
                     log.exception("health_refused", extra={"run_id": self.run_id})
                     for rows in self._unconfirmed:
@@ -527,16 +496,10 @@ class OonaPublisher:
             )
         return encode_health(envelope, rows.columns)
 
-    async def _wait_arrival(self, box: EventBox | HealthBox) -> None:
+    async def _wait_arrival(self, box: Sized) -> None:
         while not box and not self._collected_all:
             self._arrived.clear()
             await self._arrived.wait()
-
-    async def _wait_bus(self, bus: Bus) -> None:
-        """Wait a moment, then until the bus can be reached again."""
-        await asyncio.sleep(_RETRY_S)
-        with contextlib.suppress(UnavailableError):  # the caller tries again either way
-            await bus.wait_connected(self.config.flush_timeout_s)
 
     async def _tend(self, feed: Feed) -> None:
         interval_s = self.config.poll_interval_ms / 1e3
@@ -560,12 +523,8 @@ class OonaPublisher:
 
     def _count_unsent(self) -> None:
         """Count what the deadline left behind as dropped."""
-        if self._sending is not None:
-            self._events.put(self._sending)
-            self._sending = None
-        while self._events:
-            event = self._events.pop()
-            self._tally.dropped[kind_of(event.subject)] += 1
+        for lane in self._lanes:
+            lane.drop_all()
         for rows in self._unconfirmed:
             self._health.count_lost(rows)
         self._unconfirmed = []

@@ -52,6 +52,15 @@ class Kind(StrEnum):
         """Whether a stream keeps messages of this kind; health and forecasts are fan-out where the newest matters."""
         return self not in (Kind.HEALTH, Kind.FORECAST)
 
+    @property
+    def express(self) -> bool:
+        """Whether messages of this kind keep no order with those of others, and wait behind none of them.
+
+        Somebody waits for a control answer, and it needs nothing before it but its own command, which it follows by
+        nature. States, decisions, plans, seed events and reports are read as one history and stay in one order.
+        """
+        return self is Kind.CONTROL
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:

@@ -6,6 +6,9 @@ fault of the worker   (died, killed, out of time, lied,     attempted again; aft
 fault of the way out  (see ``outbox``)                      tried again there; never FAILED
 fault of the store    (cannot be written)                   redelivered for as long as it takes
 nobody's fault        (cancelled, or taken up elsewhere)    the worker is ended, what it made is dropped
+
+While services of two versions share a queue, a job of another toolchain is left to those of that toolchain for
+``ack_wait_s`` seconds. A kernel of this one would not answer the request: the next equal one would begin it anew.
 """
 
 from __future__ import annotations
@@ -13,9 +16,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from opentelemetry import propagate, trace
@@ -37,6 +41,7 @@ from esper.execution.keys import SigningKey
 from esper.services.tezzeret.approval import approve
 from esper.services.tezzeret.attempt_store import Attempt, Begun
 from esper.services.tezzeret.config import TezzeretConfig
+from esper.services.tezzeret.content_key import content_key
 from esper.services.tezzeret.job_queue import JobQueue
 from esper.services.tezzeret.job_store import Asker, JobStore
 from esper.services.tezzeret.phase_clock import PhaseClock
@@ -53,6 +58,8 @@ GENERATION_HEADER: Final = "Esper-Job-Generation"
 """Header of a queue message: how often the job had been put on the queue anew by then."""
 
 _TRACER: Final = trace.get_tracer("esper.tezzeret")
+_PASS_ON_S: Final = 0.05
+_MAX_PASS_ON_S: Final = 1.0
 _OUTAGE: Final = (UnavailableError, DeadlineExceededError, StorageFullError)
 
 
@@ -165,6 +172,9 @@ class JobRunner:
         except (CorruptDataError, InvalidInputError, ValueError) as error:
             await delivery.term(f"no compile job: {error}")
             return
+        if self._left_to_others(sent, delivery):
+            await delivery.nak(min(_PASS_ON_S * 2 ** min(delivery.num_delivered - 1, 16), _MAX_PASS_ON_S))
+            return
         begun = await self._taken_up(sent, generation)
         if begun.attempt is None:
             self._on_change(begun.job)
@@ -189,6 +199,13 @@ class JobRunner:
                 if self._runs.get(begun.job.job_id) is run:
                     del self._runs[begun.job.job_id]
             await self._settle(delivery, begun.attempt, outcome)
+
+    def _left_to_others(self, sent: CompileJob, delivery: Delivery) -> bool:
+        """Say whether a job is of another toolchain, and so fresh that a service of that one may take it yet."""
+        stored_at = delivery.message.stored_at
+        if stored_at is None or datetime.now(UTC) - stored_at >= timedelta(seconds=self._config.ack_wait_s):
+            return False
+        return sent.content_key != content_key(sent.spec, blueprint_id=sent.blueprint_id)
 
     @property
     def _lease_s(self) -> float:
@@ -287,25 +304,33 @@ class JobRunner:
 
     @asynccontextmanager
     async def _kept_in_progress(self, delivery: Delivery, run: _Run) -> AsyncIterator[None]:
-        """Tell broker and store three times per clock that work goes on, and end it when the job is no longer held."""
+        """Tell broker and store three times per clock that work goes on, and end it when the job is no longer held.
 
-        async def tell() -> None:
-            while True:
-                await asyncio.sleep(self._config.ack_wait_s / 3)
-                try:
-                    await delivery.in_progress()
-                    if not await self._store.attempts.touch(run.attempt):
-                        run.stop()
-                except _OUTAGE as error:
-                    log.warning("compile_in_progress_lost", extra={"error": str(error)})
+        Each hears of it whatever the other does: a service that has lost its broker holds its job in the store, and
+        one that has lost its store keeps the delivery.
+        """
 
-        telling = asyncio.create_task(tell())
+        async def touch() -> None:
+            if not await self._store.attempts.touch(run.attempt):
+                run.stop()
+
+        telling = [asyncio.create_task(self._tell_again_and_again(word)) for word in (delivery.in_progress, touch)]
         try:
             yield
         finally:
-            telling.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await telling
+            for task in telling:
+                task.cancel()
+            for ended in await asyncio.gather(*telling, return_exceptions=True):
+                if isinstance(ended, Exception):
+                    log.error("compile_in_progress_defect", exc_info=ended)
+
+    async def _tell_again_and_again(self, word: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            await asyncio.sleep(self._config.ack_wait_s / 3)
+            try:
+                await word()
+            except _OUTAGE as error:
+                log.warning("compile_in_progress_lost", extra={"error": str(error)})
 
     async def _note_dead(self, buried: Consumer) -> None:
         """Mark jobs dead whose deliveries the broker gave up, e.g. because the whole service died under them."""

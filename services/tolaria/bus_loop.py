@@ -1,4 +1,7 @@
-"""Tolaria on the bus: takes in what runs say, and carries commands to them."""
+"""Tolaria on the bus: takes in what runs say, and carries commands to them.
+
+Runs' answers to commands come in by a consumer of their own: they wait behind no event, and no store.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,15 @@ from esper.v1 import decision_pb2, telemetry_pb2
 log = logging.getLogger(__name__)
 
 DURABLE_NAME: Final = "tolaria"
-"""Name under which Tolaria keeps its place in the stream."""
+"""Name under which Tolaria keeps its place among the events of the stream."""
+CONTROL_DURABLE_NAME: Final = "tolaria-control"
+"""Name under which it keeps its place among commands and their answers."""
 
-_KINDS: Final = (Kind.STATE, Kind.DECISION, Kind.PLAN, Kind.SEED, Kind.FIELD_REPORT, Kind.CONTROL)
+_INTAKES: Final[Mapping[str, tuple[Kind, ...]]] = {
+    CONTROL_DURABLE_NAME: (Kind.CONTROL,),
+    DURABLE_NAME: (Kind.STATE, Kind.DECISION, Kind.PLAN, Kind.SEED, Kind.FIELD_REPORT),
+}
+"""Kinds that each consumer takes, in one order."""
 _EVENT_KINDS: Final[Mapping[type[Message], tuple[str, type]]] = {
     decision_pb2.AdaptationDecision: ("decision", AdaptationDecision),
     decision_pb2.AdaptationPlan: ("plan", AdaptationPlan),
@@ -56,24 +65,28 @@ class TolariaBusLoop:
     def __init__(self, store: TolariaStore, bus: Bus) -> None:
         self._store = store
         self._bus = bus
-        self._consumer: TypedConsumer[Message] | None = None
-        self._running: asyncio.Task[None] | None = None
+        self._consumers: list[TypedConsumer[Message]] = []
+        self._intakes: list[asyncio.Task[None]] = []
         self._watchers: dict[str, set[asyncio.Queue[RunNews]]] = {}
         self._waiting: dict[str, set[asyncio.Future[ControlResult]]] = {}
         self._answers: dict[str, ControlResult] = {}
         self._answered: deque[str] = deque()
 
     async def start(self) -> None:
-        """Open the consumer and begin.
+        """Open the consumers and begin; one of before there were two keeps its place, and lets control go.
 
         Raises:
-            UnavailableError: The bus cannot be reached.
+            UnavailableError: The bus cannot be reached; nothing was begun.
         """
-        patterns = [pattern for kind in _KINDS for pattern in kind_patterns(kind)]
-        self._consumer = await durable_messages(
-            self._bus, EVENTS.name, DURABLE_NAME, decode_any, subject_filter=patterns
-        )
-        self._running = asyncio.create_task(self._run(self._consumer), name="tolaria-bus-loop")
+        try:
+            for name, kinds in _INTAKES.items():
+                patterns = [pattern for kind in kinds for pattern in kind_patterns(kind)]
+                consumer = await durable_messages(self._bus, EVENTS.name, name, decode_any, subject_filter=patterns)
+                self._consumers.append(consumer)
+        except BaseException:
+            await self.close()
+            raise
+        self._intakes += [asyncio.create_task(self._run(one), name="tolaria-intake") for one in self._consumers]
 
     async def ready(self) -> None:
         """Return when events are being taken in.
@@ -81,21 +94,22 @@ class TolariaBusLoop:
         Raises:
             UnavailableError: They are not.
         """
-        if self._running is None or self._running.done():
+        if not self._intakes or any(task.done() for task in self._intakes):
             raise UnavailableError("Tolaria's bus loop must run, got one that ended")
         if not self._bus.stats().connected:
             raise UnavailableError("the bus must be reachable, got a lost connection")
 
     async def close(self) -> None:
         """Stop consuming; idempotent."""
-        if self._running is not None:
-            self._running.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._running
-            self._running = None
-        if self._consumer is not None:
-            await self._consumer.close()
-            self._consumer = None
+        for task in self._intakes:
+            task.cancel()
+        for ended in await asyncio.gather(*self._intakes, return_exceptions=True):
+            if isinstance(ended, Exception):
+                log.error("intake_failed", exc_info=ended)
+        self._intakes.clear()
+        for consumer in self._consumers:
+            await consumer.close()
+        self._consumers.clear()
 
     async def command(self, command: ControlCommand, timeout_s: float) -> ControlResult:
         """Send a command to its run and wait for the answer; a repeated request id is sent once.
@@ -192,8 +206,9 @@ class TolariaBusLoop:
             self._tell(run_id, message)
 
     def _answer(self, result: ControlResult) -> None:
+        if result.request_id not in self._answers:  # a repeat is no younger
+            self._answered.append(result.request_id)
         self._answers[result.request_id] = result
-        self._answered.append(result.request_id)
         while len(self._answered) > _ANSWERS_KEPT:
             self._answers.pop(self._answered.popleft(), None)
         for waiting in self._waiting.get(result.request_id, ()):

@@ -19,11 +19,13 @@ from esper.telemetry.outbox import HealthBox
 from esper.telemetry.publisher import OonaPublisher, PublisherConfig
 from esper.telemetry.streams import DEAD, EVENTS
 from esper.telemetry.subjects import build_subject, dead_subject
+from esper.v1.decision_pb2 import ControlMessage, ControlResult
 from esper.v1.telemetry_pb2 import FieldReport, SeedEvent, SystemStatePacket
 
 Eventually = Callable[[Callable[[], bool]], None]
 SEED = build_subject("run-1", "seed", "layer1")
 DECISION = build_subject("run-1", "decision")
+CONTROL = build_subject("run-1", "control")
 
 
 @pytest.fixture
@@ -130,6 +132,128 @@ def test_encoded_events_beyond_the_byte_bound_are_counted(connect: Any, eventual
     stats = publisher.stats()
     assert stats.dropped["seed"] + stats.published["seed"] == 10
     assert stats.dropped["seed"] == 7
+
+
+def answer_of(number: int, detail: str = "") -> ControlMessage:
+    return ControlMessage(result=ControlResult(request_id=f"q{number}", detail=detail))
+
+
+async def test_control_answers_go_before_what_was_offered_first(
+    publisher: OonaPublisher, connect: Any, reader: MemoryBus
+) -> None:
+    for step in range(300):
+        publisher.offer(SEED, SeedEvent(step=step))
+    for number in range(3):
+        publisher.offer(CONTROL, answer_of(number))
+    publisher.start(connect)
+    publisher.close()
+    replayed = [received.message async for received in replay_run(reader, "run-1")]
+    assert [one.result.request_id for one in replayed[:3] if isinstance(one, ControlMessage)] == ["q0", "q1", "q2"]
+    assert [one.step for one in replayed[3:] if isinstance(one, SeedEvent)] == list(range(300))
+    assert publisher.stats().published == {"control": 3, "seed": 300}
+
+
+def test_a_flood_of_events_drops_no_control_answer_and_the_other_way_round(connect: Any) -> None:
+    config = PublisherConfig(max_offers=10, max_event_buffer_bytes=4096, max_control_buffer_bytes=4096)
+    publisher = OonaPublisher("run-1", config=config)
+    for number in range(3):
+        publisher.offer(CONTROL, answer_of(number))
+    for _ in range(25):
+        publisher.offer(SEED, SeedEvent(reason="x" * 1000))
+    assert publisher.stats().dropped == {"seed": 15}
+    assert publisher.stats().buffered_events == 13
+    publisher.start(connect)
+    publisher.close()
+    stats = publisher.stats()
+    assert (stats.published, stats.dropped) == ({"control": 3, "seed": 3}, {"seed": 22})
+    other = OonaPublisher("run-1", config=config)
+    other.offer(SEED, SeedEvent())
+    for number in range(12):
+        other.offer(CONTROL, answer_of(number, "x" * 1000))
+    other.start(connect)
+    other.close()
+    stats = other.stats()
+    assert (stats.published, stats.dropped) == ({"control": 3, "seed": 1}, {"control": 9})
+
+
+class Told:
+    """A message that notes when it is encoded, and does what a test says then."""
+
+    DESCRIPTOR = SeedEvent.DESCRIPTOR
+
+    def __init__(self, message: Any, note: Callable[[], None]) -> None:
+        self._message = message
+        self._note = note
+
+    def SerializeToString(self) -> bytes:
+        self._note()
+        return bytes(self._message.SerializeToString())
+
+
+def test_a_flood_that_is_being_encoded_holds_no_control_answer_up(connect: Any) -> None:
+    publisher = OonaPublisher("run-1")
+    encoded: list[str] = []
+
+    def note_event() -> None:
+        encoded.append("event")
+        if len(encoded) == 10:
+            publisher.offer(CONTROL, Told(answer_of(1), lambda: encoded.append("answer")))  # type: ignore[arg-type]
+
+    for step in range(2000):
+        publisher.offer(SEED, Told(SeedEvent(step=step), note_event))  # type: ignore[arg-type]
+    publisher.start(connect)
+    publisher.close()
+    assert encoded.index("answer") < 1000
+    assert encoded.count("event") == 2000
+    assert publisher.stats().published == {"control": 1, "seed": 2000}
+
+
+class HeldBus(MemoryBus):
+    """A bus on which control answers wait for a gate."""
+
+    def __init__(self, broker: MemoryBroker) -> None:
+        super().__init__(broker)
+        self.gate = asyncio.Event()
+
+    async def publish(self, subject: str, payload: bytes, **named: Any) -> Any:
+        if subject == CONTROL:
+            await self.gate.wait()
+        return await super().publish(subject, payload, **named)
+
+
+async def test_mail_is_acknowledged_once_the_answers_before_it_are_out(
+    publisher: OonaPublisher, broker: MemoryBroker, reader: MemoryBus, eventually: Eventually
+) -> None:
+    buses: list[HeldBus] = []
+
+    async def connect() -> Bus:
+        buses.append(HeldBus(broker))
+        return buses[0]
+
+    publisher.start(connect)
+    box = publisher.open_durable_mailbox(EVENTS.name, "training", SystemStatePacket, subject_filter=DECISION)
+    await reader.publish(DECISION, SystemStatePacket(epoch=1).SerializeToString(), durable=True)
+    eventually(lambda: len(box) == 1)
+    publisher.offer(CONTROL, answer_of(1))
+    box.drain()[0].settle()
+    publisher.offer(SEED, SeedEvent())
+    eventually(lambda: publisher.stats().published == {"seed": 1})
+    place = broker.streams.get(EVENTS.name).place("training", (DECISION,))
+    publisher.submit(_some_looks(publisher)).result(10)
+    assert len(place.pending) == 1, "the command would be lost with the answer"
+
+    async def open_gate() -> None:
+        buses[0].gate.set()
+
+    publisher.submit(open_gate()).result(10)
+    eventually(lambda: not place.pending)
+    assert publisher.stats().published == {"seed": 1, "control": 1}
+
+
+async def _some_looks(publisher: OonaPublisher) -> None:
+    """Return when the publisher has looked at its mailboxes several times."""
+    for _ in range(10):
+        await asyncio.sleep(publisher.config.poll_interval_ms / 1e3)
 
 
 def test_what_no_bus_takes_is_refused_and_the_rest_goes_on(connect: Any) -> None:
@@ -285,6 +409,7 @@ def test_a_mailbox_on_a_missing_stream_fails_at_once(publisher: OonaPublisher, c
         ),
         ({"max_batch_bytes": 10}, "max_batch_bytes must be >= 1024, got 10"),
         ({"max_offers": 0}, "max_offers must be > 0, got 0"),
+        ({"max_control_buffer_bytes": 0}, "max_control_buffer_bytes must be > 0, got 0"),
     ],
 )
 def test_a_config_that_breaks_a_rule_is_refused(bad: dict[str, Any], rule: str) -> None:

@@ -20,6 +20,7 @@ from esper.contracts.errors import (
 from esper.contracts.run import AdaptationOutcome, FieldReport, RunPhase
 from esper.contracts.wire import to_message
 from esper.mesh.auth import Caller, Role, _caller
+from esper.services.tolaria import bus_loop
 from esper.services.tolaria.server import TolariaNodeConfig
 from esper.telemetry.subjects import Kind, build_subject
 from esper.v1 import decision_pb2, telemetry_pb2
@@ -261,6 +262,45 @@ def test_who_has_proven_a_name_cannot_act_in_another() -> None:
     finally:
         _caller.reset(token)
     assert _command(request_of()).actor == "operator"
+
+
+async def test_a_loop_that_cannot_open_both_intakes_opens_none(control: Any, monkeypatch: Any) -> None:
+    await control.node._loop.close()
+    consume, opened = control.bus.consume, []
+
+    async def refuse_the_second(*args: Any, **named: Any) -> Any:
+        if opened:
+            raise UnavailableError("the bus is away")
+        opened.append(await consume(*args, **named))
+        return opened[0]
+
+    monkeypatch.setattr(control.bus, "consume", refuse_the_second)
+    with pytest.raises(UnavailableError, match="the bus is away"):
+        await control.node._loop.start()
+    async with asyncio.timeout(5):
+        assert [delivery async for delivery in opened[0]] == [], "it is closed"
+    with pytest.raises(UnavailableError, match="bus loop must run"):
+        await control.node._loop.ready()
+
+
+async def test_an_answer_that_comes_again_pushes_no_other_out(control: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(bus_loop, "_ANSWERS_KEPT", 2)
+    loop = control.node._loop
+    for request_id in ("q1", "q2", "q2", "q2"):
+        loop._answer(ControlResult(request_id=request_id, run_id="run-1", accepted=True, detail="held", step=7))
+    assert set(loop._answers) == {"q1", "q2"}
+    loop._answer(ControlResult(request_id="q3", run_id="run-1", accepted=True, detail="held", step=7))
+    assert set(loop._answers) == {"q2", "q3"}
+
+
+@pytest.mark.parametrize("place", [0, 1])
+async def test_readiness_needs_both_intakes(control: Any, place: int) -> None:
+    await control.node._loop.ready()
+    ended = control.node._loop._intakes[place]
+    ended.cancel()
+    await asyncio.gather(ended, return_exceptions=True)
+    with pytest.raises(UnavailableError, match="bus loop must run"):
+        await control.node._loop.ready()
 
 
 async def test_readiness_follows_the_loop(control: Any) -> None:
