@@ -71,20 +71,29 @@ class OriginMesh(RecordingMesh):
 
     def __init__(self, mesh: esper.Mesh) -> None:
         super().__init__(mesh)
-        self.origins: list[Origin] = []
+        self._decisions: dict[str, AdaptationDecision] = {}
+        self._kernels: list[KernelArrival] = []
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """Where the kernels that came in so far came from, in turn; one may come in before its decision."""
+        return tuple(
+            origin_of(self._decisions[one.ready.adaptation_id], one.kernel)
+            for one in self._kernels
+            if one.ready.adaptation_id in self._decisions
+        )
 
     @override
     def open_link(self, run_id: str, model: MorphableModel) -> RunLink:
         link = super().open_link(run_id, model)
         arrivals = link.arrivals
-        decisions: dict[str, AdaptationDecision] = {}
 
         def noted() -> Iterator[Arrival]:
             for item in arrivals():
                 if isinstance(item, AdaptationDecision):
-                    decisions[item.adaptation_id] = item
+                    self._decisions[item.adaptation_id] = item
                 elif isinstance(item, KernelArrival) and item.ready.artifact_id:
-                    self.origins.append(origin_of(decisions[item.ready.adaptation_id], item.kernel))
+                    self._kernels.append(item)
                 yield item
 
         link.arrivals = noted  # type: ignore[method-assign]
@@ -143,8 +152,7 @@ def record_runs(settings: MeshSettings, num_runs: int, epochs: int) -> list[Reco
             recording = OriginMesh(mesh)
             grow(recording, splits, epochs=epochs, seed=seed)
             tiers = tuple(mesh.kernel_source.stats())
-            origins = tuple(recording.origins)
-            runs.append(RecordedRun(requests=tuple(recording.requests), tiers=tiers, origins=origins))
+            runs.append(RecordedRun(requests=tuple(recording.requests), tiers=tiers, origins=recording.origins))
     if not any(run.requests for run in runs):
         raise InvalidStateError(f"{num_runs} runs of {epochs} epochs must ask for a kernel, none did")
     return runs

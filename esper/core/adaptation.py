@@ -50,6 +50,8 @@ class Adaptation:
     """Planned progress of the run when it was accepted."""
     state_since_epoch: int = 0
     """Epoch in which its present state was entered."""
+    awaits_turn: bool = False
+    """Whether it waits to be tried in company, since learning alone told nothing of it (``esper.core.race``)."""
     isolated_steps: int = 0
     """Steps spent learning behind the host's back."""
     graft_steps: int = 0
@@ -166,6 +168,7 @@ class Adaptation:
         Raises:
             CorruptDataError: A field is of another type, or a message does not parse.
         """
+        data = {"awaits_turn": False, **data}  # checkpoints before turns were taken lack it
         cost, contribution = data["cost"], data["contribution"]
         for name, kinds in _PLAIN.items():
             if type(data[name]) not in kinds:
@@ -189,6 +192,7 @@ _PLAIN: Final = {
     "price": (float, NoneType),
     "run_progress": (float, NoneType),
     "state_since_epoch": (int,),
+    "awaits_turn": (bool,),
     "isolated_steps": (int,),
     "graft_steps": (int,),
     "ended_step": (int, NoneType),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from esper.contracts.blueprint import BlueprintCost
@@ -21,7 +21,8 @@ class Budget:
     """
 
     added_params: int | float | None = None
-    """Parameters that may be added over the run, live seeds included."""
+    """Parameters that may be added over the run: of what was kept, and of seeds on trial; of those of one race the
+    largest counts, or all together that are blended in at once."""
     added_flops: int | float | None = None
     """Forward FLOPs per example that may be added."""
     max_adaptations: int | None = None
@@ -45,13 +46,15 @@ class Booking:
     """Its cost."""
     group: str
     """Race it belongs to, or its own id."""
+    is_blended: bool = False
+    """Whether it is blended in beside others of its race."""
 
 
 class BudgetLedger:
     """Books what live seeds cost against a :class:`Budget`; belongs to the training thread.
 
-    Of the rivals in a race one at a time is blended in: a race is booked at the largest cost among those still in it,
-    and one that is kept is booked by itself.
+    A race is booked at the largest cost among those still in it, or at that of all together that are blended in at
+    once, whichever is more; one that is kept is booked by itself.
     """
 
     def __init__(self, budget: Budget, *, host_parameters: int, host_flops: int | None) -> None:
@@ -68,16 +71,17 @@ class BudgetLedger:
     def refusal(self, cost: BlueprintCost, group: str = "") -> str | None:
         """Say why ``cost`` does not fit in what is left, or ``None`` when it does.
 
-        What the others of its ``group`` have reserved is left to it: one of them at a time will stand.
+        What the others of its ``group`` have reserved is left to it, unless they are blended in.
         """
         status = self.status()
         if status.max_adaptations is not None and status.adaptations >= status.max_adaptations:
             return f"{status.adaptations} of {status.max_adaptations} adaptations are used"
         return self._excess(cost, group)
 
-    def _excess(self, cost: BlueprintCost, group: str) -> str | None:
+    def _excess(self, cost: BlueprintCost, group: str, *, later: bool = False) -> str | None:
+        """Say what does not fit; ``later``: once nothing of the group is blended in any more."""
         status = self.status()
-        others = _largest(one for one in self._booked.values() if one.group != group)
+        others = _booked(one for one in self._booked.values() if one.group != group or (one.is_blended and not later))
         bounds = (
             ("parameters", cost.parameters, others[0], status.max_added_parameters),
             ("FLOPs", cost.flops, others[1], status.max_added_flops),
@@ -99,6 +103,14 @@ class BudgetLedger:
         self._booked[adaptation_id] = Booking(cost, group or adaptation_id)
         self._adaptations += 1
 
+    def blend(self, adaptation_id: str) -> bool:
+        """Book a rival beside those of its race that are blended in already; false, and nothing done, without room."""
+        found = self._booked[adaptation_id]
+        if self._excess(found.cost, found.group) is not None:
+            return False
+        self._booked[adaptation_id] = replace(found, is_blended=True)
+        return True
+
     def keep(self, adaptation_id: str) -> dict[str, str]:
         """Book a rival that is kept by itself; gives those of its race that fit no more, with the reason.
 
@@ -106,8 +118,8 @@ class BudgetLedger:
         """
         kept = self._booked[adaptation_id]
         self._booked[adaptation_id] = Booking(kept.cost, adaptation_id)
-        rest = ((key, one) for key, one in self._booked.items() if one.group == kept.group and key != adaptation_id)
-        found = {key: self._excess(one.cost, one.group) for key, one in rest}
+        rest = ((key, one) for key, one in self._booked.items() if one.group == kept.group and not one.is_blended)
+        found = {key: self._excess(one.cost, one.group, later=True) for key, one in rest}
         return {key: reason for key, reason in found.items() if reason is not None}
 
     def release(self, adaptation_id: str) -> None:
@@ -117,7 +129,8 @@ class BudgetLedger:
     def state_dict(self) -> dict[str, Any]:
         """Give what is reserved, and the adaptations begun, as plain data."""
         booked = {key: serialize(one.cost).hex() for key, one in self._booked.items()}
-        return {"booked": booked, "begun": self._adaptations}
+        blended = [key for key, one in self._booked.items() if one.is_blended]
+        return {"booked": booked, "blended": blended, "begun": self._adaptations}
 
     def load_state_dict(self, state: Mapping[str, Any], groups: Mapping[str, str]) -> None:
         """Take over what :meth:`state_dict` gave; ``groups`` says to which race each belongs that is still in one.
@@ -125,7 +138,8 @@ class BudgetLedger:
         Adaptations once begun stay counted.
         """
         found = {key: parse(bytes.fromhex(cost), BlueprintCost) for key, cost in state["booked"].items()}
-        self._booked = {key: Booking(cost, groups.get(key, key)) for key, cost in found.items()}
+        blended = frozenset(state.get("blended", ()))
+        self._booked = {key: Booking(cost, groups.get(key, key), key in blended) for key, cost in found.items()}
         self._adaptations = max(state["begun"], self._adaptations)
 
     def clear(self) -> None:
@@ -134,7 +148,7 @@ class BudgetLedger:
 
     def status(self) -> BudgetStatus:
         """Give bounds and use as the state packet shows them."""
-        parameters, flops = _largest(self._booked.values())
+        parameters, flops = _booked(self._booked.values())
         return BudgetStatus(
             max_added_parameters=self._max_parameters,
             added_parameters=parameters,
@@ -145,14 +159,19 @@ class BudgetLedger:
         )
 
 
-def _largest(bookings: Iterable[Booking]) -> tuple[int, int]:
-    """Give parameters and FLOPs of every group's largest, summed over the groups."""
-    parameters: dict[str, int] = {}
-    flops: dict[str, int] = {}
+def _booked(bookings: Iterable[Booking]) -> tuple[int, int]:
+    """Give the parameters and FLOPs of every group, summed over the groups."""
+    groups: dict[str, list[Booking]] = {}
     for one in bookings:
-        parameters[one.group] = max(parameters.get(one.group, 0), one.cost.parameters)
-        flops[one.group] = max(flops.get(one.group, 0), one.cost.flops)
-    return sum(parameters.values()), sum(flops.values())
+        groups.setdefault(one.group, []).append(one)
+    parameters = sum(_of_group((one.cost.parameters, one.is_blended) for one in rivals) for rivals in groups.values())
+    return parameters, sum(_of_group((one.cost.flops, one.is_blended) for one in rivals) for rivals in groups.values())
+
+
+def _of_group(costs: Iterable[tuple[int, bool]]) -> int:
+    """Give the largest of some costs, or the sum of those that are blended in, whichever is more."""
+    known = list(costs)
+    return max(*(cost for cost, _ in known), sum(cost for cost, is_blended in known if is_blended))
 
 
 def _absolute(bound: int | float | None, host: int) -> int | None:

@@ -34,6 +34,11 @@ class RunClock:
         return max(1, self.last_epoch_steps or self.step - self.epoch_began_step)
 
     @property
+    def epochs_left(self) -> int | None:
+        """Epochs until the planned end; ``None`` when nobody said how long the run is to be."""
+        return None if not self.planned_epochs else max(0, self.planned_epochs - self.epoch)
+
+    @property
     def progress(self) -> float | None:
         """Planned progress, 0 to 1; ``None`` when nobody said how long the run is to be."""
         return None if not self.planned_epochs else min(1.0, self.epoch / self.planned_epochs)

@@ -7,12 +7,17 @@ The level is split evenly over the looks (Bonferroni), so it holds over all of t
 
 from __future__ import annotations
 
+import math
 from enum import Enum
+from typing import Final
 
 from esper.contracts.run import Contribution, GateCheck
 from esper.core.adaptation import Adaptation
 from esper.core.context import RunContext
 from esper.execution.counterfactual import measure_contribution
+
+TRIFLE_SHARE: Final = 0.005
+"""Share of the control loss below which an effect is a trifle."""
 
 
 class Judgement(Enum):
@@ -27,14 +32,34 @@ class Judgement(Enum):
 
 
 def judge(contribution: Contribution, price: float) -> tuple[Judgement, GateCheck]:
-    """Hold a measured effect against its price; gives the gate's answer as well."""
+    """Hold a measured effect against its price; gives the gate's answer as well. What is no number does not pay."""
     judgement = Judgement.OPEN
-    if contribution.low > price:
+    measured = all(math.isfinite(figure) for figure in (contribution.low, contribution.high, price))
+    if measured and contribution.low > price:
         judgement = Judgement.PAYS
-    elif contribution.high < price:
+    elif not measured or contribution.high < price:
         judgement = Judgement.DOES_NOT_PAY
     detail = f"{contribution.estimate:+.5f} ({contribution.low:+.5f} to {contribution.high:+.5f}), price {price:.5f}"
     return judgement, GateCheck(name="contribution", passed=judgement is Judgement.PAYS, detail=detail)
+
+
+def is_last_look(contribution: Contribution, price: float, looks: int, max_looks: int) -> bool:
+    """Say whether a seed has had its looks: twice ``max_looks`` where it helps beyond doubt and promises to pay."""
+    promises = contribution.low > 0.0 and contribution.estimate > price
+    return looks >= max_looks * (2 if promises else 1)
+
+
+def is_hopeless(contribution: Contribution, price: float, looks_left: int) -> bool:
+    """Say whether an effect that grew by what it is with every look still to come would not reach the price.
+
+    One that is no number is hopeless.
+    """
+    return not contribution.estimate > 0.0 or contribution.high * (1 + looks_left) < price
+
+
+def is_trifle(contribution: Contribution, control_loss: float) -> bool:
+    """Say whether an effect is too small, beyond doubt, to be worth another look, whatever its price."""
+    return contribution.high < TRIFLE_SHARE * control_loss
 
 
 def seed_contribution(context: RunContext, adaptation: Adaptation, *, level: float) -> Contribution:

@@ -50,8 +50,9 @@ class GrowthConfig:
     """Shape of the ramp."""
     hold_alpha: float = 0.99
     """Alpha at which the effect is measured, in (0, 1)."""
-    max_looks: int = 3
-    """Times the effect is measured, one epoch apart, before a seed that is not proven goes; at least 1."""
+    max_looks: int = 5
+    """Times the effect is measured, one epoch apart, before a seed that is not proven goes, at least 1; one that helps
+    beyond doubt, and by more than its price if not yet that beyond doubt, has twice as many."""
     confidence_level: float = 0.95
     """Coverage of the interval over all looks together, in (0.5, 1)."""
     price_per_host_share: float = 0.02
@@ -65,7 +66,8 @@ class GrowthConfig:
     max_kernel_latency_ms: float = 1000.0
     """Milliseconds a forward pass of a kernel may take, on average; a slower seed is removed at the next gate, > 0."""
     settle_epochs: int = 2
-    """Epochs after which a change of the optimizer's settings is judged, at least 1."""
+    """Epochs after which a change of the optimizer's settings is judged, and in which the run is watched before it, at
+    least 1."""
     allowed_blueprints: str = ""
     """Expression over tags that a blueprint must keep to stand in the run, whoever asks for it: ``"dense"``,
     ``"!conv & !attention"``, ``"linear & !widening"``; empty lets every one stand. What can be read off the graph is

@@ -1,12 +1,12 @@
 """The seed orchestrator: turns decisions into plans, carries them out, keeps their history, enforces the limits.
 
     decision -> gates -> LOADING -> kernel arrives -> ACTIVE (learns alone) -> EVALUATING (alpha ramps, then the effect
-    is measured, at most ``max_looks`` times) -> FOSSILIZED or CULLED -> field report
+    is measured, ``max_looks`` times or more) -> FOSSILIZED or CULLED -> field report
 
 Seeds of one race learn side by side; the best of them is blended in, others wait for what comes of it
 (``esper.core.race``). It works at step and epoch boundaries of the training thread, in memory alone. One seed is
-blended in at a time, so that a measured effect has one cause; it is measured at the mean of the epoch's weights
-(``esper.core.smoothing``).
+blended in at a time, so that a measured effect has one cause, or those of one race in company, where each effect is
+measured with the others in place; at the mean of the epoch's weights (``esper.core.smoothing``).
 """
 
 from __future__ import annotations
@@ -24,14 +24,23 @@ from esper.contracts.decision import AdaptationDecision, AdaptationType, PlanSta
 from esper.contracts.errors import EsperError, InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import AdaptationOutcome, Contribution, GateCheck
-from esper.core import gates, optimizers, race
+from esper.core import gates, optimizers
 from esper.core.adaptation import Adaptation
 from esper.core.blending import BlendSchedule
 from esper.core.context import RunContext
-from esper.core.evaluation import Judgement, judge, level_per_look, seed_contribution
+from esper.core.evaluation import (
+    Judgement,
+    is_hopeless,
+    is_last_look,
+    is_trifle,
+    judge,
+    level_per_look,
+    seed_contribution,
+)
 from esper.core.incubator import Incubator, affordable_way
 from esper.core.link import KernelArrival
 from esper.core.pacing import SeedPacer
+from esper.core.race_desk import Hands, RaceDesk
 from esper.core.smoothing import EpochMean
 from esper.core.telling import Teller
 from esper.core.tuning import TrialBench
@@ -62,6 +71,7 @@ class SeedOrchestrator:
         self._embargo_until: dict[tuple[str, int], int] = {}
         self._places: dict[tuple[str, int], Adaptation] = {}
         self._tell = Teller(context)
+        self._desk = RaceDesk(context, self._mean, self._hands())
         self._unsubscribe = context.model.seed_states.subscribe(self._on_transition)
         self._starters: Mapping[AdaptationType, Callable[[AdaptationDecision], list[GateCheck]]] = {
             AdaptationType.ADD_SEED: self._start_seed,
@@ -148,7 +158,7 @@ class SeedOrchestrator:
             elif self._too_slow(adaptation):
                 continue
             elif adaptation.state is State.ACTIVE:
-                self._check_incubation(adaptation)
+                self._desk.check(adaptation)
             elif adaptation.state is State.EVALUATING:
                 self._check_graft(adaptation)
         self._mean.restart()
@@ -163,7 +173,7 @@ class SeedOrchestrator:
                 self._trials.undo(adaptation)
                 self._close(adaptation, AdaptationOutcome.CULLED, "undone: the run ended before it was judged")
             elif adaptation.state is State.EVALUATING:
-                self._look(adaptation, last=True)
+                self._look(adaptation, run_ends=True)
             elif adaptation.state is State.ACTIVE:
                 self._remove(adaptation, AdaptationOutcome.CULLED, "the run ended before it was grafted")
             else:
@@ -410,6 +420,7 @@ class SeedOrchestrator:
             seed_index=adaptation.seed_index,
             learning_rate=growth.incubation_learning_rate,
             way=affordable_way(growth, kernel_flops=0 if cost is None else cost.flops, host_flops=context.host_flops),
+            planned_steps=growth.incubation_epochs * context.clock.steps_per_epoch,
         )
 
     def _check_loading(self, adaptation: Adaptation) -> None:
@@ -426,48 +437,6 @@ class SeedOrchestrator:
             self._remove(adaptation, AdaptationOutcome.CULLED, f"its kernel is too slow: {check.detail}", (check,))
         return not check.passed
 
-    def _check_incubation(self, adaptation: Adaptation) -> None:
-        growth, epoch = self._context.growth, self._context.clock.epoch
-        rivals = [item for item in self.ongoing() if item.decision.group == adaptation.decision.group]
-        if rivals[0] is not adaptation or any(item.state is not State.ACTIVE for item in rivals):
-            return  # one of them speaks for all, once all have begun
-        learnt = epoch - max(item.state_since_epoch for item in rivals)
-        last = learnt >= growth.incubation_epochs
-        if last and any(item.state is State.EVALUATING for item in self.ongoing()):
-            return  # one graft at a time; until its turn comes the seed goes on learning
-        if last or learnt in race.round_ends(growth.incubation_epochs, growth.race_rounds):
-            rivals = self._run_round(rivals, last=last)
-        if last and rivals:
-            self._check_isolated(rivals[0])
-
-    def _run_round(self, rivals: list[Adaptation], *, last: bool) -> list[Adaptation]:
-        """Hold the rivals of a race against each other; gives those that stay, best first."""
-        groups = {item.decision.group for item in rivals}
-        kept = (item for item in self.adaptations.values() if item.outcome is AdaptationOutcome.KEPT)
-        won = any(item.decision.group in groups for item in kept)
-        if len(rivals) < (1 if won else 2):
-            return rivals
-        with self._mean.applied():
-            stay, gone = race.run_round(self._context, rivals, last=last, won=won)
-        sound = [item for item in rivals if not self._tripped(item)]
-        if len(sound) < len(rivals):
-            return self._run_round(sound, last=last)
-        for item, check in gone:
-            self._remove(item, AdaptationOutcome.CULLED, check.detail, (check,))
-        return stay
-
-    def _check_isolated(self, adaptation: Adaptation) -> None:
-        contribution = self._measure(adaptation, self._context.growth.confidence_level)
-        adaptation.contribution = contribution
-        if self._tripped(adaptation):
-            return
-        effect = f"{contribution.estimate:+.4f} ({contribution.low:+.4f} to {contribution.high:+.4f})"
-        helps = GateCheck(name="isolated_effect", passed=contribution.high > 0.0, detail=effect)
-        if not helps.passed:
-            self._remove(adaptation, AdaptationOutcome.CULLED, f"learnt alone, it does harm: {effect}", (helps,))
-            return
-        self._graft(adaptation, helps)
-
     def _graft(self, adaptation: Adaptation, evidence: GateCheck) -> None:
         layer = self.layers[adaptation.layer]
         self._incubators.pop(adaptation.id).close()
@@ -478,30 +447,45 @@ class SeedOrchestrator:
     def _check_graft(self, adaptation: Adaptation) -> None:
         ramp = self._ramps[adaptation.id]
         if adaptation.graft_steps >= ramp.num_steps:
-            self._look(adaptation, last=adaptation.looks + 1 >= self._context.growth.max_looks)
+            self._look(adaptation)
 
-    def _look(self, adaptation: Adaptation, *, last: bool) -> None:
+    def _look(self, adaptation: Adaptation, *, run_ends: bool = False) -> None:
+        max_looks = self._context.growth.max_looks
         if not adaptation.looks or self._gate_step != self._context.clock.step:  # else: looked at as the epoch ended
-            level = level_per_look(self._context.growth.confidence_level, self._context.growth.max_looks)
+            level = level_per_look(self._context.growth.confidence_level, 2 * max_looks)
             with adaptation.span("evaluate", self._context.run_id):
                 adaptation.contribution = self._measure(adaptation, level)
             adaptation.looks += 1
         if self._tripped(adaptation):
             return
-        assert adaptation.contribution is not None
-        judgement, check = judge(adaptation.contribution, adaptation.price or 0.0)
+        effect, price = adaptation.contribution, adaptation.price or 0.0
+        assert effect is not None
+        judgement, check = judge(effect, price)
+        last = run_ends or is_last_look(effect, price, adaptation.looks, max_looks)
         if judgement is Judgement.PAYS:
             self._fossilize(adaptation, check)
-        elif last or (judgement is Judgement.DOES_NOT_PAY and adaptation.contribution.estimate <= 0.0):
-            # One that helps, if not yet by its price, goes on learning until its last look: it has just been grafted.
+        elif last or self._is_hopeless(effect, judgement, price, looks_left=max_looks - adaptation.looks):
             reason = f"{judgement.value} after {adaptation.looks} looks: {check.detail}"
             self._remove(adaptation, AdaptationOutcome.CULLED, reason, (check,))
+
+    def _is_hopeless(self, effect: Contribution, judgement: Judgement, price: float, *, looks_left: int) -> bool:
+        """One that may still pay, or helps if not yet by its price, goes on learning: it has just been grafted."""
+        dear = judgement is Judgement.DOES_NOT_PAY and is_hopeless(effect, price, looks_left)
+        return dear or is_trifle(effect, self._context.control_loss)
 
     def _measure(self, adaptation: Adaptation, level: float) -> Contribution:
         with self._mean.applied():
             return seed_contribution(self._context, adaptation, level=level)
 
     # ------------------------------------------------------------------ ending
+
+    def _hands(self) -> Hands:
+        return Hands(
+            records=lambda: list(self.adaptations.values()), tripped=self._tripped, cull=self._cull, graft=self._graft
+        )
+
+    def _cull(self, adaptation: Adaptation, reason: str, checks: tuple[GateCheck, ...]) -> None:
+        self._remove(adaptation, AdaptationOutcome.CULLED, reason, checks)
 
     def _fossilize(self, adaptation: Adaptation, check: GateCheck) -> None:
         self._ramps.pop(adaptation.id, None)
@@ -511,7 +495,7 @@ class SeedOrchestrator:
         self._close(adaptation, AdaptationOutcome.KEPT, f"kept: {check.detail}")
         reasons = self._context.ledger.keep(adaptation.id)
         for other in [item for item in self.ongoing() if item.decision.group == adaptation.decision.group]:
-            if other.id in reasons or other.state is not State.ACTIVE:  # the others may be grafted beside it
+            if other.id in reasons or other.state is State.LOADING:  # the others may be grafted beside it
                 reason = reasons.get(other.id, "its kernel had not come")
                 lost = f"lost its race to {adaptation.label}, which was kept: {reason}"
                 self._remove(other, AdaptationOutcome.CULLED, lost)

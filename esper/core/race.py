@@ -7,7 +7,8 @@
     b        rival of the largest n
 
 After each round those go that are in the worse half, or for which the interval of n_b - n_r, paired over the examples,
-lies above 0; but one that already helps (the interval of its own effect lies above 0) goes on learning. After the last
+lies above 0; but one that already helps (the interval of its own effect lies above 0) goes on learning. Nobody goes
+where nobody visibly helps. After the last
 round b is grafted, and those whose n is above 0 wait, without learning on, for what comes of it: what a seed learns
 behind a host that knows its training set says little of what it would bring. Then they are held against each other once
 more, beside b where it was kept and the budget has room for both, and the next is grafted. The interval's level is
@@ -16,14 +17,21 @@ not learnt what they will have learnt, but a price is due in full, and would hav
 nothing. A large seed is slow to begin: in experiment 0003 the best was 0.02 behind after two epochs, and far ahead at
 the end elsewhere.
 
+Where nobody visibly helps after the last round either, or not even a hint is seen after an early one, learning alone
+tells nothing: in a host that still lacks capacity for what it knows, new units help once the host learns beside them,
+and not before (experiment 0010). Then nobody goes; the rivals take turns in company. Those are blended in together that
+promise most, one in a layer, as many as the budget holds; each is judged by its own effect with the others in place,
+and when one has had its turn the next follows, twice in a layer at most.
+
 Sources: O. Maron, A. Moore, Hoeffding races, NIPS 1993 (here with paired t-intervals); Z. Karnin, T. Koren, O. Somekh,
 Almost optimal exploration in multi-armed bandits, ICML 2013 (halving).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -33,6 +41,25 @@ from esper.core.adaptation import Adaptation
 from esper.core.context import RunContext
 from esper.execution.counterfactual import evaluate_configurations, paired_interval
 from esper.execution.overrides import SeedRef
+
+TURNS_PER_LAYER: Final = 2
+"""Rivals of one race that have a turn in one layer: a new race, drawn with what was learnt of them, tells more."""
+VISIBLE_SHARE: Final = 0.05
+"""Share of the control loss from which an effect counts as visible."""
+HINT_SHARE: Final = 0.01
+"""Share of it from which an effect before the last round is a hint that more will come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What came of a round."""
+
+    stay: list[Adaptation]
+    """Those that stay, best first."""
+    gone: list[tuple[Adaptation, GateCheck]]
+    """Those that go, with the reason."""
+    goes_on_in_company: bool
+    """Whether learning alone has told nothing, and those that stay take turns."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,10 +92,8 @@ def round_ends(incubation_epochs: int, rounds: int) -> tuple[int, ...]:
     return tuple(sorted(ends))
 
 
-def run_round(
-    context: RunContext, rivals: Sequence[Adaptation], *, last: bool, won: bool = False
-) -> tuple[list[Adaptation], list[tuple[Adaptation, GateCheck]]]:
-    """Measure the rivals on the control split; give those that stay, best first, and those that go, with the reason.
+def run_round(context: RunContext, rivals: Sequence[Adaptation], *, last: bool, won: bool = False) -> Round:
+    """Measure the rivals on the control split, and say who goes.
 
     Each rival's effect is written down on it. Seeds, streams and the model stay as they are. ``won`` says that one of
     the race was kept: then even the best of the rest goes where it is not worth its price.
@@ -82,9 +107,18 @@ def run_round(
     found = standings(rivals, effects, prices, level=growth.confidence_level, rounds=growth.race_rounds)
     for one in found:
         one.adaptation.contribution = one.effect
-    gone = losers(found, last=last, won=won)
+    loss = context.control_loss
+    is_telling = won or helps_by(VISIBLE_SHARE * loss, found)
+    gone = losers(found, last=last, won=won) if is_telling else []
     stay = [one.adaptation for one in found if one not in gone]
-    return stay, [(one.adaptation, _lost(one, found[0])) for one in gone]
+    # After an early round a hint is enough to let them learn on alone.
+    in_company = not (is_telling if last else is_telling or helps_by(HINT_SHARE * loss, found))
+    return Round(stay, [(one.adaptation, _lost(one, found[0])) for one in gone], in_company)
+
+
+def helps_by(least: float, found: Sequence[Standing]) -> bool:
+    """Say whether any of them helps beyond doubt, and by more than ``least``."""
+    return any(one.effect.low > 0.0 and one.effect.estimate > least for one in found)
 
 
 def standings(
@@ -116,6 +150,26 @@ def losers(found: Sequence[Standing], *, last: bool, won: bool = False) -> list[
     half = (len(found) + 1) // 2
     behind = (one for place, one in enumerate(found) if place >= half or one.is_beaten)
     return [one for one in behind if one.effect.low <= 0.0]
+
+
+def company(
+    waiting: Sequence[Adaptation], blended: Sequence[str], blend: Callable[[Adaptation], bool]
+) -> list[Adaptation]:
+    """Give those whose turn it is: what the policy expects most of first, then what brought most alone.
+
+    Two of them never stand in one layer, nor one in a layer of ``blended``; ``blend`` takes one in where the budget has
+    room, and says so.
+    """
+    order = sorted(waiting, key=lambda one: (-(one.decision.expected_reward or 0.0), -_effect(one)))
+    chosen: list[Adaptation] = []
+    for one in order:
+        if one.layer not in {*blended, *(other.layer for other in chosen)} and blend(one):
+            chosen.append(one)
+    return chosen
+
+
+def _effect(one: Adaptation) -> float:
+    return one.contribution.estimate if one.contribution is not None else 0.0
 
 
 def _lost(one: Standing, leader: Standing) -> GateCheck:

@@ -25,6 +25,9 @@ class TamiyoConfig:
     race_size: int = 8
     """Seeds that race for one place in the network: they learn side by side, one is grafted. As much of it as is left
     of the budget of parameters, since no race can bring more than fits; at least 1."""
+    min_budget_share: float = 0.2
+    """Share of the budget of parameters that must be left for another race, in [0, 1]: what fits in less is not worth
+    what trying it costs."""
     first_race_epochs: int = 3
     """Epochs after which a run in which nothing was tried holds its first race though it still improves, at least 1."""
     layer_cooldown_epochs: int = 2
@@ -58,7 +61,7 @@ class TamiyoConfig:
     """Prior of how often decisions help."""
 
     def __post_init__(self) -> None:
-        for name in ("confidence_threshold", "urgency_threshold"):
+        for name in ("confidence_threshold", "urgency_threshold", "min_budget_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InvalidInputError.of(name, "be within [0, 1]", getattr(self, name))
         for name in ("max_open_adaptations", "race_size", "first_race_epochs", "pending_epochs", "max_candidates"):

@@ -262,17 +262,19 @@ class Policy:
         )
 
     def _may_grow(self, reading: CurveReading, memory: RunMemory) -> bool:
-        """Say whether the curve asks for growth, or lets a first race be held beside it.
+        """Say whether the curve asks for growth, or lets a race be held beside it: a first one, or one after a success.
 
         A race costs the host nothing, and what is found early has the rest of the run to be trained; behind a host that
-        has learnt its training set by heart, a seed learns little (experiment 0008).
+        has learnt its training set by heart, a seed learns little (experiment 0008). Where the last race had a seed
+        that was kept, the host lacks capacity though it still improves (experiment 0010).
         """
         if reading.capacity_lacks < 0.5:
             return False
         if reading.state is CurveState.PLATEAU:
             return True
         improves = reading.state in (CurveState.WARMING_UP, CurveState.IMPROVING)
-        return improves and not memory.has_tried and len(memory.points) >= self.config.first_race_epochs
+        is_due = memory.pays if memory.has_tried else len(memory.points) >= self.config.first_race_epochs
+        return improves and is_due
 
     def _calm(self, reading: CurveReading, memory: RunMemory) -> _Draft:
         if memory.parameters_rest(self.config.parameter_cooldown_epochs):
@@ -300,7 +302,7 @@ class Policy:
         self, packet: SystemStatePacket, reading: CurveReading, memory: RunMemory, candidates: Sequence[Candidate]
     ) -> _Draft:
         flat = reading.state is CurveState.PLATEAU
-        occasion = "At a plateau" if flat else "Nothing was tried yet"
+        occasion = "At a plateau" if flat else "While the run improves"
         if self._is_full(packet, memory):
             return _nothing(reading, f"{occasion}, but as many adaptations as allowed are under way.")
         if memory.rests(self.config.rest_epochs):
@@ -318,7 +320,7 @@ class Policy:
             urgency=self._growth_urgency(packet, reading),
             choices=choices,
             evidence=(chance, reports, *self._reliability_evidence()),
-            explanation=f"{_words_of(reading)}; drawn from {len(open_candidates)} candidates:",
+            explanation=f"{_words_of(reading, memory)}; drawn from {len(open_candidates)} candidates:",
         )
 
     def _is_full(self, packet: SystemStatePacket, memory: RunMemory) -> bool:
@@ -354,7 +356,8 @@ class Policy:
         """Give the candidates at free layers that the budget allows and no embargo forbids."""
         reserved = memory.pending(self.config.pending_epochs).values()
         parameters, flops, adaptations = budget_left(packet.budget, reserved)
-        if adaptations < 1:
+        whole = packet.budget.max_added_parameters
+        if adaptations < 1 or (whole and parameters < self.config.min_budget_share * whole):
             return []
         return [
             one
@@ -483,11 +486,12 @@ class Policy:
         return self.calibrator.confidence(asked), asked.evidence
 
 
-def _words_of(reading: CurveReading) -> str:
+def _words_of(reading: CurveReading, memory: RunMemory) -> str:
     """Say why a race is held now."""
     if reading.state is CurveState.PLATEAU:
         return f"Plateau for {reading.stretch_epochs} epochs"
-    return "Nothing was tried yet, and the run still improves: seeds may learn beside it"
+    why = "The last race found a seed that pays" if memory.has_tried else "Nothing was tried yet"
+    return f"{why}, and the run still improves: seeds may learn beside it"
 
 
 def _racing(place: int, size: int) -> str:

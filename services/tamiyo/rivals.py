@@ -1,11 +1,12 @@
 """Which candidates race: one joint draw from the posterior for each place at the start, spread over kinds.
 
 Thompson sampling in batches: draw k brings in the candidate that is best in it. A kind is a family of operators with a
-reach: which kind of blueprint stands where can matter far more than its size, and only what is tried is learnt about.
-So kinds of which no reward was ever learned come first, one rival each and every family before a second kind of one: a
-prior is no reason to leave out the one kind that a task may want. Beyond them every rival costs: where they fill a
-quarter of the race nobody else enters; else what promises most on average does, and against it the winners of draws
-(top-two sampling), where they promise anything. The more is known, the smaller a race.
+reach, and widening and deepening the host are families of their own: which kind of blueprint stands where can matter
+far more than its size, and only what is tried is learnt about. So kinds of which no reward was ever learned come first,
+one rival each and every family before a second kind of one: a prior is no reason to leave out the one kind that a task
+may want. Beyond them every rival costs: where they fill a quarter of the race nobody else enters; else what promises
+most on average does, and against it the winners of draws (top-two sampling), where they promise anything. The more is
+known, the smaller a race.
 
 Source: E. Kaufmann, N. Korda, R. Munos, Thompson sampling, ALT 2012; in batches: K. Kandasamy et al., Parallelised
 Bayesian optimisation via Thompson sampling, AISTATS 2018; top two: D. Russo, Simple Bayesian algorithms for best arm
@@ -25,6 +26,10 @@ from esper.services.tamiyo.candidates import Candidate
 from esper.services.tamiyo.normal import probability_positive
 from esper.services.tamiyo.posterior import Belief, Features, RewardPosterior
 
+Kind = tuple[str, str]
+"""What counts as one kind of blueprint: a family, and a reach."""
+
+_HOST_CHANGES: Final = frozenset({"widening", "deepening"})
 _KNOWN_SHARE: Final = 0.25
 """Share of a race that kinds of which something is known may fill."""
 
@@ -63,11 +68,14 @@ def draw_rivals(
     """
     asked = [features for _, features in candidates]
     drawn = posterior.draw(asked, random, count=size)
+    kinds = [_kind(*one) for one in candidates]
+    families = {features.blueprint_id: family for (family, _), features in zip(kinds, asked, strict=True)}
+    tried = {(families.get(name, family), reach) for name, family, reach in posterior.tried()}
     left = Counter(free)
     chosen: dict[int, float] = {}
     for draw in drawn.draws:
         open_rows = [row for row, (one, _) in enumerate(candidates) if row not in chosen and left[one.layer] > 0]
-        unknown = _of_unknown_kinds(posterior, asked, open_rows, chosen)
+        unknown = _of_unknown_kinds(kinds, tried, open_rows, chosen)
         if not open_rows or (not unknown and len(chosen) >= _KNOWN_SHARE * size):
             break
         promised = draw if unknown or chosen else drawn.mean
@@ -84,16 +92,16 @@ def draw_rivals(
 
 
 def _of_unknown_kinds(
-    posterior: RewardPosterior, features: Sequence[Features], rows: Sequence[int], chosen: Collection[int]
+    kinds: Sequence[Kind], tried: Collection[Kind], rows: Sequence[int], chosen: Collection[int]
 ) -> list[int]:
     """Give the rows of kinds that nothing is known of and nobody chosen is of; of new families where there are any."""
-    families = {features[row].family for row in chosen}
-    kinds = {_kind(features[row]) for row in chosen}
-    unknown = [
-        row for row in rows if _kind(features[row]) not in kinds and not posterior.has_tried(*_kind(features[row]))
-    ]
-    return [row for row in unknown if features[row].family not in families] or unknown
+    taken = {kinds[row] for row in chosen}
+    families = {family for family, _ in taken}
+    unknown = [row for row in rows if kinds[row] not in taken and kinds[row] not in tried]
+    return [row for row in unknown if kinds[row][0] not in families] or unknown
 
 
-def _kind(features: Features) -> tuple[str, str]:
-    return features.family, features.reach
+def _kind(candidate: Candidate, features: Features) -> Kind:
+    """Give the family and the reach; to widen or to deepen the host is a family of its own."""
+    own = _HOST_CHANGES.intersection(candidate.blueprint.metadata.tags)
+    return (min(own) if own else features.family), features.reach

@@ -84,6 +84,11 @@ class RunMemory:
         return [point for point in self.points if point.epoch > self._grown_epoch]
 
     @property
+    def pays(self) -> bool:
+        """Whether something was kept, and nothing came to nothing since."""
+        return bool(self._fruitful) and not self._fruitless
+
+    @property
     def is_decided(self) -> bool:
         """Whether the newest packet has its decision."""
         return self.last_sequence in self.decisions

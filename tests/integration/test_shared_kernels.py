@@ -30,7 +30,7 @@ WAIT_S = 120.0
 
 def packet(run_id: str, sequence: int, random_seed: int) -> SystemStatePacket:
     """Give a packet of a run whose losses flatten; before the first epoch it has none."""
-    loss = LOSSES[sequence - 2] if sequence > 1 else None
+    loss = LOSSES[min(sequence - 2, len(LOSSES) - 1)] if sequence > 1 else None
     seeds = tuple(SeedStatus(seed_index=index, state=SeedLifecycleState.DORMANT) for index in range(4))
     return SystemStatePacket(
         run_id=run_id,

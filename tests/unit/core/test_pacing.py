@@ -128,7 +128,7 @@ def test_a_run_goes_back_to_the_pace_it_had(
     large_task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any
 ) -> None:
     growth = GrowthConfig(
-        incubation_epochs=1, graft_epochs=1, max_looks=9, confidence_level=0.999, price_per_host_share=1.0
+        incubation_epochs=1, graft_epochs=1, max_looks=9, confidence_level=1.0 - 1e-12, price_per_host_share=0.0
     )
     session = open_session(
         control=large_task.control, growth=replace(growth, graft_rate=0.5, graft_tail=0.9), planned_epochs=6

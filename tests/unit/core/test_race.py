@@ -237,16 +237,16 @@ def test_rivals_without_a_kernel_leave_the_race_and_the_rest_goes_on(
     assert session.orchestrator.adaptations[stays.adaptation_id].contribution is not None
 
 
-def test_a_race_goes_on_from_its_snapshot(task: Any, line: Any, open_session: Any, enter: Any) -> None:
-    model = esper.wrap(task.host())
-    session = open_session(model, growth=replace(GROWTH, incubation_epochs=8))
+def test_a_race_goes_on_from_its_snapshot(large_task: Any, line: Any, open_session: Any, enter: Any) -> None:
+    model = esper.wrap(large_task.host())
+    session = open_session(model, control=large_task.control, growth=replace(GROWTH, incubation_epochs=8))
     enter(model, *FIELD)
-    train(session, task, 2)
+    train(session, large_task, 2)
     booked = session._context.ledger.status()
     session._memory.roll_back("a test")
     assert session._context.ledger.status() == booked
     assert len(under_way(session)) == 4
-    train(session, task, 3)
+    train(session, large_task, 3)
     assert len(under_way(session)) <= 2
 
 
@@ -258,10 +258,11 @@ def test_a_price_counts_in_the_last_round_alone(large_task: Any, line: Any, open
     train(session, large_task, 1)
     session.orchestrator.adaptations[best.adaptation_id].price = 1e6
     rivals = session.orchestrator.ongoing()
-    early, _ = race.run_round(session._context, rivals, last=False)
-    assert early[0].id == best.adaptation_id, "what it costs does not end it while it learns"
-    (late,), [(lost, check)] = race.run_round(session._context, rivals, last=True)
-    assert (late.id, lost.id) == (cheap.adaptation_id, best.adaptation_id)
+    early = race.run_round(session._context, rivals, last=False)
+    assert early.stay[0].id == best.adaptation_id, "what it costs does not end it while it learns"
+    late = race.run_round(session._context, rivals, last=True)
+    [(lost, check)] = late.gone
+    assert ([one.id for one in late.stay], lost.id) == ([cheap.adaptation_id], best.adaptation_id)
     assert "prices of 1000000.0000" in check.detail
 
 

@@ -17,7 +17,7 @@ from esper.contracts.run import AdaptationOutcome, BudgetStatus, Contribution, R
 from esper.services.tamiyo.calibration import Asked
 from esper.services.tamiyo.config import TamiyoConfig
 from esper.services.tamiyo.policy import Policy, adaptation_id
-from esper.services.tamiyo.posterior import observation_of
+from esper.services.tamiyo.posterior import family_of, observation_of
 
 
 @pytest.fixture
@@ -263,8 +263,13 @@ def test_what_paid_before_is_drawn_more_often(flattening, make_candidates, make_
     drawn = []
     for seed in range(10):
         policy = Policy()
-        for place in range(6):
-            policy.learn(make_report(f"r{place}", reward=0.3, blueprint_id=best, run_id="run-0"))
+        for place, one in enumerate(offered * 6):
+            known = one.blueprint.id
+            reward = 0.3 if known == best else 0.0
+            policy.learn(
+                make_report(f"r{place}", reward=reward, blueprint_id=known, run_id="run-0"),
+                family=family_of(one.blueprint.ir),
+            )
         packets = [replace(one, random_seed=seed) for one in flattening]
         drawn.append(first_growth(feed(policy, packets, offered)).blueprint_id)
     assert drawn.count(best) >= 8

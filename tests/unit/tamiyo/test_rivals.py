@@ -78,12 +78,18 @@ def test_no_more_rivals_than_a_layer_has_dormant_seeds(flattening, make_layer, m
     assert sorted(one.seed_index for one in race) == [0, 2]
 
 
+def kind_of(candidate):
+    """Widening and deepening the host are kinds of their own, whatever operators they are made of."""
+    changes = {"widening", "deepening"} & set(candidate.blueprint.metadata.tags)
+    return min(changes) if changes else family_of(candidate.blueprint.ir)
+
+
 def field_of(make_candidates, *, kinds, size, seed, believed=None):
     """Draw from candidates at one layer: every linear one, and the first of each other family, ``kinds`` in all."""
     candidates = make_candidates(["hidden"])
-    families = sorted({family_of(one.blueprint.ir) for one in candidates} - {"linear"})[: kinds - 1]
-    picked = [one for one in candidates if family_of(one.blueprint.ir) == "linear"]
-    picked += [next(one for one in candidates if family_of(one.blueprint.ir) == family) for family in families]
+    families = sorted({kind_of(one) for one in candidates} - {"linear"})[: kinds - 1]
+    picked = [one for one in candidates if kind_of(one) == "linear"]
+    picked += [next(one for one in candidates if kind_of(one) == family) for family in families]
     asked = [
         (one, features_of(one.site, one.blueprint.id, parameters=1, progress=None, family=family_of(one.blueprint.ir)))
         for one in picked
@@ -98,7 +104,7 @@ def test_kinds_repeat_only_until_a_quarter_of_the_race_is_full(make_candidates):
         field = field_of(make_candidates, kinds=2, size=6, seed=seed, believed=hopeful)
         assert len(field.rivals) == 2, "a quarter is full with them"
         field = field_of(make_candidates, kinds=2, size=9, seed=seed, believed=hopeful)
-        families = [family_of(one.candidate.blueprint.ir) for one in field.rivals]
+        families = [kind_of(one.candidate) for one in field.rivals]
         assert len(families) == 3
         assert len(set(families[:2])) == 2
         assert len({one.candidate.blueprint.id for one in field.rivals}) == 3
@@ -125,11 +131,12 @@ def test_what_promises_most_on_average_enters_first_and_one_that_may_be_better_a
     known = RewardPosterior()
     candidates = make_candidates(["hidden"])
     best = next(one for one in candidates if family_of(one.blueprint.ir) == "conv")
-    tried = {family_of(one.blueprint.ir): one for one in candidates} | {"conv": best}
-    for family, one in tried.items():
+    tried = {kind_of(one): one for one in candidates} | {"conv": best}
+    for kind, one in tried.items():
+        family = family_of(one.blueprint.ir)
         features = features_of(one.site, one.blueprint.id, parameters=1, progress=None, family=family)
         reward = 0.08 if one is best else 0.02
-        known.learn(Observation(report_id=family, features=features, reward=reward, variance=1e-6))
+        known.learn(Observation(report_id=kind, features=features, reward=reward, variance=1e-6))
     fields = [field_of(make_candidates, kinds=3, size=8, seed=seed, believed=known) for seed in range(20)]
     assert {field.rivals[0].candidate.blueprint.id for field in fields} == {best.blueprint.id}
     assert {len(field.rivals) for field in fields} == {2}
@@ -140,7 +147,7 @@ def test_what_promises_most_on_average_enters_first_and_one_that_may_be_better_a
 def test_of_what_was_never_tried_every_kind_enters(make_candidates):
     hopeless = RewardPosterior(PosteriorConfig(prior_mean=-1.0))
     field = field_of(make_candidates, kinds=3, size=6, seed=0, believed=hopeless)
-    assert sorted(family_of(one.candidate.blueprint.ir) for one in field.rivals) == ["conv", "linear", "pointwise"]
+    assert sorted(kind_of(one.candidate) for one in field.rivals) == ["conv", "deepening", "linear"]
     assert all(one.belief.draw < 0.0 for one in field.rivals)
     assert field.helps < 1e-6
 
@@ -164,16 +171,17 @@ def test_every_family_comes_in_before_a_second_reach_of_one(make_candidates):
         for family in [family_of(one.blueprint.ir)]
         for reach in ("own", "skip")
     ]
-    families = {features.family for _, features in asked}
+    kinds = {kind_of(one) for one, _ in asked}
+    assert kinds == {"conv", "linear", "pointwise", "widening", "deepening"}
     for seed in range(10):
         field = draw_rivals(
             RewardPosterior(PosteriorConfig(prior_mean=1.0)),
             asked,
             size=6,
-            free={"hidden": len(families)},
+            free={"hidden": len(kinds)},
             random=np.random.default_rng(seed),
         )
-        assert {family_of(one.candidate.blueprint.ir) for one in field.rivals} == families
+        assert {kind_of(one.candidate) for one in field.rivals} == kinds
 
 
 def test_a_seed_that_was_only_outrun_may_try_again(flattening, make_candidates, make_report):

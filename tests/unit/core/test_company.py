@@ -1,0 +1,200 @@
+"""Where nobody of a race visibly helps alone, its rivals take turns in company: one in a layer, within the budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import esper
+from esper.contracts.blueprint import BlueprintCost
+from esper.contracts.lifecycle import SeedLifecycleState as State
+from esper.contracts.run import AdaptationOutcome, Contribution
+from esper.core import race
+from esper.core.adaptation import Adaptation
+from esper.core.budget import Budget, BudgetLedger
+from esper.core.evaluation import is_hopeless, is_last_look, is_trifle
+from tests.unit.core.test_session import train
+
+RACE = "a" + "f" * 32
+DEAF = esper.GrowthConfig(incubation_epochs=2, race_rounds=1, graft_epochs=1, incubation_learning_rate=1e-9)
+"""Seeds learn next to nothing alone, so no race of theirs tells anything."""
+FIELD = (("lora", "0", 0, 0.01), ("gated_mlp", "0", 1, 0.05), ("norm_shift", "2", 0, 0.02))
+"""Template, layer, seed, and what the policy expects of it."""
+
+
+@pytest.fixture
+def race_of(large_task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any) -> Any:
+    """Hold a race that tells nothing up to its last round; gives the session and its adaptations by blueprint."""
+
+    def hold(field: Any = FIELD, epochs: int = 2, **changes: Any) -> tuple[Any, dict[str, Adaptation]]:
+        model = esper.wrap(large_task.host())
+        session = open_session(model, control=large_task.control, **({"growth": DEAF} | changes))
+        decisions = [
+            decide(model, layer, name, seed_index=seed, race_id=RACE, race_size=len(field), expected_reward=expected)
+            for name, layer, seed, expected in field
+        ]
+        line.incoming += decisions
+        line.incoming += [kernel_for(decision) for decision in decisions]
+        train(session, large_task, epochs)
+        known = session.orchestrator.adaptations
+        return session, {name: known[one.adaptation_id] for (name, *_), one in zip(field, decisions, strict=True)}
+
+    return hold
+
+
+def states(rivals: dict[str, Adaptation]) -> dict[str, State | None]:
+    return {name: one.state for name, one in rivals.items()}
+
+
+def test_what_promises_most_is_blended_in_together_one_in_a_layer_and_the_rest_waits(
+    race_of: Any, large_task: Any
+) -> None:
+    session, rivals = race_of()
+    expected = {"lora": State.ACTIVE, "gated_mlp": State.EVALUATING, "norm_shift": State.EVALUATING}
+    assert states(rivals) == expected
+    learnt = rivals["lora"].isolated_steps
+    train(session, large_task, 1)
+    assert rivals["lora"].isolated_steps == learnt, "who waits learns nothing"
+    assert rivals["gated_mlp"].graft_steps == rivals["norm_shift"].graft_steps > 0
+
+
+def test_who_waits_has_its_turn_when_the_others_have_had_theirs(race_of: Any, large_task: Any) -> None:
+    session, rivals = race_of()
+    rivals["gated_mlp"].price, rivals["norm_shift"].price = -1e6, 1e6
+    train(session, large_task, 1)
+    assert rivals["gated_mlp"].outcome is AdaptationOutcome.KEPT
+    assert rivals["norm_shift"].outcome is AdaptationOutcome.CULLED
+    assert rivals["lora"].state is State.EVALUATING, "beside the one that was kept, without another round"
+
+
+def test_one_that_is_kept_leaves_the_others_of_its_company_blended_in(race_of: Any, large_task: Any) -> None:
+    session, rivals = race_of()
+    rivals["gated_mlp"].price = -1e6
+    rivals["norm_shift"].price = 1e-9
+    train(session, large_task, 1)
+    assert rivals["gated_mlp"].outcome is AdaptationOutcome.KEPT
+    assert rivals["norm_shift"].graft_steps > 0
+    assert rivals["norm_shift"].state in (State.EVALUATING, State.FOSSILIZED, State.EMBARGOED)
+    assert "lost its race" not in rivals["norm_shift"].reason
+
+
+def test_no_more_are_blended_in_at_once_than_the_budget_holds(race_of: Any) -> None:
+    session, rivals = race_of(budget=esper.Budget(added_params=88))
+    assert [one.cost.parameters for one in rivals.values()] == [72, 86, 4]
+    blended = [one for one in rivals.values() if one.state is State.EVALUATING]
+    assert [one.label for one in blended] == ["gated_mlp at 0"]
+    assert session._context.ledger.status().added_parameters == 86
+
+
+def test_a_turn_that_could_not_be_judged_any_more_is_not_taken(race_of: Any) -> None:
+    session, rivals = race_of(planned_epochs=3)
+    assert {one.outcome for one in rivals.values()} == {AdaptationOutcome.CULLED}
+    assert "1 epochs before the run ends" in rivals["lora"].reason
+
+
+def test_whose_turn_comes_is_remembered_in_a_snapshot(race_of: Any, large_task: Any) -> None:
+    session, rivals = race_of()
+    waiting = session.orchestrator.adaptations[rivals["lora"].id]
+    assert waiting.awaits_turn
+    again = Adaptation.from_plain(waiting.to_plain(), 0.0)
+    assert again.awaits_turn
+    older = {name: value for name, value in waiting.to_plain().items() if name != "awaits_turn"}
+    assert not Adaptation.from_plain(older, 0.0).awaits_turn
+    booked = session._context.ledger.status()
+    session._memory.roll_back("a test")
+    assert session._context.ledger.status() == booked
+
+
+def test_a_race_that_shows_no_hint_at_its_first_round_goes_on_in_company(race_of: Any) -> None:
+    _, rivals = race_of(growth=replace(DEAF, incubation_epochs=4, race_rounds=2))
+    assert states(rivals)["gated_mlp"] is State.EVALUATING, "two epochs before its last round"
+
+
+def test_two_of_a_race_have_a_turn_in_a_layer(race_of: Any, large_task: Any) -> None:
+    field = (("lora", "0", 0, 0.03), ("gated_mlp", "0", 1, 0.02), ("norm_shift", "0", 2, 0.01))
+    session, rivals = race_of(field)
+    for one in rivals.values():
+        one.price = 1e6
+    train(session, large_task, 2)
+    assert rivals["lora"].graft_steps > 0
+    assert rivals["gated_mlp"].graft_steps > 0
+    assert rivals["norm_shift"].graft_steps == 0
+    assert rivals["norm_shift"].reason == "2 of its race have had their turn at 0"
+
+
+@pytest.mark.parametrize(
+    ("estimate", "low", "looks", "last"),
+    [(0.2, 0.1, 5, False), (0.2, 0.1, 10, True), (0.2, -0.1, 5, True), (0.05, 0.01, 5, True), (0.2, 0.1, 4, False)],
+)
+def test_one_that_promises_to_pay_is_looked_at_twice_as_often(
+    estimate: float, low: float, looks: int, last: bool
+) -> None:
+    effect = Contribution(estimate=estimate, low=low, high=1.0, num_examples=9)
+    assert is_last_look(effect, 0.1, looks, max_looks=5) is last
+
+
+def test_a_trifle_is_told_by_its_upper_end() -> None:
+    def effect(high: float) -> Contribution:
+        return Contribution(estimate=0.001, low=-0.1, high=high, num_examples=9)
+
+    assert is_trifle(effect(0.009), control_loss=2.0)
+    assert not is_trifle(effect(0.011), control_loss=2.0)
+
+
+def test_a_race_tells_something_where_one_helps_by_more_than_a_trifle(decide: Any, large_task: Any) -> None:
+    model = esper.wrap(large_task.host())
+    one = Adaptation(decision=decide(model))
+
+    def tells(estimate: float, low: float) -> bool:
+        effect = Contribution(estimate=estimate, low=low, high=2 * estimate, num_examples=9)
+        found = [race.Standing(adaptation=one, effect=effect, price=0.0, behind=None)]
+        return race.helps_by(0.1, found)
+
+    assert tells(0.11, 0.05)
+    assert not tells(0.09, 0.05), "no more than a trifle"
+    assert not tells(0.11, -0.01), "not beyond doubt"
+
+
+def test_the_ledger_adds_up_what_is_blended_in_at_once() -> None:
+    cost = {size: BlueprintCost(parameters=size, flops=size, activation_bytes=0) for size in (30, 40, 60)}
+    ledger = BudgetLedger(Budget(added_params=100), host_parameters=100, host_flops=None)
+    for name, size in (("a", 60), ("b", 30), ("c", 40)):
+        ledger.book(name, cost[size], "race")
+    assert ledger.status().added_parameters == 60
+    assert [ledger.blend(name) for name in "abc"] == [True, True, False], "60 + 30 leave no room for 40"
+    assert ledger.status().added_parameters == 90
+    again = BudgetLedger(Budget(added_params=100), host_parameters=100, host_flops=None)
+    again.load_state_dict(ledger.state_dict(), dict.fromkeys("abc", "race"))
+    assert again.status() == ledger.status()
+    assert ledger.keep("b") == {}, "c fits beside b once a has gone"
+    assert ledger.status().added_parameters == 90
+    ledger.release("a")
+    assert ledger.status().added_parameters == 70
+    assert ledger.keep("c") == {}
+
+
+@pytest.mark.parametrize(
+    ("estimate", "high", "looks_left", "hopeless"),
+    [(0.01, 0.03, 2, True), (0.01, 0.04, 2, False), (0.01, 0.04, 1, True), (-0.01, 0.5, 2, True)],
+)
+def test_an_effect_that_cannot_reach_its_price_is_hopeless(
+    estimate: float, high: float, looks_left: int, hopeless: bool
+) -> None:
+    effect = Contribution(estimate=estimate, low=estimate - 0.1, high=high, num_examples=9)
+    assert is_hopeless(effect, 0.1, looks_left) is hopeless
+
+
+def test_company_comes_in_the_order_of_what_is_expected_and_then_of_what_was_seen(decide: Any, large_task: Any) -> None:
+    model = esper.wrap(large_task.host())
+
+    def made(layer: str, expected: float, effect: float) -> Adaptation:
+        one = Adaptation(decision=replace(decide(model, layer), expected_reward=expected))
+        one.contribution = Contribution(estimate=effect, low=effect - 1, high=effect + 1, num_examples=9)
+        return one
+
+    poor, better, best = made("0", 0.1, 0.0), made("0", 0.1, 0.5), made("2", 0.2, -0.5)
+    assert race.company([poor, better, best], [], lambda one: True) == [best, better]
+    assert race.company([poor, better, best], [], lambda one: one is not better) == [best, poor]
+    assert race.company([poor, better, best], ["2"], lambda one: True) == [better]
