@@ -201,6 +201,8 @@ def hostile_scripts() -> Iterator[tuple[str, bytes, str]]:
     yield from endless_loops()
     yield from endless_calls()
     yield from endless_lists()
+    yield from endless_values()
+    yield from kept_values()
     yield "builtin", with_source(with_line('print("x")')), "'print'"
     yield "called by subscript", with_source(with_line("_0 = [h][0](h)")), "by name"
     yield (
@@ -370,6 +372,77 @@ def endless_lists() -> Iterator[tuple[str, bytes, str]]:
     yield "function named like an operator", with_source(with_line(alias)), "or over the length of a list"
 
 
+def endless_values() -> Iterator[tuple[str, bytes, str]]:
+    """Give lists and texts that would have no room in any machine, made in a few steps."""
+    said = "make no list and no text that may hold more than 2048 items or characters, got "
+    loop = "for i in range(64):\n      "
+    double = "\n    ".join(["_2 = [1]", *(f"_{n} = torch.add(_{n - 1}, _{n - 1})" for n in range(3, 40))])
+    nested = "\n    ".join(["_2 = [1]", *(f"_{n} = [_{n - 1}, _{n - 1}]" for n in range(3, 40))])
+    branch = "if torch.eq(i, 3):\n        _1 = torch.add(_1, _1)\n      else:\n        pass"
+    other = "if torch.eq(i, 3):\n        pass\n      else:\n        _1 = torch.add(_1, _1)"
+    for name, lines, shown in (
+        ("list doubled in a loop", f"_1 = [1]\n    {loop}_1 = torch.add(_1, _1)", r"torch.add\(_1, _1\)"),
+        ("list doubled under two names", f"_1 = [1]\n    {loop}_2 = torch.add(_1, _1)\n      _1 = _2", "torch.add"),
+        ("list doubled in a branch", f"_1 = [1]\n    {loop}{branch}", "torch.add"),
+        ("list doubled in the other branch", f"_1 = [1]\n    {loop}{other}", "torch.add"),
+        ("list doubled line by line", double, r"torch.add\(_\d+, _\d+\)"),
+        ("list of lists of lists", nested, r"\[_\d+, _\d+\]"),
+        ("list of tensors doubled", f"_1 = [h]\n    {loop}_1 = torch.add(_1, _1)", "torch.add"),
+        ("list copied and doubled", f"_1 = [1]\n    {loop}_1 = torch.add(torch.list(_1), torch.slice(_1, 0))", "torch"),
+        ("sizes doubled", f"_1 = torch.size(h)\n    {loop}_1 = torch.add(_1, _1)", "torch.add"),
+        ("list under a cast", f"_1 = [1]\n    {loop}_1 = annotate(List[int], torch.add(_1, _1))", "torch.add"),
+        ("text doubled", f'_1 = "ab"\n    {loop}_1 = torch.add(_1, _1)', "torch.add"),
+        ("text put into itself", f'_1 = "ab"\n    {loop}_1 = torch.format("{{}}{{}}", _1, _1)', "torch.format"),
+        ("letter doubled", f'_1 = "ab"\n    {loop}_1 = torch.add(_1[0], _1[0])', "torch.add"),
+        ("long list printed", f'_1 = [{"1, " * 100}]\n    _2 = torch.format("{{}}", _1)', "torch.format"),
+        ("text of a pickle", "_1 = [self._code]", r"\[self._code\]"),
+    ):
+        yield name, with_source(with_line(lines)), f"{said}['\"]{shown}"
+    grow = "def grow(size: List[int]) -> List[int]:\n  return torch.add(size, size)\n"
+    path = "__torch__.torch.nn.functional"
+    calls = "".join(f"  _{n} = {path}.grow(_{n - 1}, )\n" for n in range(11, 40))
+    call = f"  _10 = [1]\n{calls}  _0 = torch.layer_norm("
+    binary = with_functional("def layer_norm", f"{grow}def layer_norm", "  _0 = torch.layer_norm(", call)
+    yield "list doubled by a function", binary, f"{said}'torch.add"
+    default = "def some(size: List[int]=[1, 2]) -> List[int]:\n  return size\n"
+    begin = f"  _10 = {path}.some()\n{calls}  _0 = torch.layer_norm("
+    made = with_functional("def layer_norm", f"{grow}{default}def layer_norm", "  _0 = torch.layer_norm(", begin)
+    yield "list from a default", made, f"{said}'torch.add"
+    for name, line in (
+        ("list times a number", "_1 = torch.mul([1], 1000000000)"),
+        ("text times", '_1 = torch.mul("a", 9)'),
+    ):
+        yield name, with_source(with_line(line)), "multiply numbers and tensors alone"
+    for name, value in (("tensor", "h"), ("tensors", "[h]"), ("sum", "torch.add(h, 1)"), ("member", "self.node_down")):
+        line = f'_1 = torch.format("{{}}", {value})'
+        yield f"{name} printed", with_source(with_line(line)), "put numbers and texts alone into a text"
+    deep = f"_1 = _2{'[0]' * 2000}"
+    yield "item of an item of an item", with_source(with_line(deep)), "nest expressions less deep|be source"
+
+
+def kept_values() -> Iterator[tuple[str, bytes, str]]:
+    """Give values that would be kept from one run to the next, and members that are more than tensors."""
+    names = "give values to names alone, got "
+    grown = "self.weight = torch.cat([h, h], 0)"
+    yield "member given a value", with_source(with_line(grown)), f"{names}'self.weight'"
+    inner = "(self.node_down).weight = torch.cat([h, h], 0)"
+    yield "member of a member given a value", with_source(with_line(inner)), f"{names}'self.node_down.weight'"
+    yield "item given a value", with_source(with_line("_1 = [1]\n    _1[0] = 2")), rf"{names}'_1\[0\]'"
+    yield "one of two given a value", with_source(with_line("_1, self.bias = 1, h")), f"{names}'self.bias'"
+    member = with_linear("  weight : Tensor", "  weight : List[int]")
+    yield "list as a member", member, r"have a tensor or a module as 'weight', got 'List\[int\]'"
+    records = unpacked(sound())
+    listed = pickle.dumps(([1, 2],), protocol=2)
+    yield "list as a constant", packed({**records, "archive/constants.pkl": listed}), "hold tensors and modules alone"
+    pickled = records["archive/data.pkl"]
+    assert b"(K\x04K\x06t" in pickled
+    assert b"K\x06K\x01\x86" in pickled or b"(K\x06K\x01t" in pickled
+    wide = pickled.replace(b"(K\x04K\x06t", b"(K\x7fK\x06t", 1)
+    wide = wide.replace(b"(K\x06K\x01t", b"(K\x00K\x01t", 1).replace(b"K\x06K\x01\x86", b"K\x00K\x01\x86", 1)
+    seen = packed({**records, "archive/data.pkl": wide})
+    yield "one row seen many times", seen, "give a tensor no more numbers than its record has"
+
+
 def linear_class() -> str:
     """Give the class of one of the sound archive's linear layers, which torch may number."""
     records = unpacked(sound())
@@ -424,6 +497,25 @@ def _graph(model: dict[str, Any]) -> dict[str, Any]:
 EVIL: Final = "__import__('os').system('true')"
 
 
+def endless_weights() -> Iterator[tuple[str, bytes, str]]:
+    """Give weights of an exported program that a copy of them would make larger than their records."""
+    config = "archive/data/weights/model_weights_config.json"
+
+    def meta_of(found: dict[str, Any]) -> dict[str, Any]:
+        meta: dict[str, Any] = next(iter(found["config"].values()))["tensor_meta"]
+        return meta
+
+    def wide(found: dict[str, Any]) -> None:
+        meta_of(found).update(sizes=[{"as_int": 1_000_000_000}], strides=[{"as_int": 0}])
+
+    def sizeless(found: dict[str, Any]) -> None:
+        meta_of(found).update(sizes=[{"as_expr": {"expr_str": "1"}}])
+
+    many = "no more numbers than its record has bytes, got "
+    yield "weight seen many times", with_text(config, wide), f"{many}'?1000000000"
+    yield "weight of a size that nobody knows", with_text(config, sizeless), f"{many}'?inf"
+
+
 def hostile_programs() -> Iterator[tuple[str, bytes, str]]:
     """Give a name, an exported program that is no kernel's, and what the refusal says of it."""
     records = unpacked(sound(CompileTarget.EXPORTED_PROGRAM))
@@ -455,6 +547,7 @@ def hostile_programs() -> Iterator[tuple[str, bytes, str]]:
     def elsewhere(config: dict[str, Any]) -> None:
         next(iter(config["config"].values()))["path_name"] = "../weight_0"
 
+    yield from endless_weights()
     yield "operator", with_model(operator), "target.*from_file"
     yield "function", with_model(function), "target.*os.system"
     yield "expression", with_model(expression), "expr_str"

@@ -49,8 +49,8 @@ _Bound = ast.expr | ast.arg | None
 """What a name is bound to; ``None`` where that is not seen from the one statement that binds it."""
 
 
-def inspect_calls(sources: Mapping[str, ast.Module]) -> None:
-    """Do nothing when the functions of some sources end after a bounded number of steps.
+def inspect_calls(sources: Mapping[str, ast.Module]) -> Program:
+    """Give the functions of some sources, which end after a bounded number of steps.
 
     Args:
         sources: Syntax tree of every source of the archive by the name of its record, as
@@ -60,12 +60,13 @@ def inspect_calls(sources: Mapping[str, ast.Module]) -> None:
         CorruptDataError: Functions call each other in a circle, too deep or too often, or it cannot be told which
             function is called; the message names the record and the call.
     """
-    program = _Program()
+    program = Program()
     for record, tree in sources.items():
         program.declare(record, tree)
     program.join()
     for function in program.all:
         program.expand(function, [])
+    return program
 
 
 class _Size(NamedTuple):
@@ -78,16 +79,16 @@ class _Size(NamedTuple):
 
 
 @dataclass(eq=False, slots=True)
-class _Call:
+class Call:
     """One call of a function of the archive."""
 
-    caller: _Function
+    caller: Function
     arguments: Sequence[ast.expr]
     """Values of the parameters, without ``self``."""
 
 
 @dataclass(eq=False, slots=True)
-class _Function:
+class Function:
     """A function or a method."""
 
     record: str
@@ -97,9 +98,9 @@ class _Function:
     """Class of which it is a method; empty for a function."""
     bound: dict[str, _Bound]
     """What each name stands for, where one statement alone binds it."""
-    callees: list[_Function] = field(default_factory=list)
+    callees: list[Function] = field(default_factory=list)
     """One entry per call."""
-    calls: list[_Call] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     """Where it is called."""
 
     @property
@@ -113,16 +114,16 @@ class _Function:
         return places.index(name) - bool(self.owner)
 
 
-class _Program:
+class Program:
     """All functions of an archive."""
 
     def __init__(self) -> None:
-        self.all: list[_Function] = []
-        self._functions: dict[str, _Function] = {}
-        self._methods: dict[tuple[str, str], _Function] = {}
+        self.all: list[Function] = []
+        self._functions: dict[str, Function] = {}
+        self._methods: dict[tuple[str, str], Function] = {}
         self._members: dict[tuple[str, str], str] = {}
-        self._expanded: dict[_Function, _Size] = {}
-        self._lengths: dict[tuple[_Function, str], int | None] = {}
+        self._expanded: dict[Function, _Size] = {}
+        self._lengths: dict[tuple[Function, str], int | None] = {}
 
     def declare(self, record: str, tree: ast.Module) -> None:
         """Take in what one source declares."""
@@ -158,7 +159,7 @@ class _Program:
             if declared:
                 raise refuse("declare every member once", key[1], record=record)
 
-    def _function(self, record: str, name: str, node: ast.FunctionDef, owner: str) -> _Function:
+    def _function(self, record: str, name: str, node: ast.FunctionDef, owner: str) -> Function:
         _require_plain(node, record)
         arguments = node.args.args
         if owner and not (arguments and arguments[0].annotation and _dotted(arguments[0].annotation) == owner):
@@ -169,7 +170,7 @@ class _Program:
         for taken in sorted(_NAMESPACES & bindings.keys()):
             raise refuse("give no other meaning to a name of torch's", taken, record=record)
         bound = {name: values[0] if len(values) == 1 else None for name, values in bindings.items()}
-        function = _Function(record, name, node, owner, bound)
+        function = Function(record, name, node, owner, bound)
         self.all.append(function)
         return function
 
@@ -178,12 +179,13 @@ class _Program:
         for function in self.all:
             for part in _parts(function.node.body):
                 if isinstance(part, ast.Call) and not is_operator(part.func) and not _is_range(part):
-                    callee = self._callee(function, part.func)
+                    callee = self.callee(function, part.func)
                     function.callees.append(callee)
-                    callee.calls.append(_Call(function, part.args))
+                    callee.calls.append(Call(function, part.args))
 
-    def _callee(self, function: _Function, called: ast.expr) -> _Function:
-        found: _Function | None = None
+    def callee(self, function: Function, called: ast.expr) -> Function:
+        """Give the function that a call within a function means."""
+        found: Function | None = None
         if isinstance(called, ast.Name):
             bound = function.bound.get(called.id)
             found = self._functions.get(_dotted(bound)) if isinstance(bound, ast.Attribute) else None
@@ -196,7 +198,7 @@ class _Program:
             raise refuse(rule, shown(called), record=function.record)
         return found
 
-    def _class_of(self, function: _Function, value: _Bound) -> str:
+    def _class_of(self, function: Function, value: _Bound) -> str:
         """Give the class that a value is declared to be of; empty when nothing declares it a few names away."""
         members: list[str] = []
         for _ in range(_MAX_NAME_STEPS):
@@ -215,7 +217,7 @@ class _Program:
             found = self._members.get((found, member), "")
         return found
 
-    def expand(self, function: _Function, path: list[_Function]) -> _Size:
+    def expand(self, function: Function, path: list[Function]) -> _Size:
         """Give what a function comes to with all that it calls."""
         if function in self._expanded:
             return self._expanded[function]
@@ -240,21 +242,25 @@ class _Program:
         self._expanded[function] = size
         return size
 
-    def _require_depth(self, function: _Function, depth: int) -> None:
+    def _require_depth(self, function: Function, depth: int) -> None:
         if depth > MAX_CALL_DEPTH:
             raise refuse(f"nest at most {MAX_CALL_DEPTH} functions by calls", function.name, record=function.record)
 
-    def _own_steps(self, function: _Function) -> int:
+    def _own_steps(self, function: Function) -> int:
         steps = 0
         for part in _parts(function.node.body):
             steps += isinstance(part, ast.stmt | ast.expr)
             if isinstance(part, ast.For):
-                measured = steps_of(part, function.record)
-                times = measured if isinstance(measured, int) else self._length(function, measured, 0)
-                steps += times * sum(isinstance(inner, ast.stmt | ast.expr) for inner in _parts(part.body))
+                inside = sum(isinstance(inner, ast.stmt | ast.expr) for inner in _parts(part.body))
+                steps += self.times(function, part) * inside
         return steps
 
-    def _length(self, function: _Function, value: ast.expr, depth: int) -> int:
+    def times(self, function: Function, loop: ast.For) -> int:
+        """Give how often a loop of a function runs at most."""
+        measured = steps_of(loop, function.record)
+        return measured if isinstance(measured, int) else self._length(function, measured, 0)
+
+    def _length(self, function: Function, value: ast.expr, depth: int) -> int:
         """Give how many items a list has at most."""
         length: int | None = None
         if depth <= _MAX_LIST_STEPS:
@@ -272,7 +278,7 @@ class _Program:
             raise refuse(rule, shown(value), record=function.record)
         return length
 
-    def _length_made(self, function: _Function, operator: str, arguments: Sequence[ast.expr], depth: int) -> int | None:
+    def _length_made(self, function: Function, operator: str, arguments: Sequence[ast.expr], depth: int) -> int | None:
         match operator, arguments:
             case "size", [_]:
                 return _MAX_DIMS
@@ -282,7 +288,7 @@ class _Program:
                 return self._length(function, inner, depth)
         return None
 
-    def _length_bound(self, function: _Function, name: str, depth: int) -> int | None:
+    def _length_bound(self, function: Function, name: str, depth: int) -> int | None:
         key = (function, name)
         if key not in self._lengths:
             self._lengths[key] = None  # as long as it is not known, so that a list made from itself is of no length
@@ -293,7 +299,7 @@ class _Program:
                 self._lengths[key] = self._length_given(function, name, depth)
         return self._lengths[key]
 
-    def _length_given(self, function: _Function, name: str, depth: int) -> int | None:
+    def _length_given(self, function: Function, name: str, depth: int) -> int | None:
         """Give how many items a parameter has at most in any call; 0 when nothing in the archive calls the function."""
         place, longest = function.parameter(name), 0
         for call in function.calls:
@@ -303,7 +309,7 @@ class _Program:
         return longest
 
 
-def _own_operations(function: _Function) -> int:
+def _own_operations(function: Function) -> int:
     return sum(isinstance(part, _OPERATIONS) for part in _parts(function.node.body))
 
 

@@ -7,6 +7,7 @@ stand-in for every name; nothing that it names is ever imported or called.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import pickletools
 import re
@@ -44,8 +45,18 @@ class _Object:
         del state
 
 
-def inspect_pickle(data: bytes, name: str, tensors: Mapping[str, int]) -> None:
-    """Do nothing when a pickle holds plain values and tensors alone.
+def inspect_constants(data: bytes, name: str, tensors: Mapping[str, int]) -> None:
+    """Do nothing when a pickle is a row of tensors, or of objects of the archive: what source may read by number.
+
+    Arguments and errors are those of `inspect_pickle`.
+    """
+    held = inspect_pickle(data, name, tensors)
+    if not isinstance(held, tuple) or not all(isinstance(one, _Object) for one in held):
+        raise refuse("hold tensors and modules alone", type(held).__name__, record=name)
+
+
+def inspect_pickle(data: bytes, name: str, tensors: Mapping[str, int]) -> object:
+    """Give what a pickle holds, which is plain values and tensors alone, with an inert stand-in for each tensor.
 
     Args:
         data: The pickle.
@@ -57,7 +68,7 @@ def inspect_pickle(data: bytes, name: str, tensors: Mapping[str, int]) -> None:
     """
     stream = io.BytesIO(data)
     try:
-        _Inert(stream, name, tensors).load()
+        held: object = _Inert(stream, name, tensors).load()
     except CorruptDataError:
         raise
     except KeyError as error:  # of the dispatch table
@@ -66,6 +77,7 @@ def inspect_pickle(data: bytes, name: str, tensors: Mapping[str, int]) -> None:
         raise refuse("be whole", f"{type(error).__name__}: {error}", record=name) from error
     if stream.tell() != len(data):
         raise refuse("end where its pickle ends", f"{len(data) - stream.tell()} further bytes", record=name)
+    return held
 
 
 class _Inert(pickle._Unpickler):
@@ -112,6 +124,8 @@ class _Inert(pickle._Unpickler):
         last = offset + sum((have - 1) * step for have, step in zip(size, stride, strict=True))
         if 0 not in size and last >= count:
             raise refuse("keep a tensor within its record", (count, offset, size, stride), record=self._name)
+        if math.prod(size) > count:  # one number seen many times, which the first copy would write out
+            raise refuse("give a tensor no more numbers than its record has", (count, size, stride), record=self._name)
         return _Object()
 
 

@@ -7,8 +7,9 @@ compiles: each of them is text in the archive's JSON.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from torch.utils import _pytree as pytree
@@ -21,6 +22,7 @@ WEIGHTS: Final = "data/weights/model_weights_config.json"
 """Record of where each weight lies."""
 CONSTANTS: Final = "data/constants/model_constants_config.json"
 """Record of the constants, of which a kernel has none."""
+_WEIGHT_FOLDER: Final = "data/weights/"
 TEXTS: Final = frozenset({MODEL, WEIGHTS, CONSTANTS})
 """Records of text."""
 
@@ -49,8 +51,13 @@ _IN_SPEC: Final = pytree.treespec_dumps(pytree.tree_structure(((0, 0), {})))
 _OUT_SPEC: Final = pytree.treespec_dumps(pytree.tree_structure(0))
 
 
-def inspect_text(data: bytes, name: str) -> None:
+def inspect_text(data: bytes, name: str, sizes: Mapping[str, int]) -> None:
     """Do nothing when one of the ``TEXTS`` says nothing that loading it would run.
+
+    Args:
+        data: The text.
+        name: Record it comes from.
+        sizes: Size of every record of the archive by its name, in bytes.
 
     Raises:
         CorruptDataError: It does; the message names the record and what it is.
@@ -63,10 +70,10 @@ def inspect_text(data: bytes, name: str) -> None:
     if name == CONSTANTS and value != {"config": {}}:
         raise refuse("name no constants", list(value), record=name)
     if name == WEIGHTS:
-        _check_weights(value, name)
+        _check_weights(value, name, sizes)
 
 
-def _check_weights(value: Any, name: str) -> None:
+def _check_weights(value: Any, name: str, sizes: Mapping[str, int]) -> None:
     entries = value.get("config") if isinstance(value, dict) else None
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise refuse("describe weights", type(value).__name__, record=name)
@@ -74,6 +81,21 @@ def _check_weights(value: Any, name: str) -> None:
         path = entry.get("path_name")
         if entry.get("use_pickle") is not False or not re.fullmatch(r"weight_\d+", str(path), re.ASCII):
             raise refuse(f"hold '{weight}' as raw numbers", path, record=name)
+        numbers = _numbers_of(entry)
+        if numbers > sizes.get(f"{_WEIGHT_FOLDER}{path}", 0):  # some seen many times: a copy would write them out
+            raise refuse(f"give '{weight}' no more numbers than its record has bytes", numbers, record=name)
+
+
+def _numbers_of(entry: Mapping[str, Any]) -> int | float:
+    """Give how many numbers a weight has; infinity where nothing says so plainly."""
+    match entry:
+        case {"tensor_meta": {"sizes": [*dims]}} if all(_is_size(dim) for dim in dims):
+            return math.prod(int(dim["as_int"]) for dim in dims)
+    return math.inf
+
+
+def _is_size(dim: Any) -> bool:
+    return isinstance(dim, dict) and type(dim.get("as_int")) is int and dim["as_int"] >= 0
 
 
 def _check(value: Any, name: str, depth: int) -> None:

@@ -7,6 +7,10 @@ A loop ends soon: it goes over a range of a written number of steps, `MAX_LOOP_S
 no other loop, and calls no function of the archive, which might hold one. How long such a list is and how often
 functions call each other is seen only in all sources together: `archive_calls`.
 
+Nothing is kept from one run to the next: values have names within their function, and no member of a module is given
+another value. The members that source reads are tensors and modules. How much the values hold that are no tensors is
+seen only in all sources together too: `archive_values`.
+
 A function returns once, at its end. torch prints no other: what stood after an early return is in the other branch by
 then. To load one it moves all that follows into a branch, again for each: 400 of them take it 40 seconds.
 """
@@ -31,12 +35,16 @@ OPERATORS: Final = frozenset(
 )  # fmt: skip
 """Operators that compiled forms of the closed operator set use, none of which reaches beyond its tensors."""
 
+TEXT_MEMBER: Final = "_code"
+"""The one member that is a text: of a module that torch.fx made, which gives it and reads it nowhere else."""
+
 MAX_LOOP_STEPS: Final = 64
 """Most steps of a loop whose number of steps is written in the source."""
 
 _OWN: Final = re.compile(r"__torch__(\.(?!classes\b)\w+)+", re.ASCII)
 _CONSTANT: Final = re.compile(r"CONSTANTS\.c\d+", re.ASCII)
 _MEMBER: Final = re.compile(r"(node|down|up|norm)_[a-z][a-z0-9_]*|weight|bias|forward|_conv_forward|_code", re.ASCII)
+_MEMBER_KIND: Final = re.compile(r"Tensor|NoneType|Optional\[Tensor\]|__torch__(\.\w+)+", re.ASCII)
 _FUNCTION: Final = re.compile(r"(?!__)\w+|__code_getter", re.ASCII)
 _CASTS: Final = frozenset({"annotate", "unchecked_cast"})
 _CALLED: Final = re.compile(rf"_\d+|{'|'.join(sorted(_CASTS))}", re.ASCII)
@@ -72,6 +80,7 @@ def inspect_source(data: bytes, name: str) -> ast.Module:
         elif isinstance(node, ast.Return) and node not in ends:
             raise refuse("return at the end of a function alone", shown(node), record=name)
         if isinstance(node, ast.Attribute):
+            _check_node(node, name)
             waiting.append(_check_dotted(node, name))
         elif isinstance(node, ast.For):
             waiting += [node.target, _check_loop(node, name), *node.body]
@@ -144,12 +153,14 @@ def is_operator(called: ast.expr) -> bool:
 
 def _check_node(node: ast.AST, name: str) -> None:
     match node:
+        case ast.Attribute(ctx=ast.Store()) | ast.Subscript(ctx=ast.Store()):
+            raise refuse("give values to names alone", shown(node), record=name)
         case ast.Call(func=ast.Name(id=called)) if not _CALLED.fullmatch(called):
             raise refuse("call what is on the list", called, record=name)
         case ast.Call(func=func) if not isinstance(func, ast.Name | ast.Attribute):
             raise refuse("call operators and functions by name", type(func).__name__, record=name)
         case ast.ClassDef(bases=[ast.Name(id="Module")], keywords=[], decorator_list=[]):
-            pass
+            _check_members(node, name)
         case ast.ClassDef():
             raise refuse("declare modules alone", node.name, record=name)
         case ast.FunctionDef() if node.decorator_list or not _FUNCTION.fullmatch(node.name):
@@ -158,6 +169,15 @@ def _check_node(node: ast.AST, name: str) -> None:
             raise refuse("hold plain constants", value, record=name)
         case _:
             pass
+
+
+def _check_members(node: ast.ClassDef, name: str) -> None:
+    """Refuse members of other kinds than tensors and modules under the names that source may read."""
+    for statement in node.body:
+        match statement:
+            case ast.AnnAssign(target=ast.Name(id=member), annotation=kind) if _MEMBER.fullmatch(member):
+                if not _MEMBER_KIND.fullmatch(shown(kind)) and (member, shown(kind)) != (TEXT_MEMBER, "str"):
+                    raise refuse(f"have a tensor or a module as '{member}'", shown(kind), record=name)
 
 
 def _check_dotted(node: ast.Attribute, name: str) -> ast.expr:

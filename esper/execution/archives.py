@@ -11,7 +11,8 @@
 ``torch.jit.load`` runs code of the archive, and ``torch.export.load`` unpickles and evaluates text: both come after
 this. Records are read by the very reader that loads them, so that what was looked at is what will run. What a form
 computes is not proven here, only that it can do nothing but compute; nor for how long, beyond that the steps of a
-script are bounded: an operator takes as long as its tensors are large.
+script are bounded: an operator takes as long as its tensors are large. How large those become is seen where a form is
+about to run, on shapes alone (`bounded_form`); lists and texts, which no operator there shows, are bounded here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any, Final
 import torch
 
 from esper.contracts.kernel import CompileTarget
-from esper.execution import archive_calls, archive_pickle, archive_program, archive_script
+from esper.execution import archive_calls, archive_pickle, archive_program, archive_script, archive_values
 from esper.execution.archive_errors import refuse
 
 MAX_RECORDS: Final = 4096
@@ -44,7 +45,10 @@ _NAME: Final = re.compile(r"\w+(/\.?\w[\w.]*)+", re.ASCII)
 _PLAIN: Final = frozenset({"version", "byteorder", ".data/version", ".data/serialization_id"})
 _SCRIPT_TENSOR: Final = re.compile(r"(data|constants)/\d+", re.ASCII)
 _SCRIPT_CODE: Final = re.compile(r"code/__torch__(/\w+)+\.py", re.ASCII)
-_SCRIPT_PICKLES: Final = {"data.pkl": "data/", "constants.pkl": "constants/"}
+_SCRIPT_PICKLES: Final = {
+    "data.pkl": ("data/", archive_pickle.inspect_pickle),
+    "constants.pkl": ("constants/", archive_pickle.inspect_constants),
+}
 _PROGRAM_WEIGHT: Final = re.compile(r"data/weights/weight_\d+", re.ASCII)
 _SAMPLES: Final = "data/sample_inputs/model.pt"
 _PROGRAM_PLAIN: Final = _PLAIN | {"archive_format", "archive_version", _SAMPLES}
@@ -109,15 +113,15 @@ def _inspect_script(archive: _Archive) -> None:
         if name in _PLAIN or _SCRIPT_TENSOR.fullmatch(name):
             continue
         if name in _SCRIPT_PICKLES:
-            folder = _SCRIPT_PICKLES[name]
-            archive_pickle.inspect_pickle(archive.read(name), name, _tensors_of(archive, folder))
+            folder, inspect = _SCRIPT_PICKLES[name]
+            inspect(archive.read(name), name, _tensors_of(archive, folder))
         elif _SCRIPT_CODE.fullmatch(name):
             sources[name] = archive_script.inspect_source(archive.read(name), name)
         elif _SCRIPT_CODE.fullmatch(name.removesuffix(".debug_pkl") if name.endswith(".debug_pkl") else ""):
             archive_pickle.inspect_pickle(archive.read(name), name, {})
         else:
             raise refuse("hold the records of a scripted module alone", name)
-    archive_calls.inspect_calls(sources)
+    archive_values.inspect_values(archive_calls.inspect_calls(sources))
 
 
 def _inspect_program(archive: _Archive) -> None:
@@ -128,7 +132,7 @@ def _inspect_program(archive: _Archive) -> None:
         if name not in _PROGRAM_PLAIN | archive_program.TEXTS and not _PROGRAM_WEIGHT.fullmatch(name):
             raise refuse("hold the records of an exported program alone", name)
     for name in archive_program.TEXTS:
-        archive_program.inspect_text(archive.read(name), name)
+        archive_program.inspect_text(archive.read(name), name, archive.sizes)
 
 
 def _tensors_of(archive: _Archive, folder: str) -> dict[str, int]:

@@ -7,7 +7,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -20,6 +20,7 @@ from esper.contracts.errors import CorruptDataError, InvalidInputError, KernelEx
 from esper.contracts.kernel import CompileTarget
 from esper.execution.archives import inspect_binary
 from esper.execution.artifact import VerifiedKernel
+from esper.execution.bounded_form import BoundedForm
 from esper.execution.circuit_breaker import fault_of
 
 _BATCH_SIZES: Final = (2, 3)
@@ -135,6 +136,8 @@ def _require_fit(forward: Callable[[Tensor, Tensor], object], site: Site, placem
         try:
             with torch.no_grad():
                 delta = forward(x, h)
+        except CorruptDataError:
+            raise
         except Exception as error:
             raise ShapeMismatchError(
                 f"kernel must run at input {site.input_shape}, output {site.output_shape} and {placement.dtype}, "
@@ -228,13 +231,14 @@ class KernelExecutor:
 
         The bytes are read from memory, and only here, after ``verify`` has held signature and digests against them and
         ``inspect_binary`` has found nothing in them but arithmetic: a signature says who made a kernel, not what it
-        does. Then the form is run once at the layer's shapes. What was frozen into it keeps the dtype it was compiled
-        in.
+        does. Then the form is run once at the layer's shapes. It runs where it takes little more memory than its graph
+        has use for (:class:`BoundedForm`), there and later. What was frozen into it keeps the dtype it was compiled in.
 
         Raises:
             InvalidInputError: The target has no form that is read from memory (AOT_INDUCTOR is a shared library), or
                 the delta is of another dtype than the layer's.
-            CorruptDataError: The bytes are not what the manifest says, or hold what a kernel does not need.
+            CorruptDataError: The bytes are not what the manifest says, hold what a kernel does not need, or would take
+                more memory than one needs.
             ShapeMismatchError: The form does not run at the layer's shapes and dtype, or its delta has another shape.
             InvalidBlueprintError: As :meth:`prepare`, for the eager form.
         """
@@ -248,12 +252,14 @@ class KernelExecutor:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # torch says so of TorchScript at every load
                 form = _read_binary(kernel.binary, target, placement)
+                twin = _read_binary(kernel.binary, target, replace(placement, device=torch.device("cpu")))
         except Exception as error:
             raise CorruptDataError(
                 f"binary of {kernel.artifact_id} must be a {target.name} archive: {error}"
             ) from error
-        _require_fit(form, site, placement)
-        return form
+        bounded = BoundedForm(form, twin, build_kernel(kernel.ir, site, placement).eval())
+        _require_fit(bounded, site, placement)
+        return bounded
 
 
 def _read_binary(binary: bytes, target: CompileTarget, placement: Placement) -> nn.Module:

@@ -280,7 +280,7 @@ class Lineage(_message.Message):
     """Who made it: "registry", "karn" or a user's identity. At most 128 characters."""
     @_builtins.property
     def parent_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids of the blueprints it was made from; empty for a template."""
+        """Ids of the blueprints it was made from; for a template, the version it supersedes, if any."""
 
     def __init__(
         self,

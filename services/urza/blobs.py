@@ -9,6 +9,7 @@ A blob counts only once a kernel's row names it, so one that was cut short is ne
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -22,8 +23,7 @@ from esper.services.urza.kernel_rows import COPY_ID
 T = TypeVar("T")
 
 _MARK: Final = "esper-blobs"
-_FULL: Final = {28, 122}
-"""ENOSPC and EDQUOT."""
+_FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 
 
 class Blobs:
@@ -105,14 +105,21 @@ class Blobs:
         mark = f"{self._root}/{_MARK}"
         if not self._files.exists(mark):
             self._files.makedirs(self._root, exist_ok=True)
-            self._write(mark, b"Kernels of Esper's library; its database names them.\n")
+            self._put(mark, b"Kernels of Esper's library; its database names them.\n")
 
     def _require_mark(self) -> None:
         if not self._files.exists(f"{self._root}/{_MARK}"):
             raise FileNotFoundError(f"its mark {_MARK} is not there")
 
     def _write(self, path: str, payload: bytes) -> None:
-        self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
+        try:
+            self._put(path, payload)
+        except FileNotFoundError:
+            self._require_mark()  # or a place that is gone would be made anew, and hold this copy alone
+            self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._put(path, payload)
+
+    def _put(self, path: str, payload: bytes) -> None:
         with self._files.open(path, "wb") as file:
             file.write(payload)
             if isinstance(self._files, LocalFileSystem):
@@ -125,6 +132,10 @@ class Blobs:
         except FileNotFoundError:
             self._require_mark()
             return None
+        except OSError as error:  # object stores refuse a range that begins at the end, or after it
+            if error.errno != errno.EINVAL or start < self._files.size(path):
+                raise
+            return b""
         return found
 
     def _delete(self, path: str) -> None:

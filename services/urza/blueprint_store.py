@@ -161,6 +161,14 @@ class BlueprintStore:
             raise NotFoundError(f"reference must name a stored blueprint, got {reference!r}", parameter="reference")
         return found
 
+    async def version_records(self, name: str) -> tuple[BlueprintRecord, ...]:
+        """Give every version under a name, at rest, oldest first; none where nothing is stored under it.
+
+        Raises:
+            InvalidInputError: No blueprint may have that name.
+        """
+        return await self._database.read(_versions(require_blueprint_name("name", name)))
+
     async def history(self, blueprint_id: str) -> tuple[BlueprintStateChange, ...]:
         """Give the life cycle of a blueprint so far, oldest first; empty for one that is not stored."""
         return await self._database.read(_history(require_content_id("blueprint_id", blueprint_id)))
@@ -338,6 +346,11 @@ def _condition_of(reference: str) -> _Condition:
 def _by_id(blueprint_id: str) -> ReadScript[BlueprintRecord | None]:
     rows = yield Statement(f"SELECT {FIELDS} FROM {SOURCE} WHERE b.id = $1", (blueprint_id,))
     return BlueprintRecord(*rows[0]) if rows else None
+
+
+def _versions(name: str) -> ReadScript[tuple[BlueprintRecord, ...]]:
+    rows = yield Statement(f"SELECT {FIELDS} FROM {SOURCE} WHERE b.name = $1 ORDER BY b.version", (name,))
+    return tuple(BlueprintRecord(*row) for row in rows)
 
 
 def _with_history(

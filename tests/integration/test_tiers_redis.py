@@ -155,6 +155,27 @@ async def test_a_killed_redis_costs_no_kernel_and_comes_back(server: Server, tmp
     await source.close()
 
 
+async def test_a_redis_that_is_flushed_again_and_again_costs_fetches_and_no_kernel(
+    server: Server, tmp_path: Path
+) -> None:
+    library = DirectoryTier(tmp_path / "library")
+    await library.write(ID, DATA)
+    cache = KernelCache(1 << 20)
+    source = TieredKernelSource(cache, RedisTier(server.url), library, KEY.ring())
+    for number in range(1, 6):
+        server.client.flushall()
+        cache.clear()
+        assert (await source.fetch(ID)).artifact_id == ID
+        assert server.client.get(KEY_PREFIX + ID) == DATA, "what was flushed is there again"
+        _, redis_tier, urza_tier = source.stats()
+        assert (redis_tier.hits, redis_tier.misses, redis_tier.errors, redis_tier.corrupt) == (0, number, 0, 0)
+        assert urza_tier.hits == number
+    server.client.flushall()
+    assert (await source.fetch(ID)).artifact_id == ID, "the first tier has it still"
+    assert source.breakers()["l2"] is BreakerState.CLOSED
+    await source.close()
+
+
 async def test_a_redis_at_its_memory_limit_says_so(server: Server) -> None:
     tier = RedisTier(server.url)
     server.client.config_set("maxmemory", "1mb")

@@ -26,6 +26,7 @@ from esper.testing.urza_query_contract import (
     TagExpressionContract,
     TotalContract,
 )
+from esper.testing.urza_seeding_contract import SeedingContract
 from esper.testing.urza_template import Library, rows_of
 
 
@@ -69,6 +70,10 @@ class TestTotal(TotalContract):
 
 
 class TestFiguresMigration(FiguresMigrationContract):
+    pass
+
+
+class TestSeeding(SeedingContract):
     pass
 
 

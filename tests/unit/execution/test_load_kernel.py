@@ -23,6 +23,7 @@ from esper.contracts.errors import (
 from esper.contracts.kernel import CompileTarget, DeviceKind, ValidationCheck
 from esper.contracts.lifecycle import SeedLifecycleState as State
 from esper.execution.artifact import KernelContent, VerifiedKernel, artifact_bytes, pack, verify
+from esper.execution.bounded_form import BoundedForm
 from esper.execution.executor import KernelExecutor, Placement
 from esper.execution.keys import SigningKey
 from esper.execution.seed import number_of
@@ -218,7 +219,8 @@ def test_the_inference_form_of_a_script_equals_the_trainable_one() -> None:
     executor = KernelExecutor()
     compiled, eager = executor.inference_form(kernel, SITE, ON_CPU), executor.prepare(kernel, SITE, ON_CPU).eval()
     x, h = torch.randn(5, 6), torch.randn(5, 4)
-    assert isinstance(compiled, torch.jit.ScriptModule)
+    assert isinstance(compiled, BoundedForm)
+    assert isinstance(compiled.form, torch.jit.ScriptModule)
     torch.testing.assert_close(compiled(x, h), eager(x, h))
 
 

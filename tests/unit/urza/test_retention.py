@@ -107,6 +107,9 @@ async def test_a_place_that_is_away_is_unavailable_and_costs_no_kernel(database:
         await content(store, record.artifact_id)
     with pytest.raises(UnavailableError, match="its mark esper-blobs is not there"):
         await store.ping()
+    with pytest.raises(UnavailableError, match="its mark esper-blobs is not there"):
+        await store.kernels.put(kernel_bytes(KEY, 1))
+    assert not place.exists(), "a place that is gone is not made anew"
     (tmp_path / "elsewhere").rename(place)
     assert await content(store, record.artifact_id) == payload
 
