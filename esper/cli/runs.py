@@ -102,6 +102,33 @@ def rollback(
     _command(ControlAction.ROLLBACK, run_id, timeout, checkpoint_id=checkpoint_id)
 
 
+@app.command("decisions")
+def list_decisions(
+    run_id: RunId,
+    acted_on: Annotated[bool, typer.Option("--acted-on", help="Only those that were to be acted on.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List what was decided for a run and why, newest first; ``runs explain`` tells all of one decision."""
+    request = tamiyo_service_pb2.ListDecisionsRequest(run_id=run_id)
+    found = [one for page in pages("tamiyo", "ListDecisions", request) for one in page.decisions]
+    rows = [
+        (
+            one.adaptation_id,
+            one.epoch,
+            _word(decision_pb2.AdaptationType.Name(one.adaptation_type), "ADAPTATION_TYPE_"),
+            one.layer,
+            round(one.confidence, 3),
+            round(one.urgency, 3),
+            one.actionable,
+            one.explanation,
+        )
+        for one in found
+        if one.actionable or not acted_on
+    ]
+    columns = ("adaptation", "epoch", "type", "layer", "confidence", "urgency", "acted_on", "why")
+    print_rows("decisions", columns, rows, as_json=as_json)
+
+
 @app.command("explain")
 def explain(
     adaptation_id: Annotated[str, typer.Argument(help="Adaptation, as decisions and reports name it.")],

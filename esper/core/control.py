@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from esper.contracts.errors import InvalidInputError
+from esper.contracts.errors import EsperError, InvalidInputError
+from esper.contracts.memory import raise_if_out_of_memory
 from esper.core.losses import PerExampleLoss, accuracy_of
 from esper.core.randomness import untouched_randomness
 from esper.execution.overrides import GrowingModel, evaluating
@@ -49,6 +50,7 @@ class ControlSplit:
     def __init__(self, loader: Iterable[Any], *, device: torch.device) -> None:
         with untouched_randomness():
             self._batches: list[Batch] = [_pair(batch, device) for batch in loader]
+        self._has_served = False
         self.num_examples = sum(len(inputs) for inputs, _ in self._batches)
         if self.num_examples == 0:
             raise InvalidInputError.of("control_loader", "hold at least one example", "an empty loader")
@@ -63,18 +65,38 @@ class ControlSplit:
         return self._batches[0][0][:1]
 
     def evaluate(self, model: GrowingModel, loss: PerExampleLoss) -> ControlFigures:
-        """Give losses and accuracy of the model as it stands; model and random streams stay untouched."""
+        """Give losses and accuracy of the model as it stands; model and random streams stay untouched.
+
+        Raises:
+            InvalidInputError: In the first pass: the model or the loss does not take a batch.
+        """
         losses: list[torch.Tensor] = []
         right, counted = 0.0, 0
         with evaluating(model):
             for inputs, targets in self._batches:
-                outputs = model(inputs)
-                losses.append(loss(outputs, targets).double())
+                outputs, rows = self._pass(model, loss, inputs, targets)
+                losses.append(rows.double())
                 accuracy = accuracy_of(outputs, targets)
                 if accuracy is not None:
                     right += accuracy * len(inputs)
                     counted += len(inputs)
+        self._has_served = True
         return ControlFigures(losses=torch.cat(losses), accuracy=right / counted if counted else None)
+
+    def _pass(
+        self, model: GrowingModel, loss: PerExampleLoss, inputs: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give outputs and losses; what fails before every batch went through once is laid to the loader."""
+        try:
+            outputs = model(inputs)
+            return outputs, loss(outputs, targets)
+        except Exception as error:
+            if self._has_served or isinstance(error, EsperError | torch.OutOfMemoryError):
+                raise
+            raise_if_out_of_memory(error)
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            got = f"inputs {tuple(inputs.shape)} {inputs.dtype}, targets {tuple(targets.shape)} {targets.dtype}: {why}"
+            raise InvalidInputError.of("control_loader", "yield batches that model and loss take", got) from error
 
 
 def _pair(batch: Any, device: torch.device) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,8 @@ class RunReport:
         return tuple(item for item in self.adaptations if item.outcome == "kept")
 
     def to_json(self) -> str:
-        """Give the report as JSON text."""
-        return json.dumps(asdict(self), indent=2)
+        """Give the report as JSON text; a figure that is not finite stands there as a word."""
+        return json.dumps(_plain(asdict(self)), indent=2, allow_nan=False)
 
     def to_markdown(self) -> str:
         """Give the report as Markdown text."""
@@ -154,6 +155,19 @@ def place_of(layer: str, source: str) -> str:
     return f"{layer} from {source}" if source else layer
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cell(text: str) -> str:
+    """Give a text as one cell: an error's own words cannot break the table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def _adaptation_rows(adaptations: tuple[AdaptationSummary, ...]) -> list[str]:
     if not adaptations:
         return ["None was tried."]
@@ -167,8 +181,8 @@ def _adaptation_rows(adaptations: tuple[AdaptationSummary, ...]) -> list[str]:
             effect = f"{item.contribution:+.4f} ({item.interval[0]:+.4f} to {item.interval[1]:+.4f})"
         price = "" if item.price is None else f"{item.price:.4f}"
         rows.append(
-            f"| {item.begun_epoch} | {item.place} | {item.blueprint or item.adaptation_type} | {item.outcome} "
-            f"| {effect} | {price} | {item.parameters:,} | {item.reason} |"
+            f"| {item.begun_epoch} | {_cell(item.place)} | {_cell(item.blueprint or item.adaptation_type)} "
+            f"| {item.outcome} | {effect} | {price} | {item.parameters:,} | {_cell(item.reason)} |"
         )
     return rows
 

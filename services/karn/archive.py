@@ -1,7 +1,8 @@
 """The archive of designs: the best of every cell of cost, kind of operators and depth, by kind of site (MAP-Elites).
 
 J.-B. Mouret and J. Clune, Illuminating search spaces by mapping elites, arXiv:1504.04909. A design enters with its
-first report, at the site it was tried at; templates stand in their cells from the start, at a site of reference.
+first report; templates stand in their cells from the start, at a site of reference. Where a design stands once reports
+came is said by the one with the least id, so a set of reports makes one archive in whatever order it came.
 A cell's best is the design with the largest shrunk mean reward, n / (n + 1) times its mean: one lucky report does not
 outdo many good ones, and a design that did harm gives way to one that nobody tried.
 """
@@ -25,11 +26,17 @@ class Entry:
     blueprint: Blueprint
     """The design."""
     cell: str
-    """Cost band, operator kind and depth, at the site of its first report."""
+    """Cost band, operator kind and depth, at the site of the report with the least id."""
     figures: NDArray[np.float64]
     """Its figures there."""
     rewards: dict[str, float] = field(default_factory=dict)
     """Rewards by report."""
+
+    def learn(self, report_id: str, reward: float, *, cell: str, figures: NDArray[np.float64]) -> None:
+        """Take in the reward of a report, with how the design looks at the report's site."""
+        if report_id <= min(self.rewards, default=report_id):
+            self.cell, self.figures = cell, figures
+        self.rewards[report_id] = reward
 
     @property
     def mean_reward(self) -> float | None:

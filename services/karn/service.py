@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import NormalDist
 from typing import Final
 
 from esper.blueprints import BlueprintRegistry, default_registry
@@ -34,7 +35,7 @@ REFERENCE_SITES: Final = (
 )
 """Where templates are measured for the archive before a report says where they stand."""
 
-_Z_OF_95: Final = 1.959963984540054
+_NORMAL: Final = NormalDist()
 
 
 class Karn:
@@ -84,7 +85,12 @@ class Karn:
         self._designs.update(await self.store.designs())
         reports = await self.store.reports()
         for report in reports:
-            self._learn(report)
+            try:
+                check_report(report)
+            except InvalidInputError as error:  # kept by a version that had fewer rules
+                log.warning("stored_report_refused", extra={"report_id": report.report_id, "error": str(error)})
+            else:
+                self._learn(report)
         log.info("archive_loaded", extra={"designs": len(self._designs), "reports": len(reports)})
 
     async def propose(self, site: Site, count: int, constraints: Constraints, random_seed: int) -> list[Proposal]:
@@ -149,10 +155,7 @@ class Karn:
         kind = seen.layout.site.kind
         self._surrogate(kind).learn(learned)
         entry = self._archive.add(kind, design, seen.cell, seen.figures)
-        if not entry.rewards:
-            # The first report says where the design really stands; a template's reference site gives way.
-            entry.cell, entry.figures = seen.cell, seen.figures
-        entry.rewards[report.report_id] = learned.reward
+        entry.learn(report.report_id, learned.reward, cell=seen.cell, figures=seen.figures)
 
     def _surrogate(self, kind: SiteKind) -> Surrogate:
         return self._surrogates.setdefault(kind, Surrogate(self._surrogate_config))
@@ -161,13 +164,14 @@ class Karn:
 def sample_of(report: FieldReport, design: Blueprint) -> tuple[DesignView, Sample] | None:
     """Give what a report teaches of a design and how the design looked there; ``None`` when it teaches nothing.
 
+    The interval of a contribution is read by its own coverage, which is higher where a seed is looked at several times.
     A trial that the governor took back unmeasured counts as a reward of -0.05, as uncertain as it is large.
     """
     if report.site is None or not report.grew:
         return None
     reward, measured = report.reward, report.contribution
     if reward is not None and measured is not None:
-        quantile = _Z_OF_95 if measured.confidence_level == 0.95 else 2.0
+        quantile = _NORMAL.inv_cdf(0.5 + measured.confidence_level / 2.0)
         variance = ((measured.high - measured.low) / (2.0 * quantile)) ** 2
     elif report.outcome is AdaptationOutcome.ROLLED_BACK:
         reward, variance = -0.05, 0.05**2
@@ -188,6 +192,7 @@ def check_report(report: FieldReport) -> None:
         InvalidInputError: An id, the contribution or the price is not legal.
     """
     require_id("report.report_id", report.report_id)
+    require_id("report.adaptation_id", report.adaptation_id)
     check_run_id(report.run_id)
     if report.price is not None:
         require_range("report.price", report.price, low=0.0)
@@ -197,3 +202,7 @@ def check_report(report: FieldReport) -> None:
             require_range(f"report.contribution.{name}", getattr(measured, name))
         if not measured.low <= measured.high:
             raise InvalidInputError.of("report.contribution", "have low <= high", (measured.low, measured.high))
+        if not 0.5 <= measured.confidence_level < 1.0:
+            raise InvalidInputError.of(
+                "report.contribution.confidence_level", "be within [0.5, 1)", measured.confidence_level
+            )

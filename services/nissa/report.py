@@ -145,10 +145,11 @@ def _architecture(packets: Sequence[SystemStatePacket]) -> dict[str, Any]:
     }
 
 
-def _adaptations(events: Sequence[ChainedEvent]) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Give every adaptation that left a trace beyond its decision, and the counts of all decisions."""
+def _adaptations(events: Sequence[ChainedEvent]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Give every adaptation that left a trace beyond its decision; the counts of all decisions, and the other ones."""
     found: dict[str, dict[str, Any]] = {}
-    decided = actionable = 0
+    others: list[dict[str, Any]] = []
+    decided = 0
 
     def record_of(adaptation_id: str) -> dict[str, Any]:
         empty: dict[str, Any] = {"decision": None, "plans": [], "kernels": [], "seed_events": [], "field_report": None}
@@ -157,9 +158,11 @@ def _adaptations(events: Sequence[ChainedEvent]) -> tuple[list[dict[str, Any]], 
     for event in events:
         if event.kind == "decision":
             decision = parse(event.payload, AdaptationDecision)
-            decided, actionable = decided + 1, actionable + decision.actionable
+            decided += 1
             if decision.actionable:
                 record_of(decision.adaptation_id)["decision"] = _decision(decision)
+            else:
+                others.append(_decision(decision))
         elif event.kind == "field_report":
             report = parse(event.payload, FieldReport)
             record_of(report.adaptation_id)["field_report"] = plain(report)
@@ -168,7 +171,11 @@ def _adaptations(events: Sequence[ChainedEvent]) -> tuple[list[dict[str, Any]], 
             value = parse(event.payload, cls)
             if value.adaptation_id:
                 record_of(value.adaptation_id)[name].append(plain(value))
-    return list(found.values()), {"made": decided, "actionable": actionable}
+    return list(found.values()), {
+        "made": decided,
+        "actionable": decided - len(others),
+        "not_acted_on": others,
+    }
 
 
 def _decision(decision: AdaptationDecision) -> dict[str, Any]:

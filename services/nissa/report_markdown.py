@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
+
+_BELIEFS: Final = (
+    ("expected_reward", "what the candidate is expected to bring beyond its price, in units of loss"),
+    ("exploration_bonus", "drawn above that for being uncertain, in units of loss"),
+)
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
@@ -81,7 +86,13 @@ def _architecture(architecture: Mapping[str, Any]) -> str:
 
 
 def _decisions(decisions: Mapping[str, Any]) -> str:
-    return f"{decisions['made']} decisions, {decisions['actionable']} of them to be acted on."
+    counts = f"{decisions['made']} decisions, {decisions['actionable']} of them to be acted on."
+    figures = ("epoch", "adaptation_type", "layer", "confidence", "urgency", "curve_state", "explanation")
+    rows = [(*(one[name] for name in figures), _evidence(one["evidence"])) for one in decisions["not_acted_on"]]
+    if not rows:
+        return counts
+    header = ("epoch", "asked for", "layer", "confidence", "urgency", "curve", "why", "evidence")
+    return f"{counts} Not acted on:\n\n{_table(header, rows)}"
 
 
 def _adaptation(one: Mapping[str, Any]) -> str:
@@ -94,6 +105,7 @@ def _adaptation(one: Mapping[str, Any]) -> str:
             f"{_text(decision['urgency'])}, curve {_text(decision['curve_state'])}. {_text(decision['explanation'])}"
         )
         evidence = [(item["name"], item["value"], item["detail"]) for item in decision["evidence"]]
+        evidence += [(name, decision[name], meaning) for name, meaning in _BELIEFS if decision[name] is not None]
         lines += [_table(("evidence", "value", "meaning"), evidence)] if evidence else []
     trail = [(plan["created_at"], f"plan {plan['status']}", plan["step"], plan["reason"]) for plan in one["plans"]]
     trail += [
@@ -138,11 +150,15 @@ def _anomalies(anomalies: Sequence[Mapping[str, Any]]) -> str:
             one["first_seen_at"],
             one["last_seen_at"],
             "passed" if one["resolved"] else "open",
-            "; ".join(f"{item['name']} = {_text(item['value'])}" for item in one["evidence"]),
+            _evidence(one["evidence"]),
         )
         for one in anomalies
     ]
     return _table(("severity", "detector", "subject", "first", "last", "state", "evidence"), rows) if rows else "None."
+
+
+def _evidence(evidence: Iterable[Mapping[str, Any]]) -> str:
+    return "; ".join(f"{item['name']} = {_shown(item['value'])}" for item in evidence)
 
 
 def _audit(audit: Mapping[str, Any]) -> str:
@@ -161,8 +177,11 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _text(value: Any) -> str:
     """Give a value as one cell: what came over the wire cannot break the table or add markup of its own."""
+    flat = " ".join(_shown(value).split())
+    return "".join(f"\\{char}" if char in "\\|*`[]<>#" else char for char in flat)
+
+
+def _shown(value: Any) -> str:
     if value is None:
         return "not measured"
-    shown = f"{value:.6g}" if isinstance(value, float) else str(value)
-    flat = " ".join(shown.split())
-    return "".join(f"\\{char}" if char in "\\|*`[]<>#" else char for char in flat)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

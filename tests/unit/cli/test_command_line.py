@@ -60,6 +60,7 @@ SURFACE = {
     "runs list": "--json",
     "runs pause": "RUN_ID --timeout",
     "runs resume": "RUN_ID --timeout",
+    "runs decisions": "RUN_ID --acted-on --json",
     "runs explain": "ADAPTATION_ID --json --timeout",
     "runs rollback": "RUN_ID --timeout --to",
     "runs show": "RUN_ID --timeout",

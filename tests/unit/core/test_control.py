@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from esper.contracts.errors import InvalidInputError
+from esper.contracts.errors import CapacityExceededError, InvalidInputError
 from esper.core.control import ControlSplit
 from esper.core.losses import accuracy_of, per_example
 
@@ -92,3 +92,49 @@ def test_a_loader_that_cannot_serve_is_refused(batches: list[object], message: s
 def test_accuracy_is_absent_where_targets_are_no_classes() -> None:
     assert accuracy_of(torch.randn(4, 2), torch.randn(4, 2)) is None
     assert accuracy_of(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1])) == 0.5
+
+
+class _Counted(nn.Module):
+    """A linear map that counts its passes, and fails after some."""
+
+    def __init__(self, passes: int) -> None:
+        super().__init__()
+        self.map, self.left = nn.Linear(4, 3), passes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("a fault of the model")
+        out: torch.Tensor = self.map(x)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"),
+    [
+        ((torch.ones(2, 5), torch.zeros(2).long()), r"inputs \(2, 5\) torch.float32, targets \(2,\) torch.int64"),
+        ((torch.ones(2, 4).long(), torch.zeros(2).long()), r"inputs \(2, 4\) torch.int64"),
+        ((torch.ones(2, 4), torch.zeros(2, 5)), r"targets \(2, 5\) torch.float32"),
+    ],
+    ids=["inputs", "type", "targets"],
+)
+def test_a_loader_of_other_shapes_is_refused_in_the_first_pass(batch: object, got: str) -> None:
+    split = ControlSplit([(torch.ones(2, 4), torch.zeros(2).long()), batch], device=CPU)
+    with pytest.raises(InvalidInputError, match=f"control_loader must yield batches that model and loss take, .*{got}"):
+        split.evaluate(nn.Linear(4, 3), per_example(nn.CrossEntropyLoss()))
+
+
+def test_a_fault_of_the_model_later_on_is_not_laid_to_the_loader() -> None:
+    split = ControlSplit(loader(), device=CPU)
+    net = _Counted(passes=len(split.batches))
+    split.evaluate(net, per_example(nn.CrossEntropyLoss()))
+    with pytest.raises(RuntimeError, match=r"^a fault of the model$"):
+        split.evaluate(net, per_example(nn.CrossEntropyLoss()))
+
+
+def test_memory_that_ran_out_is_not_laid_to_the_loader() -> None:
+    def starved(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        raise MemoryError
+
+    with pytest.raises(CapacityExceededError, match="memory must suffice"):
+        ControlSplit(loader(), device=CPU).evaluate(nn.Linear(4, 3), starved)

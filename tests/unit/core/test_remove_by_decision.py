@@ -1,0 +1,96 @@
+"""``remove_seed`` as the policy asks for it: a fossil goes, its place in the budget comes back, and it is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import esper
+from esper.contracts.decision import AdaptationType, PlanStatus
+from esper.contracts.lifecycle import SeedLifecycleState as State
+from esper.contracts.run import AdaptationOutcome, Contribution, GateCheck
+from esper.telemetry.subjects import Kind
+
+PASSED = GateCheck(name="test", passed=True, detail="by test")
+
+
+def step(session: esper.Session, task: Any) -> None:
+    x, y = next(iter(task.train))
+    context = session._context
+    loss = context.loss_fn(context.model(x), y)
+    loss.backward()
+    session.step(loss)
+
+
+def fossil(session: esper.Session, task: Any, line: Any, decide: Any, kernel_for: Any) -> Any:
+    """Have a seed stand as a fossil at the first layer, however little it brought."""
+    decision = decide(session._context.model)
+    line.incoming += [decision, kernel_for(decision)]
+    step(session, task)
+    orchestrator = session.orchestrator
+    (adaptation,) = orchestrator.ongoing()
+    orchestrator._graft(adaptation, PASSED)
+    adaptation.contribution = Contribution(estimate=0.1, low=0.05, high=0.15, num_examples=100)
+    orchestrator._fossilize(adaptation, PASSED)
+    step(session, task)
+    return adaptation
+
+
+def removal(decide: Any, model: Any, **changes: Any) -> Any:
+    nothing = {"blueprint": None, "blueprint_id": "", "site": None}
+    fields = {"adaptation_type": AdaptationType.REMOVE_SEED, "explanation": "it fails", **nothing} | changes
+    return decide(model, **fields)
+
+
+def test_a_fossil_goes_for_good(task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any) -> None:
+    host = task.host()
+    names = list(host.state_dict())
+    model = esper.wrap(host)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    session = open_session(model, optimizer, budget=esper.Budget(added_params=200))
+    kept = fossil(session, task, line, decide, kernel_for)
+    assert session._context.ledger.status().added_parameters == kept.cost.parameters > 0
+    assert len(optimizer.state) > len(names)
+    decision = removal(decide, model)
+    line.incoming.append(decision)
+    session._take_in()
+    assert model.kasmina_layers["0"].find_seed(0) is None
+    assert list(model.state_dict()) == names
+    assert len(optimizer.state) == sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+    assert session._context.ledger.status().added_parameters == 0
+    report = session.report()
+    assert report.kept == ({item.id: item for item in report.adaptations}[decision.adaptation_id],)
+    assert {item.id: item.outcome for item in report.adaptations}[kept.id] == "culled"
+    told = [(one.adaptation_id, one.outcome, one.grew) for one in line.values(Kind.FIELD_REPORT)]
+    assert told == [
+        (kept.id, AdaptationOutcome.KEPT, True),
+        (decision.adaptation_id, AdaptationOutcome.KEPT, False),
+    ]
+    reasons = [event.reason for event in line.values(Kind.SEED) if event.to_state is State.CULLED]
+    assert reasons == ["it fails"]
+    plans = [plan.status for plan in line.values(Kind.PLAN) if plan.adaptation_id == decision.adaptation_id]
+    assert sorted(plans) == [PlanStatus.ACCEPTED, PlanStatus.COMPLETED]
+    step(session, task)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "live: seed 0 is DORMANT"),
+        ({"seed_index": 9}, "layer: seed must be 0 to 3, got 9"),
+        ({"layer": "7"}, "layer: there is no layer '7' with seeds"),
+    ],
+)
+def test_what_is_not_there_is_not_removed(
+    task: Any, line: Any, open_session: Any, decide: Any, changes: dict[str, Any], reason: str
+) -> None:
+    session = open_session()
+    step(session, task)
+    base = removal(decide, session._context.model)
+    line.incoming.append(type(base)(**{name: getattr(base, name) for name in base.__slots__} | changes))
+    session._take_in()
+    (plan,) = line.values(Kind.PLAN)
+    assert (plan.status, plan.reason) == (PlanStatus.REJECTED, reason)
+    assert session.orchestrator.adaptations == {}
