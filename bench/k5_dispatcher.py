@@ -84,7 +84,7 @@ def device_figures(seconds: float) -> list[Figure]:
     x, weights = torch.randn(64, 512, device=device), torch.randn(4, 512, 512, device=device)
     pieces = [partial(torch.matmul, x, weight) for weight in weights]
     streams: list[Any] = [torch.cuda.Stream(device) for _ in pieces]  # type: ignore[no-untyped-call]
-    ours = partial(_synchronized, partial(run_side_by_side, pieces, x, x))
+    ours = partial(_synchronized, partial(run_side_by_side, pieces, (x,)))
     by_hand = time_pair(
         ours, partial(_synchronized, partial(_on_streams_by_hand, pieces, x, streams)), seconds=seconds, calls=_CALLS
     )

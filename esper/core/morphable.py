@@ -21,6 +21,7 @@ from esper.execution.layers import KasminaLayer, kasmina_class_of
 from esper.execution.layers.base import NO_REPLICAS, NO_SCRIPT
 from esper.execution.layers.pulse import Pulse, arm
 from esper.execution.seed import Seed, extra_states
+from esper.execution.spread import agree_on_open
 from esper.execution.state import SeedStates
 from esper.telemetry.client import OonaClient
 
@@ -246,9 +247,16 @@ class MorphableModel(nn.Module):
     def settle_failures(self) -> int:
         """Read the failures that devices and compiled graphs have counted; gives how many there were.
 
-        Waits for the device, so it belongs at a step boundary, every few steps.
+        Waits for the device, so it belongs at a step boundary, every few steps. Where several ranks train the model it
+        waits for them, too, and must be called on all at the same step: a seed that has failed three times in a row on
+        one of them is cut off on all.
         """
-        return sum(layer.settle_failures() for layer in self.kasmina_layers.values() if layer.live_seeds())
+        holders = [layer for layer in self.kasmina_layers.values() if layer.live_seeds()]
+        found = sum(layer.settle_failures() for layer in holders)
+        owners = {seed: layer for layer in holders for seed in layer.live_seeds() if seed.breaker.ranks is not None}
+        for seed in agree_on_open(list(owners)):
+            owners[seed].cut_off(seed)
+        return found
 
     def require_dormant(self) -> None:
         """Check that no kernel stands anywhere.

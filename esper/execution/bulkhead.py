@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from esper.execution.circuit_breaker import FailureKind, KernelFaultError, fault_of, is_finite
-from esper.execution.device_guard import gated
 from esper.execution.gradient_gate import GradientGate, note_backward, readable, zeroed
 from esper.execution.pass_watch import WATCH_INTERVAL_PASSES, Deadline, MemoryWatch, storages_of
 
@@ -57,16 +56,6 @@ def run_kernel(layer: SeedHolder, seed: Seed, x: Tensor, h: Tensor, gate: Gradie
     except Exception:
         torch.set_rng_state(state)
         raise
-
-
-def run_private(seed: Seed, x: Tensor, h: Tensor) -> Tensor:
-    """Give the kernel's delta inside a compiled graph, where no bulkhead is: it sees gated values, or copies of them.
-
-    A closed kernel has no hooks, so its ``forward`` is asked: its call would be guarded class by class.
-    """
-    x, h = gated(readable(x)), gated(readable(h))
-    delta: Tensor = seed.kernel.forward(x, h) if is_closed(seed) else seed.kernel(x.clone(), h.clone())
-    return delta
 
 
 def is_closed(seed: Seed) -> bool:

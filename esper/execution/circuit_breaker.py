@@ -15,6 +15,7 @@ from esper.execution.health import is_real_tensor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch.distributed import ProcessGroup
     from torch.multiprocessing.reductions import StorageWeakRef
 
     from esper.execution.gradient_gate import GradientGate
@@ -62,6 +63,8 @@ class CircuitBreaker:
         """Steps in a row whose gradients overflowed and were left to a gradient scaler."""
         self.gate: GradientGate | None = None
         """What watches the kernel's parameters while a backward pass goes on whose gradients ranks average."""
+        self.ranks: ProcessGroup | None = None
+        """Ranks that train the seed together, none of which may cut it off alone; ``None`` without others."""
 
     @property
     def is_open(self) -> bool:
@@ -69,8 +72,9 @@ class CircuitBreaker:
         return self.failures_in_row >= self.limit
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy must not free what the weak references of another hold, nor watch another's backward pass.
-        return {**self.__dict__, "over": [], "gate": None}
+        # A copy must not free what the weak references of another hold, nor watch another's backward pass; nor has
+        # it been spread over ranks.
+        return {**self.__dict__, "over": [], "gate": None, "ranks": None}
 
     def note_success(self) -> None:
         """Note a sound forward pass: it ends the row of failures, unless the last backward pass failed."""

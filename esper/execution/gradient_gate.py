@@ -12,8 +12,10 @@ Under float16 a gradient that overflows belongs to training: a gradient scaler s
 its scale. There the weights' gradients stay as they are, and no kernel is blamed, for ``SCALER_PATIENCE`` steps in a
 row: what overflows still is the kernel's fault, and would let no step be taken for ever.
 
-Where ranks average gradients, each is looked at before ``DistributedDataParallel`` sees it: it begins to average while
-the backward pass goes on, and what it has averaged comes to the parameters when that is over.
+Where ranks average gradients, each is looked at before it is averaged: ``DistributedDataParallel`` and ``fully_shard``
+begin with that while the backward pass goes on, and what they have averaged comes to the parameters when it is over. A
+layer that ``fully_shard`` manages shows its kernels whole while they run, so the hooks stand on those whole parameters,
+which ``fully_shard`` keeps from pass to pass.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from esper.execution.circuit_breaker import FailureKind, are_finite, is_finite
 from esper.execution.device_guard import gated
+from esper.execution.spread import is_sharded
 
 if TYPE_CHECKING:
     from esper.execution.layers.holder import SeedHolder
@@ -64,7 +67,7 @@ class GradientGate:
 
     def __init__(self, layer: SeedHolder, h: Tensor, *, is_averaged: bool = False) -> None:
         self.layer = layer
-        self.is_scaled = h.dtype is torch.float16 or _autocasts_to_half(h.device.type)
+        self.is_scaled = h.dtype is torch.float16 or autocasts_to_half(h.device.type)
         self.is_averaged = is_averaged
         self.seeds: list[Seed] = []
         self.views: dict[str, Tensor] = {}
@@ -77,7 +80,8 @@ class GradientGate:
     def inputs(self, seed: Seed, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """Give x and h for a kernel to read."""
         self.seeds.append(seed)
-        if self.is_averaged:
+        if self.is_averaged or is_sharded(seed):
+            self.is_averaged = True
             _watch_parameters(seed)
         view = self.views.get(seed.source)
         if view is None:
@@ -205,7 +209,8 @@ def _stop_gradient(seed_ref: ReferenceType[Seed], gradient: Tensor) -> Tensor | 
     return None if seed is None or gate is None else gate.stop(seed, gradient)
 
 
-def _autocasts_to_half(device_type: str) -> bool:
+def autocasts_to_half(device_type: str) -> bool:
+    """Whether autocast is on for float16."""
     return torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) is torch.float16
 
 

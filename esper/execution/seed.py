@@ -129,7 +129,8 @@ class Seed(nn.Module):
 
     def scaled(self, delta: Tensor, like: Tensor) -> Tensor:
         """Give the delta times the alpha of the seed's mode, in the dtype of ``like``."""
-        weight = self.weight
+        name = self.mode._value_  # as in `weight`: a property is six guards of a compiled graph
+        weight = self._buffers[name] if name else None
         scaled = delta if weight is None else delta * weight
         return scaled if scaled.dtype is like.dtype else scaled.to(like.dtype)
 

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import Any, Final, NoReturn
 
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from esper.contracts.errors import InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import Contribution, HealthSummary, LayerStatus, SeedStatus
-from esper.execution.layers.forward import kasmina_forward
+from esper.execution.layers.forms import form_of
 from esper.execution.layers.germination import Germination
-from esper.execution.layers.graphs import traced_forward
+from esper.execution.layers.graphs import busy_forward, settle_common
 from esper.telemetry.client import OonaClient
 
 NO_REPLICAS: Final = (
@@ -32,31 +31,45 @@ class KasminaLayer(Germination):
     Everything but reading state is for the training thread.
     """
 
-    def busy_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Give the parent's output, plus what the live seeds add; measure the pass where it is due.
+    busy_forward = busy_forward
+    """What ``forward`` is while seeds take part or a pass is to be measured: that of the class's busy form.
 
-        Stands in the instance as ``forward`` while seeds take part or a pass is to be measured, and only then.
-        """
-        if is_compiling():
-            return traced_forward(self, args, kwargs)
-        return kasmina_forward(self, args, kwargs)
+    A layer whose class others derived, or with a ``forward`` of the user's in its instance, has it in its instance.
+    """
 
     def refresh_forward(self) -> None:
         """Put ``busy_forward`` in the way or take it away, by whether there is anything to do.
 
         A ``forward`` that the user has put into the instance stays in force: below ours where it was there first, and
-        around ours where it came later.
+        around ours where it came later. A class that others derived from the busy form stays busy.
         """
         record, own = self._kasmina, self.__dict__
-        if not record.is_plain:
-            if not record.is_installed or "forward" not in own:
-                record.displaced, record.is_installed = own.get("forward"), True
-                object.__setattr__(self, "forward", self.busy_forward)  # into the dictionary itself it takes 768 bytes
-        elif record.is_installed:
-            self.remove_forward()
+        form = form_of(type(self), is_busy=not record.is_plain)
+        if form is not None and "forward" not in own:
+            object.__setattr__(self, "__class__", form)
+            record.displaced, record.is_installed = None, False
+        elif record.is_plain:
+            self._uninstall_forward()
+        elif not record.is_installed or "forward" not in own:
+            self._install_forward()
+        settle_common(record)
 
     def remove_forward(self) -> None:
-        """Take ``busy_forward`` away, unless something else stands around it by now."""
+        """Take ``busy_forward`` away, whatever there is to do: out of the instance, and by the form at rest."""
+        self._uninstall_forward()
+        form = form_of(type(self), is_busy=False)
+        if form is not None:
+            object.__setattr__(self, "__class__", form)
+
+    def _install_forward(self) -> None:
+        """Put ``busy_forward`` into the instance, unless the class has it."""
+        record, own = self._kasmina, self.__dict__
+        if type(self).forward is not KasminaLayer.busy_forward:
+            record.displaced, record.is_installed = own.get("forward"), True
+            object.__setattr__(self, "forward", self.busy_forward)
+
+    def _uninstall_forward(self) -> None:
+        """Take ``busy_forward`` out of the instance, unless something else stands around it by now."""
         record, own = self._kasmina, self.__dict__
         if getattr(own.get("forward"), "__func__", None) is not KasminaLayer.busy_forward:
             return
@@ -158,7 +171,7 @@ class KasminaLayer(Germination):
     def record_contribution(self, seed_idx: int, contribution: Contribution) -> None:
         """Note the measured effect of a seed; a later one replaces it, and freeing the seed forgets it."""
         self.state_layout.index(seed_idx)
-        self._kasmina.contributions[seed_idx] = contribution
+        self._kasmina.note_contribution(seed_idx, contribution)
 
     def layer_status(self) -> LayerStatus:
         """Give the layer as a state packet shows it."""

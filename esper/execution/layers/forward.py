@@ -23,6 +23,7 @@ from esper.execution.layers.recompute import checkpointed_part, is_recomputing
 from esper.execution.layers.record import LayerRecord, PendingSignal
 from esper.execution.seed import Seed
 from esper.execution.shares import Share, checked_sum
+from esper.execution.spread import with_absent
 
 if TYPE_CHECKING:
     from esper.execution.layers.base import KasminaLayer
@@ -95,13 +96,13 @@ def _sum_on_cpu(layer: KasminaLayer, x: Tensor, h: Tensor, *, sampled: bool, rec
     """
     total, is_small = h, h.numel() <= _SMALL_NUMEL
     small: list[Share] = []
+    absent: list[Seed] = []
     shared = _new_gate(layer, h)
     for seed in layer._kasmina.terms:
-        if seed.is_silent:
-            continue
         start_ns = time.perf_counter_ns() if sampled else 0
-        delta = _delta(layer, seed, x, h, shared, recomputing=recomputing)
+        delta = None if seed.is_silent else _delta(layer, seed, x, h, shared, recomputing=recomputing)
         if delta is None:
+            absent.append(seed)
             continue
         if sampled:
             _measure_seed(layer, seed, delta, (time.perf_counter_ns() - start_ns) / 1e6)
@@ -111,21 +112,37 @@ def _sum_on_cpu(layer: KasminaLayer, x: Tensor, h: Tensor, *, sampled: bool, rec
         contribution = seed.scaled(delta, h)
         if _passes(layer, seed, contribution, recomputing=recomputing):
             total = total + contribution
+        else:
+            absent.append(seed)
     if small:
-        total = _sum_of_small(layer, h, small, recomputing=recomputing)
+        total = _sum_of_small(layer, h, small, absent, recomputing=recomputing)
     if shared is not None:
         shared.close(None if total is h else total)
-    return total
+    return _answer_for(total, absent) if absent else total
 
 
-def _sum_of_small(layer: KasminaLayer, h: Tensor, shares: Sequence[Share], *, recomputing: bool) -> Tensor:
+def _answer_for(total: Tensor, absent: Sequence[Seed]) -> Tensor:
+    """Give the output so that other ranks do not wait for gradients of seeds that take no part in it here."""
+    awaited = [seed for seed in absent if seed.breaker.ranks is not None]
+    return with_absent(total, awaited) if awaited else total
+
+
+def _sum_of_small(
+    layer: KasminaLayer, h: Tensor, shares: Sequence[Share], absent: list[Seed], *, recomputing: bool
+) -> Tensor:
     total = checked_sum(h, shares)
     if total is not None:
         if not recomputing:
             _note_passes(layer, [seed for seed, _ in shares])
         return total
-    each = [(seed, seed.scaled(delta, h)) for seed, delta in shares]
-    return sum((value for seed, value in each if _passes(layer, seed, value, recomputing=recomputing)), start=h)
+    total = h
+    for seed, delta in shares:
+        contribution = seed.scaled(delta, h)
+        if _passes(layer, seed, contribution, recomputing=recomputing):
+            total = total + contribution
+        else:
+            absent.append(seed)
+    return total
 
 
 def _new_gate(layer: KasminaLayer, h: Tensor) -> GradientGate | None:
@@ -163,9 +180,10 @@ def _delta(
 
     Without a shared gate it has its own.
     """
-    if seed.breaker.is_open and not recomputing and layer._kasmina.waiting_since is None and not is_averaged():
-        # It failed in a backward pass, where nothing may be moved; nor by one rank alone, as the others wait for it.
-        layer.cut_off(seed)
+    if seed.breaker.is_open and not recomputing and layer._kasmina.waiting_since is None:
+        # It failed in a backward pass, where nothing may be moved; ranks that train it together settle it together.
+        if seed.breaker.ranks is None:
+            layer.cut_off(seed)
         return None
     try:
         x = _input_for(layer, seed, x)
@@ -208,11 +226,15 @@ def _run_behind_own_gate(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor) 
 def _sum_on_device(layer: KasminaLayer, x: Tensor, h: Tensor, *, recomputing: bool) -> Tensor:
     """Run the seeds side by side; whether a delta is finite is left to the device."""
     total, live = h, [seed for seed in layer._kasmina.terms if not seed.is_silent]
+    absent = [seed for seed in layer._kasmina.terms if seed.is_silent]
     pieces = [partial(_guarded_contribution, layer, seed, x, h, recomputing=recomputing) for seed in live]
-    for contribution in run_side_by_side(pieces, (x, h, *layer._kasmina.skips.on(h.device))):
+    found = run_side_by_side(pieces, (x, h, *layer._kasmina.skips.on(h.device)))
+    for seed, contribution in zip(live, found, strict=True):
         if contribution is not None:
             total = total + contribution
-    return total
+        else:
+            absent.append(seed)
+    return _answer_for(total, absent) if absent else total
 
 
 def _guarded_contribution(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor, *, recomputing: bool) -> Tensor | None:
@@ -222,6 +244,7 @@ def _guarded_contribution(layer: KasminaLayer, seed: Seed, x: Tensor, h: Tensor,
     if not recomputing:
         layout = layer._kasmina.state_layout
         layout.states.layout.count_forward(layout.first + seed.index)
+        seed.breaker.note_success()  # of what the host sees; the device keeps a row of its own for deltas
     return guarded(seed, delta, h, counted=not recomputing)
 
 

@@ -41,7 +41,7 @@ class SeedHolder(nn.Module):
     """The part of a Kasmina layer that holds seeds. Training thread only, but for reading states."""
 
     host_class: ClassVar[type[nn.Module]]
-    """Class of the layer before it was wrapped."""
+    """Class that this one stands in for: the layer's before it was wrapped, or the form at rest of a busy one."""
     site_kind: ClassVar[SiteKind]
     """Kind of site that the layer is."""
 
@@ -162,10 +162,12 @@ class SeedHolder(nn.Module):
         for seed in self.live_seeds():
             state = self.state_layout.state(seed.index)
             alpha = float(self.state_layout.alpha_blend[seed.index])
+            # The other ranks go on waiting for its gradients: DistributedDataParallel does not let a parameter go.
+            owes = state is SeedLifecycleState.ERROR and seed.breaker.ranks is not None
             whole = state is SeedLifecycleState.FOSSILIZED and alpha == 1.0
             seed.mode = BlendMode.WHOLE if whole else BlendMode.ALPHA
             seed.is_silent = alpha == 0.0
-            if state in _BLENDED:
+            if state in _BLENDED or owes:
                 terms.append(seed)
         standing = tuple((seed, seed.mode) for seed in terms)
         if standing != self._kasmina.standing:
@@ -218,7 +220,7 @@ class SeedHolder(nn.Module):
                 del self._modules["seeds"]
         self.state_layout.set_alpha(seed_idx, 0.0)
         self.state_layout.set_kernel(seed_idx, 0, 0)
-        self._kasmina.contributions.pop(seed_idx, None)
+        self._kasmina.note_contribution(seed_idx, None)
 
     def placement(self) -> Placement:
         """Give the device and floating type of the layer's own parameters."""
@@ -243,8 +245,9 @@ class SeedHolder(nn.Module):
             "seed_cut_off" if is_open else "seed_failed",
             extra={"layer": self.layer_name, "seed_index": seed.index, "kind": kind.value, "detail": detail},
         )
-        # Inside a backward pass nothing may be moved that autograd has yet to replay; the next pass does it.
-        if is_open and not is_recomputing():
+        # Inside a backward pass nothing may be moved that autograd has yet to replay; the next pass does it. Where
+        # ranks train the seed together, they settle it together.
+        if is_open and seed.breaker.ranks is None and not is_recomputing():
             if may_be_recomputed():
                 self._kasmina.wait_for_recomputation()
             else:
@@ -283,7 +286,7 @@ class SeedHolder(nn.Module):
             if failures:
                 detail = "delta holds NaN or infinity"
                 self._note_failures(seed, FailureKind.NON_FINITE, detail, times=failures, in_row=in_row)
-            elif seed.breaker.is_open:
+            elif seed.breaker.is_open and seed.breaker.ranks is None:
                 self.cut_off(seed)
         return found
 

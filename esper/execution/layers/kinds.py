@@ -13,7 +13,7 @@ from esper.execution.layers.registry import add_class
 
 
 @add_class
-class KasminaLinear(KasminaLayer, nn.Linear):
+class KasminaLinear(nn.Linear, KasminaLayer):
     """``nn.Linear`` that can hold seeds."""
 
     host_class = nn.Linear
@@ -25,7 +25,7 @@ class KasminaLinear(KasminaLayer, nn.Linear):
 
 
 @add_class
-class KasminaConv1d(KasminaLayer, nn.Conv1d):
+class KasminaConv1d(nn.Conv1d, KasminaLayer):
     """``nn.Conv1d`` that can hold seeds."""
 
     host_class = nn.Conv1d
@@ -37,7 +37,7 @@ class KasminaConv1d(KasminaLayer, nn.Conv1d):
 
 
 @add_class
-class KasminaConv2d(KasminaLayer, nn.Conv2d):
+class KasminaConv2d(nn.Conv2d, KasminaLayer):
     """``nn.Conv2d`` that can hold seeds."""
 
     host_class = nn.Conv2d
@@ -49,7 +49,7 @@ class KasminaConv2d(KasminaLayer, nn.Conv2d):
 
 
 @add_class
-class KasminaLayerNorm(KasminaLayer, nn.LayerNorm):
+class KasminaLayerNorm(nn.LayerNorm, KasminaLayer):
     """``nn.LayerNorm`` that can hold seeds."""
 
     host_class = nn.LayerNorm
@@ -61,7 +61,7 @@ class KasminaLayerNorm(KasminaLayer, nn.LayerNorm):
 
 
 @add_class
-class KasminaBatchNorm1d(KasminaLayer, nn.BatchNorm1d):
+class KasminaBatchNorm1d(nn.BatchNorm1d, KasminaLayer):
     """``nn.BatchNorm1d`` that can hold seeds."""
 
     host_class = nn.BatchNorm1d
@@ -69,7 +69,7 @@ class KasminaBatchNorm1d(KasminaLayer, nn.BatchNorm1d):
 
 
 @add_class
-class KasminaBatchNorm2d(KasminaLayer, nn.BatchNorm2d):
+class KasminaBatchNorm2d(nn.BatchNorm2d, KasminaLayer):
     """``nn.BatchNorm2d`` that can hold seeds."""
 
     host_class = nn.BatchNorm2d
@@ -77,7 +77,7 @@ class KasminaBatchNorm2d(KasminaLayer, nn.BatchNorm2d):
 
 
 @add_class
-class KasminaMultiheadAttention(KasminaLayer, nn.MultiheadAttention):
+class KasminaMultiheadAttention(nn.MultiheadAttention, KasminaLayer):
     """``nn.MultiheadAttention`` that can hold seeds: x is the query, h the attention's output, both batch first."""
 
     host_class = nn.MultiheadAttention

@@ -1,7 +1,7 @@
 """Which passes of a model its layers measure: decided once a pass for all of them, so that a layer need not ask.
 
-A layer that is to measure its next forward pass is *armed*: ``busy_forward`` stands before its parent's ``forward``
-until that pass has come by. All others run their parent's ``forward`` itself.
+A layer that is to measure its next forward pass is *armed*: it is in its busy form (``forms``), with ``busy_forward``
+before its parent's ``forward``, until that pass has come by. All others run their parent's ``forward`` itself.
 """
 
 from __future__ import annotations

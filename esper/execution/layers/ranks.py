@@ -1,4 +1,4 @@
-"""Models spread over ranks: a seed must be part of what the ranks agree on before it takes part.
+"""Models spread over ranks: a seed must be part of what the ranks agree on before it takes part, and while it does.
 
 ``DistributedDataParallel`` averages the gradients of the parameters it found when it was made, and ``fully_shard``
 shards those. Parameters that come later would be trained by each rank for itself, and the ranks drift apart unnoticed.
@@ -14,6 +14,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from esper.contracts.errors import InvalidStateError
+from esper.execution.spread import is_sharded
 
 if TYPE_CHECKING:
     from esper.execution.layers.holder import SeedHolder
@@ -36,11 +37,16 @@ def is_averaged() -> bool:
 def require_synchronised(layer: SeedHolder, seeds: Iterable[Seed]) -> None:
     """Check, inside a pass of ``DistributedDataParallel``, that it averages the gradients of these seeds.
 
+    Each breaker is told which ranks have a say in cutting its seed off.
+
     Raises:
         InvalidStateError: A seed was planted after it was made, and there is more than one rank.
     """
     parallel = DistributedDataParallel._active_ddp_module
     if parallel is None or parallel.process_group.size() == 1:
+        for seed in seeds:
+            if is_sharded(seed):
+                seed.breaker.ranks = distributed.group.WORLD
         return
     known = _known.get(parallel)
     if known is None:
@@ -52,6 +58,7 @@ def require_synchronised(layer: SeedHolder, seeds: Iterable[Seed]) -> None:
                 "made, got one planted later, whose gradients it does not average: make a new "
                 "DistributedDataParallel(model) after growing"
             )
+        seed.breaker.ranks = parallel.process_group
 
 
 def require_whole(layer: SeedHolder) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from torch import nn
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 DEFAULT_TELEMETRY_INTERVAL_STEPS: Final = 128
 """A layer measures its first forward pass and then one in every 128th pass of the model."""
+
+_NO_CONTRIBUTIONS: Final[Mapping[int, Contribution]] = {}
+"""Shared by all layers without any: an empty dictionary of its own would be 64 bytes a layer. Nobody writes to it."""
 
 
 class KernelSource(Protocol):
@@ -96,6 +99,7 @@ class LayerRecord:
         "guards",
         "has_separate_gates",
         "is_armed",
+        "is_common",
         "is_installed",
         "is_paused",
         "is_read",
@@ -139,12 +143,13 @@ class LayerRecord:
         self.standing: tuple[tuple[Seed, BlendMode], ...] = ()
         self.has_separate_gates = False
         self.guards: tuple[NestedPathGuard, ...] = ()
+        self.is_common = True
         self.is_installed = False
         self.displaced: Callable[..., Any] | None = None
         self.num_samples = 0
         self._health: RollingHealth | None = None
         self.pending: PendingSignal | None = None
-        self.contributions: dict[int, Contribution] = {}
+        self.contributions: Mapping[int, Contribution] = _NO_CONTRIBUTIONS
         self.num_kept = 0
         self.is_read = False
         self.order = 0
@@ -215,6 +220,12 @@ class LayerRecord:
             gradient_variance,
             pending.watch.elapsed_ms(),
         )
+
+    def note_contribution(self, seed_idx: int, contribution: Contribution | None) -> None:
+        """Keep the measured effect of a seed; ``None`` forgets it."""
+        others = {index: known for index, known in self.contributions.items() if index != seed_idx}
+        added = {} if contribution is None else {seed_idx: contribution}
+        self.contributions = (others | added) or _NO_CONTRIBUTIONS
 
     def settle(self) -> None:
         """Publish what is pending, with what has arrived from the device by now; waits for nothing."""

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import copyreg
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from torch import nn
 
 from esper.contracts.blueprint import SiteKind
 from esper.contracts.errors import AlreadyExistsError, InvalidInputError, UnsupportedLayerError
 from esper.execution.layers.base import KasminaLayer
+from esper.execution.layers.forms import form_of, pair_forms
 
 _CLASSES: dict[type[nn.Module], type[KasminaLayer]] = {}
+_ASKED_WHILE_TRACED: Final = (
+    "seed_input",
+    "seed_output",
+    "with_output",
+    "unbatched_dims",
+    "to_site",
+    "from_site",
+)
 
 
 def add_class(cls: type[KasminaLayer]) -> type[KasminaLayer]:
@@ -23,8 +32,28 @@ def add_class(cls: type[KasminaLayer]) -> type[KasminaLayer]:
     taken = _CLASSES.get(cls.host_class)
     if taken is not None and taken is not cls:
         raise AlreadyExistsError(f"{cls.host_class.__name__} must be registered once, got {taken.__name__} already")
-    _CLASSES[cls.host_class] = cls
+    if taken is None:
+        _CLASSES[cls.host_class] = cls
+        pair_forms(cls, _busy_form(cls))
     return cls
+
+
+def _busy_form(cls: type[KasminaLayer]) -> type[KasminaLayer]:
+    """Give the busy form of a class, which it stands in for as that does for the layer's own class.
+
+    It goes by the same name: what a layer is called does not change while it is busy.
+    """
+    body: dict[str, Any] = {
+        "host_class": cls,
+        "forward": KasminaLayer.busy_forward,
+        "__reduce_ex__": _reduce_by_host_class,
+        "__doc__": cls.__doc__,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        # Found at once: dynamo has a guard for each class that it passes over on its way to an attribute.
+        **{name: getattr(cls, name) for name in _ASKED_WHILE_TRACED},
+    }
+    return type(cls.__name__, (cls,), body)
 
 
 def register_layer(layer_class: type[nn.Module], *, kind: SiteKind) -> type[KasminaLayer]:
@@ -56,20 +85,25 @@ def register_layer(layer_class: type[nn.Module], *, kind: SiteKind) -> type[Kasm
 def _reduce_by_host_class(layer: KasminaLayer, protocol: int) -> tuple[Any, ...]:
     """Pickle a layer under its host's class: its own was made at run time, so no import finds it."""
     made, args, *rest = cast("tuple[Any, ...]", super(KasminaLayer, layer).__reduce_ex__(max(protocol, 2)))
-    host_class = type(layer).host_class
-    if made is copyreg.__newobj__ and args == (_CLASSES[host_class],):  # type: ignore[attr-defined]
-        return (_bare_layer, (host_class,), *rest)
+    cls = type(layer)
+    at_rest = form_of(cls, is_busy=False)
+    if at_rest is not None and made is copyreg.__newobj__ and args == (cls,):  # type: ignore[attr-defined]
+        return (_bare_layer, (at_rest.host_class, cls is not at_rest), *rest)
     return (made, args, *rest)
 
 
-def _bare_layer(layer_class: type[nn.Module]) -> KasminaLayer:
-    kasmina_class = require_kasmina_class(layer_class)
-    return kasmina_class.__new__(kasmina_class)
+def _bare_layer(layer_class: type[nn.Module], is_busy: bool) -> KasminaLayer:
+    form = form_of(require_kasmina_class(layer_class), is_busy=is_busy)
+    assert form is not None
+    return form.__new__(form)
 
 
 def kasmina_class_of(layer_class: type[nn.Module]) -> type[KasminaLayer] | None:
-    """Give the class that stands in for a layer class; ``None`` where that kind cannot hold seeds."""
-    return _CLASSES.get(layer_class)
+    """Give the class that stands in for a layer class; ``None`` where that kind cannot hold seeds.
+
+    For a class that can hold seeds it is the busy form.
+    """
+    return _CLASSES.get(layer_class) or form_of(layer_class, is_busy=True)
 
 
 def require_kasmina_class(layer_class: type[nn.Module]) -> type[KasminaLayer]:

@@ -50,7 +50,7 @@ def test_bytes_are_counted() -> None:
     assert native.value is not None
     assert python.value is not None
     assert native.value > 0
-    assert python.value > native.value
+    assert 16 < python.value < 160, "a name more in each layer's dictionary than Python has room for takes it to 340"
 
 
 def test_added_time_is_measured() -> None:

@@ -130,7 +130,8 @@ def _refuses_sharded_layers(rank: int) -> None:
     model(batch).sum().backward()
 
 
-def _stops_overflow(rank: int) -> None:
+def overflowing() -> tuple[Any, Tensor, nn.Parameter]:
+    """Give a host whose seed has a weight, given too, at which a large loss has too large a gradient; and a batch."""
     model, batch = spread_host()
     layer = model[3]
     layer.germinate(0, default_registry().create_blueprint("bottleneck_adapter").ir)
@@ -140,15 +141,33 @@ def _stops_overflow(rank: int) -> None:
     with torch.no_grad():
         weights["node_down.weight"].mul_(1e36)
         weights["node_up.weight"].zero_()
+    return model, batch, weights["node_up.weight"]
+
+
+def _stops_overflow_in_a_graph(rank: int) -> None:
+    model, batch, weight = overflowing()
     parallel = DistributedDataParallel(model)
+    compiled = torch.compile(parallel, backend="aot_eager")
+    for failures in (1, 2):
+        parallel.zero_grad()
+        (compiled(batch.chunk(2)[rank]).square().sum() * (1e6 if rank == 0 else 1e-6)).backward()
+        assert all(torch.isfinite(parameter.grad).all() for parameter in parallel.parameters())
+        assert is_equal_everywhere(weight.grad)
+        assert model[3].state_layout.errors[0] == (failures if rank == 0 else 0)
+
+
+def _stops_overflow(rank: int) -> None:
+    model, batch, weight = overflowing()
+    layer, parallel = model[3], DistributedDataParallel(model)
     share = batch.chunk(2)[rank]
     for failures in range(1, FAILURE_LIMIT + 2):
         parallel.zero_grad()
         # Of the first rank's loss the gradient at one weight is above what float32 holds.
         (parallel(share).square().sum() * (1e6 if rank == 0 else 1e-6)).backward()
         assert all(torch.isfinite(parameter.grad).all() for parameter in parallel.parameters())
-        assert is_equal_everywhere(weights["node_up.weight"].grad)
-        assert layer.state_layout.errors[0] == (failures if rank == 0 else 0)
+        assert is_equal_everywhere(weight.grad)
+        # Once its breaker is open it is not run any more.
+        assert layer.state_layout.errors[0] == (min(failures, FAILURE_LIMIT) if rank == 0 else 0)
     # One rank that cut it off alone would leave the other waiting for its gradients.
     assert layer.state_layout.state(0) is State.EVALUATING
     assert layer.find_seed(0).breaker.is_open is (rank == 0)
@@ -206,6 +225,7 @@ def _in_turn(rank: int) -> None:
     for work in (
         _synchronises,
         _stops_overflow,
+        _stops_overflow_in_a_graph,
         _leaves_a_loss_that_is_not_finite,
         _refuses_later_seeds,
         _refuses_sharded_layers,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from esper.blueprints import default_registry
 from esper.contracts.lifecycle import SeedLifecycleState as State
 from esper.execution.circuit_breaker import FAILURE_LIMIT
 
@@ -108,3 +109,61 @@ def test_a_seed_cut_off_while_a_compiled_frame_runs_may_drop_that_frame(warm: An
             warm.model.settle_failures()
     assert layer.state_layout.state(0) is State.ERROR
     assert torch.equal(compiled(warm.x), warm.twin(warm.x))
+
+
+@pytest.fixture
+def overflowing(warm: Any) -> Any:
+    """A pair whose seed has a weight at which the gradient of a large loss is above what float32 holds."""
+    layer = warm.model.layer1
+    layer.germinate(0, default_registry().create_blueprint("bottleneck_adapter").ir)
+    layer.transition(0, State.EVALUATING)
+    layer.set_alpha(0, 0.5)
+    weights = dict(layer.find_seed(0).kernel.named_parameters())
+    with torch.no_grad():
+        weights["node_down.weight"].mul_(1e36)
+        weights["node_up.weight"].zero_()
+    return warm
+
+
+def test_gradients_that_overflow_in_a_graph_reach_no_norm_over_all_of_them(overflowing: Any) -> None:
+    model, layer = overflowing.model, overflowing.model.layer1
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for failures in range(1, FAILURE_LIMIT + 1):
+        model.zero_grad()
+        overflowing.twin.zero_grad()
+        (compiled(overflowing.x).square().sum() * 1e6).backward()
+        (overflowing.twin(overflowing.x).square().sum() * 1e6).backward()
+        assert overflowing.same_gradients()
+        assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+        assert layer.state_layout.errors[0] == failures
+    model.settle_failures()
+    assert layer.state_layout.state(0) is State.ERROR
+
+
+def test_a_sound_compiled_pass_ends_the_row(overflowing: Any) -> None:
+    compiled = torch.compile(overflowing.model, backend="aot_eager", fullgraph=True)
+    for scale in (1e6, 1e-30, 1e6, 1e-30, 1e6, 1e-30):
+        overflowing.model.zero_grad()
+        (compiled(overflowing.x).square().sum() * scale).backward()
+    overflowing.model.settle_failures()
+    assert overflowing.model.layer1.state_layout.errors[0] == 3
+    assert overflowing.model.layer1.state_layout.state(0) is State.EVALUATING
+
+
+def test_a_loss_that_is_not_finite_is_no_fault_of_a_kernel_in_a_graph(overflowing: Any) -> None:
+    compiled = torch.compile(overflowing.model, backend="aot_eager", fullgraph=True)
+    (compiled(overflowing.x).square().sum() * torch.inf).backward()
+    assert overflowing.model.layer1.state_layout.errors[0] == 0
+    gradients = [parameter.grad for parameter in overflowing.model.layer1.seed_parameters(0)]
+    assert not all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_eager_passes_of_a_compiled_model_count_a_failure_once(overflowing: Any) -> None:
+    compiled = torch.compile(overflowing.model, backend="aot_eager", fullgraph=True)
+    (compiled(overflowing.x).square().sum() * 1e-30).backward()
+    for failures in range(1, FAILURE_LIMIT + 1):
+        overflowing.model.zero_grad()
+        (overflowing.model(overflowing.x).square().sum() * 1e6).backward()
+        assert overflowing.model.layer1.state_layout.errors[0] == failures
+    overflowing.model(overflowing.x)
+    assert overflowing.model.layer1.state_layout.state(0) is State.ERROR

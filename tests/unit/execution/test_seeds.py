@@ -276,6 +276,7 @@ def test_statistics_speak_of_what_was_measured(warm: Any, scale: Any) -> None:
     assert 0 < stats["kernel_execution_latency_ms"] < 5.0
     assert stats["successful_adaptations"] == 1
     assert stats["performance_improvement"] == pytest.approx(0.2)
+    assert warm.model.head.get_layer_stats()["performance_improvement"] is None
     assert stats["seeds_by_state"]["fossilized"] == 1
     layer.clear_seed(0)
     assert layer.get_layer_stats()["performance_improvement"] is None
