@@ -24,6 +24,7 @@ from torch import nn
 from bench import hosts
 from bench.incubation_arms import (
     ARMS,
+    DAMPED,
     HOSTS,
     INCUBATION_EPOCHS,
     PRETRAIN_EPOCHS,
@@ -43,9 +44,9 @@ TOYS: Final[Mapping[str, float]] = {"toy, even": 1.0, "toy, stretched": 0.3}
 """Least stretch of the map behind the site; the greatest is 1."""
 TOY_STEPS: Final = 200
 """Steps of the toy."""
-TOY_ARMS: Final = tuple(arm for arm in ARMS if arm != "trial, norms by batch")
-"""The toy has no norms."""
-TIMED: Final = (WHOLE, "trial, half", "trial, quarter", "local, reach 0.3")
+TOY_ARMS: Final = tuple(arm for arm in ARMS if arm != "trial, norms by batch" and not arm.startswith("damped"))
+"""The toy has no norms, and a squared error takes no damping (decision 0015)."""
+TIMED: Final = (WHOLE, DAMPED, "trial, half", "trial, quarter", "local, reach 0.3")
 """Ways whose steps are timed; of all others that differ FLOPs are counted."""
 MEASURED: Final = "local, reach measured"
 

@@ -40,7 +40,10 @@ WHOLE: Final = "trial, whole batch"
 GENTLE: Final = "trial, a third of the rate"
 HYBRID: Final = "local, then trial"
 STRAIGHT_THROUGH: Final = "straight-through"
+DAMPED: Final = "damped, half"
 WAYS: Final[Mapping[str, LearningWay]] = {
+    "damped, whole batch": LearningWay(kind="damped"),
+    DAMPED: LearningWay(kind="damped", share=0.5),
     WHOLE: LearningWay(kind="trial"),
     "trial, half": LearningWay(kind="trial", share=0.5),
     "trial, quarter": LearningWay(kind="trial", share=0.25),
@@ -74,7 +77,13 @@ class Student:
     ) -> None:
         def incubator(way: str) -> Incubator:
             return Incubator(
-                model, loss_fn, layer=ref.layer, seed_index=ref.seed_index, learning_rate=learning_rate, way=WAYS[way]
+                model,
+                loss_fn,
+                layer=ref.layer,
+                seed_index=ref.seed_index,
+                learning_rate=learning_rate,
+                way=WAYS[way],
+                planned_steps=num_steps,
             )
 
         learning_rate /= 3.0 if arm == GENTLE else 1.0

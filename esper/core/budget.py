@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,13 +103,24 @@ class BudgetLedger:
         self._booked[adaptation_id] = Booking(cost, group or adaptation_id)
         self._adaptations += 1
 
-    def blend(self, adaptation_id: str) -> bool:
-        """Book a rival beside those of its race that are blended in already; false, and nothing done, without room."""
-        found = self._booked[adaptation_id]
-        if self._excess(found.cost, found.group) is not None:
-            return False
-        self._booked[adaptation_id] = replace(found, is_blended=True)
-        return True
+    def fit_together(self, adaptation_ids: Sequence[str]) -> bool:
+        """Say whether some rivals of a race may be blended in beside those that are."""
+        found = [self._booked[key] for key in adaptation_ids]
+        parameters = sum(one.cost.parameters for one in found)
+        flops = sum(one.cost.flops for one in found)
+        whole = BlueprintCost(parameters=parameters, flops=flops, activation_bytes=0)
+        return self._excess(whole, found[0].group) is None
+
+    def blend(self, adaptation_ids: Sequence[str]) -> None:
+        """Book some rivals of a race side by side.
+
+        Raises:
+            BudgetExceededError: They do not fit; nothing was changed.
+        """
+        if not self.fit_together(adaptation_ids):
+            raise BudgetExceededError(f"budget must hold {len(adaptation_ids)} rivals at once", parameter="budget")
+        for key in adaptation_ids:
+            self._booked[key] = replace(self._booked[key], is_blended=True)
 
     def keep(self, adaptation_id: str) -> dict[str, str]:
         """Book a rival that is kept by itself; gives those of its race that fit no more, with the reason.

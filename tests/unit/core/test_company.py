@@ -9,6 +9,7 @@ import pytest
 
 import esper
 from esper.contracts.blueprint import BlueprintCost
+from esper.contracts.errors import BudgetExceededError
 from esper.contracts.lifecycle import SeedLifecycleState as State
 from esper.contracts.run import AdaptationOutcome, Contribution
 from esper.core import race
@@ -89,7 +90,7 @@ def test_no_more_are_blended_in_at_once_than_the_budget_holds(race_of: Any) -> N
 
 
 def test_a_turn_that_could_not_be_judged_any_more_is_not_taken(race_of: Any) -> None:
-    session, rivals = race_of(planned_epochs=3)
+    _, rivals = race_of(planned_epochs=3)
     assert {one.outcome for one in rivals.values()} == {AdaptationOutcome.CULLED}
     assert "1 epochs before the run ends" in rivals["lora"].reason
 
@@ -107,21 +108,32 @@ def test_whose_turn_comes_is_remembered_in_a_snapshot(race_of: Any, large_task: 
     assert session._context.ledger.status() == booked
 
 
-def test_a_race_that_shows_no_hint_at_its_first_round_goes_on_in_company(race_of: Any) -> None:
-    _, rivals = race_of(growth=replace(DEAF, incubation_epochs=4, race_rounds=2))
-    assert states(rivals)["gated_mlp"] is State.EVALUATING, "two epochs before its last round"
+def test_a_race_that_tells_nothing_yet_learns_on_alone_till_its_last_round(race_of: Any) -> None:
+    growth = replace(DEAF, incubation_epochs=4, race_rounds=2)
+    _, patient = race_of(growth=growth)
+    assert set(states(patient).values()) == {State.ACTIVE}, "who does neither good nor harm learns on"
 
 
-def test_two_of_a_race_have_a_turn_in_a_layer(race_of: Any, large_task: Any) -> None:
-    field = (("lora", "0", 0, 0.03), ("gated_mlp", "0", 1, 0.02), ("norm_shift", "0", 2, 0.01))
-    session, rivals = race_of(field)
+def test_a_host_is_sound_where_most_rivals_do_harm_beyond_doubt(decide: Any, large_task: Any) -> None:
+    one = Adaptation(decision=decide(esper.wrap(large_task.host())))
+
+    def sound(*highs: float) -> bool:
+        effects = [Contribution(estimate=high - 1, low=high - 2, high=high, num_examples=9) for high in highs]
+        return race.is_sound([race.Standing(adaptation=one, effect=two, price=0.0, behind=None) for two in effects])
+
+    assert sound(-0.1, -0.1, 0.1)
+    assert not sound(-0.1, 0.1), "no more than half"
+
+
+def test_three_of_a_race_have_a_turn_in_a_layer(race_of: Any, large_task: Any) -> None:
+    names = ("lora", "gated_mlp", "glu", "norm_shift")
+    session, rivals = race_of(tuple((name, "0", place, 0.04 - 0.01 * place) for place, name in enumerate(names)))
     for one in rivals.values():
         one.price = 1e6
-    train(session, large_task, 2)
-    assert rivals["lora"].graft_steps > 0
-    assert rivals["gated_mlp"].graft_steps > 0
+    train(session, large_task, 3)
+    assert all(rivals[name].graft_steps > 0 for name in names[:3])
     assert rivals["norm_shift"].graft_steps == 0
-    assert rivals["norm_shift"].reason == "2 of its race have had their turn at 0"
+    assert rivals["norm_shift"].reason == "3 of its race have had their turn where it stands"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +175,11 @@ def test_the_ledger_adds_up_what_is_blended_in_at_once() -> None:
     for name, size in (("a", 60), ("b", 30), ("c", 40)):
         ledger.book(name, cost[size], "race")
     assert ledger.status().added_parameters == 60
-    assert [ledger.blend(name) for name in "abc"] == [True, True, False], "60 + 30 leave no room for 40"
+    assert ledger.fit_together("ab")
+    ledger.blend("ab")
+    assert not ledger.fit_together("c"), "60 + 30 leave no room for 40"
+    with pytest.raises(BudgetExceededError, match="budget must hold 1 rivals at once"):
+        ledger.blend("c")
     assert ledger.status().added_parameters == 90
     again = BudgetLedger(Budget(added_params=100), host_parameters=100, host_flops=None)
     again.load_state_dict(ledger.state_dict(), dict.fromkeys("abc", "race"))
@@ -186,7 +202,7 @@ def test_an_effect_that_cannot_reach_its_price_is_hopeless(
     assert is_hopeless(effect, 0.1, looks_left) is hopeless
 
 
-def test_company_comes_in_the_order_of_what_is_expected_and_then_of_what_was_seen(decide: Any, large_task: Any) -> None:
+def test_the_company_is_that_from_which_most_is_expected_together(decide: Any, large_task: Any) -> None:
     model = esper.wrap(large_task.host())
 
     def made(layer: str, expected: float, effect: float) -> Adaptation:
@@ -194,7 +210,14 @@ def test_company_comes_in_the_order_of_what_is_expected_and_then_of_what_was_see
         one.contribution = Contribution(estimate=effect, low=effect - 1, high=effect + 1, num_examples=9)
         return one
 
-    poor, better, best = made("0", 0.1, 0.0), made("0", 0.1, 0.5), made("2", 0.2, -0.5)
-    assert race.company([poor, better, best], [], lambda one: True) == [best, better]
-    assert race.company([poor, better, best], [], lambda one: one is not better) == [best, poor]
-    assert race.company([poor, better, best], ["2"], lambda one: True) == [better]
+    def fits_all(some: Any) -> bool:
+        return bool(some)
+
+    poor, better, best = made("0", 0.1, 0.0), made("0", 0.1, -0.5), made("2", 0.2, 0.1)
+    assert race.company([poor, better, best], [], fits_all) == [best, better]
+    assert race.company([poor, better, best], [], lambda some: better not in some) == [best, poor]
+    assert race.company([poor, better, best], [best], fits_all) == [better]
+    large = made("2", 0.25, 0.0)
+    assert race.company([large, poor, best], [], lambda some: large not in some or len(some) == 1) == [best, poor]
+    assert race.company([large], [], fits_all) == [large]
+    assert race.company([large], [], lambda some: not some) == []

@@ -14,9 +14,7 @@ from esper.execution.counterfactual import measure_contribution
 from esper.recovery import CheckpointManager
 from tests.unit.core.test_session import grow, train
 
-GROWTH = esper.GrowthConfig(
-    incubation_epochs=2, graft_epochs=1, price_per_host_share=0.0, confidence_level=1.0 - 1e-12
-)
+GROWTH = esper.GrowthConfig(incubation_epochs=2, graft_epochs=1, price_per_host_share=0.0, confidence_level=1.0 - 1e-12)
 """No look of this run says anything for sure."""
 
 

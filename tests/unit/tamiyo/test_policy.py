@@ -106,11 +106,42 @@ def test_a_first_race_waits_for_its_epochs(make_packet, candidates):
     assert grown.epoch == 6
 
 
+@pytest.mark.parametrize(("kept", "later"), [((True,), True), ((True, False), False), ((False,), False)])
+def test_a_run_that_improves_races_again_after_a_success(make_packet, make_report, candidates, kept, later):
+    """What was kept, in turn, before packets that fall as ever; growth rests after what came to nothing."""
+    policy = Policy(TamiyoConfig(rest_epochs=0))
+    packets = [make_packet(place, 2.0 * 0.9**place) for place in range(1, 9)]
+    first = first_growth(feed(policy, packets[:3], candidates))
+    for place, is_kept in enumerate(kept):
+        outcome = AdaptationOutcome.KEPT if is_kept else AdaptationOutcome.CULLED
+        identity = first.adaptation_id if place == 0 else f"a{place:032x}"
+        policy.learn(make_report(f"r{place}", adaptation_id=identity, outcome=outcome, race_id=f"race{place}"))
+    decisions = feed(policy, packets[3:], candidates)
+    assert any(one.actionable and one.adaptation_type.grows for one in decisions) is later
+    if later:
+        assert "The last race found a seed that pays" in first_growth(decisions).explanation
+
+
+@pytest.mark.parametrize(("used", "grows"), [(7_900, True), (8_100, False)])
+def test_nothing_grows_where_next_to_nothing_is_left_of_the_budget(flattening, make_candidates, used, grows):
+    budget = BudgetStatus(max_added_parameters=10_000, added_parameters=used)
+    packets = [replace(one, budget=budget) for one in flattening]
+    decisions = feed(Policy(), packets, make_candidates())
+    assert any(one.actionable for one in decisions) is grows
+    if not grows:
+        assert "is within the budget" in decisions[-1].explanation
+
+
+def test_the_share_of_the_budget_that_must_be_left_is_a_share():
+    with pytest.raises(InvalidInputError, match=r"min_budget_share must be within \[0, 1\], got 1.5"):
+        TamiyoConfig(min_budget_share=1.5)
+
+
 @pytest.mark.parametrize(("used", "rivals"), [(0, 8), (4_600, 5), (9_400, 1)])
 def test_a_race_is_as_large_as_what_is_left_of_the_budget(flattening, make_candidates, used, rivals):
     budget = BudgetStatus(max_added_parameters=10_000, added_parameters=used)
     packets = [replace(one, budget=budget) for one in flattening]
-    policy = Policy(TamiyoConfig(race_size=8))
+    policy = Policy(TamiyoConfig(race_size=8, min_budget_share=0.0))
     sizes = [len(policy.analyze(packet, make_candidates())) for packet in packets]
     assert 1 <= max(sizes) <= rivals
     if rivals == 1:
