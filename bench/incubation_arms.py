@@ -77,13 +77,7 @@ class Student:
     ) -> None:
         def incubator(way: str) -> Incubator:
             return Incubator(
-                model,
-                loss_fn,
-                layer=ref.layer,
-                seed_index=ref.seed_index,
-                learning_rate=learning_rate,
-                way=WAYS[way],
-                planned_steps=num_steps,
+                model, loss_fn, layer=ref.layer, seed_index=ref.seed_index, learning_rate=learning_rate, way=WAYS[way]
             )
 
         learning_rate /= 3.0 if arm == GENTLE else 1.0

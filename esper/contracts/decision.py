@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum, StrEnum
+from typing import Final
 
 from esper.contracts.blueprint import Blueprint, Site
 from esper.contracts.run import GROWING_TYPES, GateCheck
@@ -32,6 +33,10 @@ class CurveState(StrEnum):
     OVERFITTING = "overfitting"
     UNSTABLE = "unstable"
     WARMING_UP = "warming_up"
+
+
+BUDGET_TOO_SMALL: Final = "budget_too_small"
+"""Evidence that no candidate is within what is left of the budget, nor will be; its value is the smallest's size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,9 +27,9 @@ class BatchWatcher:
             self._handles.append(loss_fn.register_forward_pre_hook(self._see_targets))
 
     @property
-    def num_examples(self) -> int:
-        """Examples of the present step; 0 when none was seen."""
-        return 0 if self._inputs is None else len(self._inputs)
+    def inputs(self) -> torch.Tensor | None:
+        """Inputs of the present step; ``None`` when none were seen."""
+        return self._inputs
 
     def take(self) -> Batch | None:
         """Give the batch of the step and forget it; ``None`` when inputs or targets were not seen."""

@@ -66,8 +66,7 @@ class GrowthConfig:
     max_kernel_latency_ms: float = 1000.0
     """Milliseconds a forward pass of a kernel may take, on average; a slower seed is removed at the next gate, > 0."""
     settle_epochs: int = 2
-    """Epochs after which a change of the optimizer's settings is judged, and in which the run is watched before it, at
-    least 1."""
+    """Epochs after which a change of the optimizer's settings is judged, at least 1."""
     allowed_blueprints: str = ""
     """Expression over tags that a blueprint must keep to stand in the run, whoever asks for it: ``"dense"``,
     ``"!conv & !attention"``, ``"linear & !widening"``; empty lets every one stand. What can be read off the graph is

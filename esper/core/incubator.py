@@ -56,8 +56,7 @@ class LearningWay:
     share: float = 1.0
     """Share of the batch that a trial is given, in (0, 1]; parts take turns."""
     host_share: float = 0.5
-    """Share of the model's own output that a damped trial keeps, in [0, 1]; past the middle of the planned steps it
-    rises to 1, where it is for the last quarter. Where the loss takes no damping
+    """Share of the model's own output that a damped trial keeps, in [0, 1]. Where the loss takes no damping
     (``esper.core.losses.grows_in_proportion``) the seed learns locally."""
     norms: Norms = "running"
     """What batch norms normalise by in a trial."""
@@ -134,19 +133,7 @@ class Incubator:
         seed_index: int,
         learning_rate: float,
         way: LearningWay = LearningWay(kind="trial"),
-        planned_steps: int = 0,
     ) -> None:
-        """Make the seed ready to learn.
-
-        Args:
-            model: The model it stands in.
-            loss_fn: The run's loss of outputs and targets.
-            layer: Its layer.
-            seed_index: Its place there.
-            learning_rate: Of its own optimizer, AdamW. > 0.
-            way: How it learns.
-            planned_steps: Steps after which it is to be grafted; 0 where nobody knows, and no damping falls.
-        """
         self._model = model
         self._loss_fn = loss_fn
         self._ref = SeedRef(layer, seed_index)
@@ -156,7 +143,6 @@ class Incubator:
         self._way = way
         self._reach = way.reach
         self._steps = 0
-        self._planned_steps = planned_steps
         self._takes_damping: bool | None = None
         source = self._layer.require_seed(seed_index).source
         self._capture = SiteCapture(self._layer, reads_own_input=not source)
@@ -184,7 +170,7 @@ class Incubator:
         self._learns_locally = False
         inputs, targets = self._part(inputs), self._part(targets)
         with self._precision(inputs.device):
-            off = self._damping * self._host_output(inputs) if self._takes_damping and self._damping else None
+            off = (1.0 - self._way.host_share) * self._host_output(inputs) if self._takes_damping else None
             trial_backward(
                 self._model,
                 [self._ref],
@@ -192,12 +178,6 @@ class Incubator:
                 norms=self._way.norms,
             )
         self._step()
-
-    @property
-    def _damping(self) -> float:
-        """Share of the host's output that is left out: a seed that always learnt so makes a sound host too sure."""
-        progress = self._steps / self._planned_steps if self._planned_steps else 0.0
-        return (1.0 - self._way.host_share) * min(1.0, max(0.0, 3.0 - 4.0 * progress))
 
     def _is_damped(self, batch: Batch) -> bool:
         """Whether the seed learns beside a damped host; if its loss takes that is asked once, of the first batch."""
@@ -242,7 +222,6 @@ class Incubator:
             "takes_damping": self._takes_damping,
             "reach": self._reach,
             "steps": self._steps,
-            "planned_steps": self._planned_steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -251,7 +230,6 @@ class Incubator:
         self._learns_locally = bool(state["learns_locally"])
         self._takes_damping = state.get("takes_damping")
         self._reach, self._steps = float(state["reach"]), int(state["steps"])
-        self._planned_steps = int(state.get("planned_steps", 0))
 
     def _part(self, value: torch.Tensor) -> torch.Tensor:
         """Give the part of a batch whose turn it is: taking turns, no place in the batch is never seen."""

@@ -12,6 +12,7 @@ measured with the others in place; at the mean of the epoch's weights (``esper.c
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -101,6 +102,8 @@ class SeedOrchestrator:
             status = PlanStatus.REJECTED if failed else PlanStatus.ACCEPTED
             reason = "; ".join(f"{check.name}: {check.detail}" for check in failed)
             self._tell.plan(decision.adaptation_id, status, reason, tuple(checks))
+            if not failed and decision.adaptation_type is AdaptationType.REMOVE_SEED:
+                self._carry_out_removal(decision)  # it ends at once: its plan is told as accepted before that
         early = self._early_kernels.pop(decision.adaptation_id, None)
         if failed:
             self._refused.append(decision.adaptation_id)
@@ -151,6 +154,7 @@ class SeedOrchestrator:
         """Move every adaptation on that has come to a gate; call after the clock has counted the epoch."""
         self._clear_failed()
         for adaptation in self._each_open():
+            self._price(adaptation)
             if adaptation.decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
                 self._judge_trial(adaptation)
             elif adaptation.state is State.LOADING:
@@ -346,11 +350,17 @@ class SeedOrchestrator:
         self._context.ledger.book(decision.adaptation_id, cost, decision.group)
         adaptation = self._record(decision)
         adaptation.cost = cost
-        share = cost.parameters / max(1, self._context.host_parameters)
-        adaptation.price = self._context.growth.price_per_host_share * share * self._context.control_loss
+        self._price(adaptation)
         self._places[(adaptation.layer, adaptation.seed_index)] = adaptation
         self._move(adaptation, State.LOADING, "decision accepted", tuple(checks))
         return checks
+
+    def _price(self, adaptation: Adaptation) -> None:
+        """Price a seed at the present control loss; where that is no number it stays unpriced, and cannot pay."""
+        context, cost = self._context, adaptation.cost
+        if cost is not None and adaptation.price is None and math.isfinite(context.control_loss):
+            share = cost.parameters / max(1, context.host_parameters)
+            adaptation.price = context.growth.price_per_host_share * share * context.control_loss
 
     def _start_removal(self, decision: AdaptationDecision) -> list[GateCheck]:
         place = gates.check_place(decision, self.layers)
@@ -358,10 +368,12 @@ class SeedOrchestrator:
             return [place]
         live = gates.check_removable(decision, self.layers[decision.layer])
         if live.passed:
-            adaptation = self._record(decision)
-            self.remove_seed(decision.layer, decision.seed_index or 0, decision.explanation or "removed by decision")
-            self._close(adaptation, AdaptationOutcome.KEPT, "removed")
+            self._record(decision)
         return [place, live]
+
+    def _carry_out_removal(self, decision: AdaptationDecision) -> None:
+        self.remove_seed(decision.layer, decision.seed_index or 0, decision.explanation or "removed by decision")
+        self._close(self.adaptations[decision.adaptation_id], AdaptationOutcome.KEPT, "removed")
 
     def _start_trial(self, decision: AdaptationDecision) -> list[GateCheck]:
         checks = self._trials.checks(decision)
@@ -420,7 +432,6 @@ class SeedOrchestrator:
             seed_index=adaptation.seed_index,
             learning_rate=growth.incubation_learning_rate,
             way=affordable_way(growth, kernel_flops=0 if cost is None else cost.flops, host_flops=context.host_flops),
-            planned_steps=growth.incubation_epochs * context.clock.steps_per_epoch,
         )
 
     def _check_loading(self, adaptation: Adaptation) -> None:
@@ -458,7 +469,7 @@ class SeedOrchestrator:
             adaptation.looks += 1
         if self._tripped(adaptation):
             return
-        effect, price = adaptation.contribution, adaptation.price or 0.0
+        effect, price = adaptation.contribution, math.nan if adaptation.price is None else adaptation.price
         assert effect is not None
         judgement, check = judge(effect, price)
         last = run_ends or is_last_look(effect, price, adaptation.looks, max_looks)

@@ -75,14 +75,14 @@ class RaceDesk:
         for item, check in found.gone:
             self._hands.cull(item, check.detail, (check,))
         for item in found.stay:
-            item.awaits_turn = found.goes_on_in_company
+            item.awaits_turn = found.takes_turns
         return found.stay
 
     def _take_turns(self, speaker: Adaptation, rivals: list[Adaptation]) -> None:
         """Blend in whoever has room now; the others wait for the next turn, if there is time for one."""
         waiting = self._with_a_turn(rivals)
-        others = (item for item in self._ongoing() if item not in rivals)
-        is_busy = any(item.state is SeedLifecycleState.EVALUATING for item in others)
+        blended = [item for item in self._ongoing() if item.state is SeedLifecycleState.EVALUATING]
+        is_busy = any(item not in rivals for item in blended)
         if is_busy or not waiting or waiting[0] is not speaker:
             return  # one race at a time is blended in, and one of its rivals speaks for all
         left = self._context.clock.epochs_left
@@ -90,22 +90,25 @@ class RaceDesk:
             for item in waiting:
                 self._hands.cull(item, f"its turn came {left} epochs before the run ends, too late to be judged", ())
             return
-        blended = [item.layer for item in rivals if item.state is SeedLifecycleState.EVALUATING]
-        for item in race.company(waiting, blended, lambda one: self._context.ledger.blend(one.id)):
-            detail = "nobody of its race visibly helps alone: it is blended in to be judged in company"
-            self._hands.graft(item, GateCheck(name="company", passed=True, detail=detail))
+        ledger = self._context.ledger
+        chosen = race.company(waiting, blended, lambda some: ledger.fit_together([one.id for one in some]))
+        if chosen:
+            ledger.blend([one.id for one in chosen])
+        for item in chosen:
+            detail = f"its turn has come, with {len(chosen) - 1} others: learning alone tells no more of it"
+            self._hands.graft(item, GateCheck(name="turn", passed=True, detail=detail))
 
     def _with_a_turn(self, rivals: list[Adaptation]) -> list[Adaptation]:
-        """Give those of a race that wait for their turn; those go in whose layer has had all it gets."""
+        """Give those of a race that wait for their turn; those go whose site has had all it gets."""
         had = Counter(
-            item.layer
+            race.site_of(item)
             for item in self._hands.records()
             if item.graft_steps and item.decision.group == rivals[0].decision.group
         )
         waiting = [item for item in rivals if item.state is SeedLifecycleState.ACTIVE]
         for item in waiting:
-            if had[item.layer] >= race.TURNS_PER_LAYER:
-                self._hands.cull(item, f"{had[item.layer]} of its race have had their turn at {item.layer}", ())
+            if had[race.site_of(item)] >= race.TURNS_PER_SITE:
+                self._hands.cull(item, f"{race.TURNS_PER_SITE} of its race have had their turn where it stands", ())
         return [item for item in waiting if item.open]
 
     def _check_isolated(self, adaptation: Adaptation) -> None:

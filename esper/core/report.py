@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from esper.contracts.run import Contribution
+from esper.contracts.run import GROWING_TYPES, Contribution
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +54,11 @@ class AdaptationSummary:
     def place(self) -> str:
         """Layer, and source where it is another, as people read it; empty when no layer was meant."""
         return place_of(self.layer, self.source)
+
+    @property
+    def grew(self) -> bool:
+        """Whether a seed was to germinate."""
+        return self.adaptation_type in GROWING_TYPES
 
     @staticmethod
     def interval_of(contribution: Contribution | None) -> tuple[float, float] | None:
@@ -104,8 +109,8 @@ class RunReport:
 
     @property
     def kept(self) -> tuple[AdaptationSummary, ...]:
-        """Adaptations that were kept."""
-        return tuple(item for item in self.adaptations if item.outcome == "kept")
+        """Seeds that were kept; a removal, or settings that stayed changed, grew nothing and is none of them."""
+        return tuple(item for item in self.adaptations if item.outcome == "kept" and item.grew)
 
     def to_json(self) -> str:
         """Give the report as JSON text; a figure that is not finite stands there as a word."""
@@ -143,7 +148,7 @@ class RunReport:
         lower.step(epochs, [record.parameters for record in self.history], where="post", label="parameters")
         lower.set_ylabel("parameters")
         lower.set_xlabel("epoch")
-        _mark_kept(upper, self.adaptations)
+        _mark_kept(upper, self.kept)
         upper.legend()
         target = Path(path)
         figure.savefig(target)
@@ -196,8 +201,7 @@ def _history_rows(history: tuple[EpochRecord, ...]) -> list[str]:
     return rows
 
 
-def _mark_kept(axes: Any, adaptations: tuple[AdaptationSummary, ...]) -> None:
-    for item in adaptations:
-        if item.outcome == "kept":
-            axes.axvline(item.begun_epoch, linestyle="--", linewidth=0.8, color="grey")
-            axes.annotate(item.blueprint, (item.begun_epoch, 0.95), xycoords=("data", "axes fraction"), fontsize=7)
+def _mark_kept(axes: Any, kept: tuple[AdaptationSummary, ...]) -> None:
+    for item in kept:
+        axes.axvline(item.begun_epoch, linestyle="--", linewidth=0.8, color="grey")
+        axes.annotate(item.blueprint, (item.begun_epoch, 0.95), xycoords=("data", "axes fraction"), fontsize=7)

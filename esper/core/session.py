@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch.optim import Optimizer
 
-from esper.contracts.decision import AdaptationDecision, ControlAction, ControlCommand
+from esper.contracts.decision import BUDGET_TOO_SMALL, AdaptationDecision, ControlAction, ControlCommand
 from esper.contracts.errors import InvalidInputError, InvalidStateError
 from esper.contracts.run import RunPhase
 from esper.core.batches import Batch, BatchWatcher
@@ -38,6 +38,7 @@ from esper.core.memory import RunMemory
 from esper.core.morphable import MorphableModel
 from esper.core.optimizers import require_supported
 from esper.core.orchestrator import SeedOrchestrator
+from esper.core.overlap import OverlapWatch
 from esper.core.packets import EpochMeter, PacketBuilder
 from esper.core.report import EpochRecord, RunReport
 from esper.core.settings import SessionConfig
@@ -94,6 +95,9 @@ class Session:
         ledger = BudgetLedger(budget or Budget(), host_parameters=host_parameters, host_flops=host_flops)
         self._step_optimizer = step_optimizer
         self._watcher = BatchWatcher(model, loss_fn)
+        self._overlap = OverlapWatch(inputs for inputs, _ in control.batches)
+        self._notes: list[str] = []
+        self._said_too_small = False
         self._governor = Governor(self.config.governor)
         self._meter, self._epoch_began_s = EpochMeter(), time.monotonic()
         self._history: list[EpochRecord] = []
@@ -140,7 +144,10 @@ class Session:
         """
         self._require_open()
         value = float(loss.detach())
-        num_examples = self._watcher.num_examples if batch is None else len(batch[0])
+        inputs = self._watcher.inputs if batch is None else batch[0]
+        num_examples = 0 if inputs is None else len(inputs)
+        if inputs is not None:
+            self._overlap.look(inputs)
         seen = self._watcher.take()
         verdict = self._governor.judge(value)
         if verdict is Verdict.FINE:
@@ -154,8 +161,16 @@ class Session:
         """Evaluate on the control split, move growth on, tell the mesh; gives the epoch's figures.
 
         Snapshots and checkpoints are made here: step a scheduler of epochs before, so that they hold its new state.
+
+        Warns:
+            ControlOverlapWarning: Examples of the control split were trained on; said once, after the first epoch.
         """
         self._require_open()
+        if overlap := self._overlap.end_epoch():
+            self._notes.append(
+                f"{overlap} control examples were trained on in the first epoch: what growth was decided by is not "
+                "held out"
+            )
         context, clock = self._context, self._context.clock
         clock.end_epoch()
         self._orchestrator.end_epoch()
@@ -197,6 +212,7 @@ class Session:
             adaptations=tuple(item.summary(step) for item in self._orchestrator.adaptations.values()),
             history=tuple(self._history),
             rollbacks=self._memory.rollbacks,
+            notes=tuple(self._notes),
         )
 
     # ------------------------------------------------------------------ what else a loop may use
@@ -330,6 +346,7 @@ class Session:
                 case AdaptationDecision():
                     self._orchestrator.decide(arrival)
                     self._note_answer(arrival)
+                    self._note_budget(arrival)
                 case KernelArrival():
                     self._orchestrator.receive_kernel(arrival)
                 case ControlCommand():
@@ -344,6 +361,16 @@ class Session:
         if len(seen) >= decision.race_size:
             del self._race_answers[decision.group]
             self._answered = max(self._answered, decision.state_sequence)
+
+    def _note_budget(self, decision: AdaptationDecision) -> None:
+        """Say once that the budget has no room for any candidate; decisions say so after every epoch."""
+        small = next((one for one in decision.evidence if one.name == BUDGET_TOO_SMALL), None)
+        if small is None or self._said_too_small:
+            return
+        self._said_too_small = True
+        words = f"{small.value:.0f} {small.detail}"
+        self._notes.append(f"the budget is too small to grow from epoch {self._context.clock.epoch} on: {words}")
+        log.warning("budget_too_small", extra={"run_id": self.run_id, "detail": words})
 
     def _hold(self) -> None:
         """Stand still until an operator says go on or stop."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from esper.contracts.decision import AdaptationPlan, PlanStatus
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.contracts.run import AdaptationOutcome, GateCheck, SeedEvent
+from esper.contracts.run import AdaptationOutcome, FieldReport, GateCheck, SeedEvent
 from esper.core.adaptation import Adaptation
 from esper.core.context import RunContext
 from esper.execution.state import SeedTransition
@@ -72,8 +74,16 @@ class Teller:
     def outcome(self, adaptation: Adaptation) -> None:
         """Tell how an adaptation ended: its field report, and its plan's end."""
         context = self._context
-        report = adaptation.field_report(context.run_id)
+        report = _legal(adaptation.field_report(context.run_id))
         with adaptation.span("report", context.run_id):
             context.link.send(Kind.FIELD_REPORT, report, layer=adaptation.layer or None, msg_id=report.report_id)
             failed = adaptation.outcome is AdaptationOutcome.FAILED
             self.plan(adaptation.id, PlanStatus.FAILED if failed else PlanStatus.COMPLETED, adaptation.reason)
+
+
+def _legal(report: FieldReport) -> FieldReport:
+    """Leave out a measured effect that is no number: services refuse the report, and would not learn how it ended."""
+    effect = report.contribution
+    if effect is None or all(map(math.isfinite, (effect.estimate, effect.low, effect.high))):
+        return report
+    return replace(report, contribution=None, reason=f"{report.reason}; its effect is no number"[:_MAX_REASON])

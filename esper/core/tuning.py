@@ -1,13 +1,8 @@
 """Changes of the optimizer's settings, tried and kept only where the control loss says so.
 
 A smaller rate makes the last step's weights quieter, and every loss measured at them smaller, whatever it does for the
-run. So losses are taken at the mean of an epoch's weights, which is as quiet without it. And a run that improves goes
-on improving, changed or not: the run is watched for ``settle_epochs`` first, and what the control loss fell in them is
-taken off its fall in as many epochs after the change. In a run that is unstable there is no waiting, and no pace.
-
-    symbol   meaning                                                                    shape, unit
-    a, b, c  losses per control example: as the watch began, at the change, at its end  [examples], loss
-    effect   mean of (b - c) - (a - b); without a watch, of b - c                       loss
+run. So the losses before and after are taken at the mean of an epoch's weights, which is as quiet without it: a change
+waits for the end of the epoch in which it was decided. In a run that is unstable there is no waiting.
 """
 
 from __future__ import annotations
@@ -34,16 +29,10 @@ class ParameterTrial:
     def __init__(self, optimizer: Optimizer, change: ParameterChange) -> None:
         self._optimizer = optimizer
         self._change = change
-        self._losses_watched: torch.Tensor | None = None
         self._losses_before: torch.Tensor | None = None
         self._before: list[dict[str, Any]] = []
         self._after: list[dict[str, Any]] = []
-        self.watched_epoch: int | None = None
         self.begun_epoch: int | None = None
-
-    def watch(self, losses: torch.Tensor, epoch: int) -> None:
-        """Remember where the run stood before it is watched."""
-        self._losses_watched, self.watched_epoch = losses, epoch
 
     def begin(self, losses_before: torch.Tensor, epoch: int) -> None:
         """Make the change, and remember what it changed."""
@@ -58,13 +47,10 @@ class ParameterTrial:
         self._after = self._settings()
 
     def effect(self, losses_after: torch.Tensor, level: float) -> Contribution:
-        """Give the fall of the control loss since the change, less that of the watch, paired by example."""
+        """Give the fall of the control loss since the change, paired by example."""
         assert self._losses_before is not None
         before = self._losses_before.to(losses_after.device)
-        fall = before - losses_after
-        if self._losses_watched is not None:
-            fall = fall - (self._losses_watched.to(before.device) - before)
-        return paired_interval(fall, confidence_level=level)
+        return paired_interval(before - losses_after, confidence_level=level)
 
     def undo(self) -> None:
         """Put the settings back to the bit; what a scheduler moved meanwhile is divided by the factor instead."""
@@ -80,8 +66,6 @@ class ParameterTrial:
     def state_dict(self) -> dict[str, Any]:
         """Give what a later :meth:`effect` and :meth:`undo` need."""
         return {
-            "losses_watched": self._losses_watched,
-            "watched_epoch": self.watched_epoch,
             "losses_before": self._losses_before,
             "before": self._before,
             "after": self._after,
@@ -90,7 +74,6 @@ class ParameterTrial:
 
     def load_state_dict(self, state: Mapping[str, Any], begun_epoch: int) -> None:
         """Take over a change that the optimizer's settings hold already; older states do not say when it was made."""
-        self._losses_watched, self.watched_epoch = state.get("losses_watched"), state.get("watched_epoch")
         self._losses_before = state["losses_before"]
         self._before, self._after = list(state["before"]), list(state["after"])
         self.begun_epoch = state.get("begun_epoch", begun_epoch)
@@ -127,15 +110,12 @@ class TrialBench:
             trial.begin(self._losses(), self._context.clock.epoch)
 
     def end_epoch(self, adaptation: Adaptation) -> tuple[AdaptationOutcome, str] | None:
-        """Watch, make the change, or judge it when it had its time; call with the model at the epoch's mean."""
+        """Make the change that waited, or judge it when it had its time; call with the model at the epoch's mean."""
         trial, epoch = self._trials[adaptation.id], self._context.clock.epoch
-        since = trial.watched_epoch if trial.begun_epoch is None else trial.begun_epoch
-        if since is None:
-            trial.watch(self._losses(), epoch)
-        elif epoch - since >= self._context.growth.settle_epochs:
-            if trial.begun_epoch is not None:
-                return self._judge(adaptation)
+        if trial.begun_epoch is None:
             trial.begin(self._losses(), epoch)
+        elif epoch - trial.begun_epoch >= self._context.growth.settle_epochs:
+            return self._judge(adaptation)
         return None
 
     def _judge(self, adaptation: Adaptation) -> tuple[AdaptationOutcome, str]:
@@ -144,7 +124,7 @@ class TrialBench:
         contribution = trial.effect(self._losses(), self._context.growth.confidence_level)
         adaptation.contribution = contribution
         interval = f"({contribution.low:+.5f} to {contribution.high:+.5f})"
-        effect = f"control loss fell by {contribution.estimate:+.5f} {interval} more than in as many epochs before"
+        effect = f"control loss fell by {contribution.estimate:+.5f} {interval}"
         if contribution.low <= 0.0:
             trial.undo()
             return AdaptationOutcome.CULLED, f"undone: {effect}"

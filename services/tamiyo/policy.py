@@ -45,6 +45,7 @@ from esper.contracts.decision import (
 from esper.contracts.errors import InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import AdaptationOutcome, FieldReport, LayerStatus, RunPhase, SeedStatus, SystemStatePacket
+from esper.services.tamiyo.affordable import too_small, why_none
 from esper.services.tamiyo.calibration import Calibrator, Kind
 from esper.services.tamiyo.candidates import Candidate
 from esper.services.tamiyo.config import TamiyoConfig
@@ -310,7 +311,9 @@ class Policy:
         seeds = self._open_seeds(packet, memory)
         open_candidates = self._affordable(packet, memory, seeds, candidates)
         if not open_candidates:
-            return _nothing(reading, f"{occasion}, but {_why_none(packet, seeds, candidates)}")
+            is_settled = not memory.open_groups(packet, self.config.pending_epochs)
+            small = too_small(packet.budget, [one for one in candidates if one.layer in seeds]) if is_settled else ()
+            return _nothing(reading, f"{occasion}, but {why_none(packet, seeds, candidates)}", small)
         choices, helps = self._choose(packet, memory, seeds, open_candidates)
         reports = Evidence(name="posterior_observations", value=self.posterior.num_observations, detail="rewards known")
         chance = Evidence(name="probability_of_reward", value=helps, detail="of the likeliest drawn, before the curve")
@@ -530,8 +533,8 @@ def _progress(packet: SystemStatePacket) -> float | None:
     return min(1.0, packet.epoch / packet.planned_epochs)
 
 
-def _nothing(reading: CurveReading, explanation: str) -> _Draft:
-    return _Draft(belief=reading.probability, urgency=0.0, explanation=explanation)
+def _nothing(reading: CurveReading, explanation: str, evidence: tuple[Evidence, ...] = ()) -> _Draft:
+    return _Draft(belief=reading.probability, urgency=0.0, explanation=explanation, evidence=evidence)
 
 
 def _removal(packet: SystemStatePacket, memory: RunMemory) -> _Draft | None:
@@ -579,19 +582,4 @@ def _unprofitable(layer: LayerStatus, seed: SeedStatus, memory: RunMemory) -> _D
         seed_index=seed.seed_index,
         evidence=(Evidence(name="contribution", value=measured.estimate, detail="as measured last"),),
         explanation=f"Seed {seed.seed_index} of {layer.layer} was measured again and does harm: remove it.",
-    )
-
-
-def _why_none(
-    packet: SystemStatePacket, seeds: Mapping[str, Sequence[SeedStatus]], candidates: Sequence[Candidate]
-) -> str:
-    if not candidates:
-        return "no blueprint fits any layer."
-    if not seeds:
-        return "every layer is busy, resting or without a dormant seed."
-    budget = packet.budget
-    return (
-        f"none of {len(candidates)} candidates is within the budget ({budget.added_parameters} of "
-        f"{budget.max_added_parameters} parameters, {budget.adaptations} of {budget.max_adaptations} adaptations) "
-        "and free of an embargo."
     )

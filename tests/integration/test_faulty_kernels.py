@@ -30,8 +30,8 @@ GROWTH = esper.GrowthConfig(incubation_epochs=9, graft_epochs=9, embargo_epochs=
 LOCALLY = replace(GROWTH, incubation_way="local")
 
 
-def data() -> DataLoader[Any]:
-    generator = torch.Generator().manual_seed(0)
+def data(seed: int = 0) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(seed)
     x = torch.randn(96, 6, generator=generator)
     return DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=24)
 
@@ -52,7 +52,7 @@ class Trial:
             self.model,
             self.optimizer,
             loss_fn=self.loss_fn,
-            control_loader=data(),
+            control_loader=data(seed=1),
             mesh=mesh,
             config=esper.SessionConfig(growth=growth),
         )

@@ -16,15 +16,15 @@ from esper.contracts.run import RunPhase
 from esper.core.wrap import LayerTelemetry
 
 
-def data() -> DataLoader[Any]:
-    generator = torch.Generator().manual_seed(0)
+def data(seed: int = 0) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(seed)
     x = torch.randn(64, 6, generator=generator)
     return DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=32)
 
 
 def session_of(model: Any, mesh: Any = None) -> esper.Session:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return esper.Session(model, optimizer, loss_fn=nn.CrossEntropyLoss(), control_loader=data(), mesh=mesh)
+    return esper.Session(model, optimizer, loss_fn=nn.CrossEntropyLoss(), control_loader=data(seed=1), mesh=mesh)
 
 
 def train(session: esper.Session, model: Any) -> None:
@@ -91,6 +91,6 @@ def test_a_session_that_cannot_start_ends_the_mesh_it_began(model: Any) -> None:
             model,
             torch.optim.SGD([*model.parameters(), stray], lr=0.1),
             loss_fn=nn.CrossEntropyLoss(),
-            control_loader=data(),
+            control_loader=data(seed=1),
         )
     assert not esper_threads_left(before)

@@ -77,7 +77,7 @@ class Run:
             self.model,
             torch.optim.SGD(self.model.parameters(), lr=0.05),
             loss_fn=nn.CrossEntropyLoss(),
-            control_loader=[self.batch],
+            control_loader=[(x + 1.0, self.batch[1])],
             mesh=NatsMesh(url),
             config=esper.SessionConfig(
                 run_id=self.run_id, checkpoints=self.store, growth=esper.GrowthConfig(incubation_epochs=10_000)

@@ -221,3 +221,20 @@ def test_the_company_is_that_from_which_most_is_expected_together(decide: Any, l
     assert race.company([large, poor, best], [], lambda some: large not in some or len(some) == 1) == [best, poor]
     assert race.company([large], [], fits_all) == [large]
     assert race.company([large], [], lambda some: not some) == []
+
+
+def test_of_those_that_are_level_the_largest_is_grafted(decide: Any, large_task: Any) -> None:
+    model = esper.wrap(large_task.host())
+
+    def stands(size: int, *, low: float = 0.1, price: float = 0.0, behind: float | None = -0.1) -> race.Standing:
+        one = Adaptation(decision=decide(model), cost=BlueprintCost(parameters=size, flops=1, activation_bytes=0))
+        effect = Contribution(estimate=0.2, low=low, high=0.3, num_examples=9)
+        last = None if behind is None else Contribution(estimate=0.1, low=behind, high=0.3, num_examples=9)
+        return race.Standing(adaptation=one, effect=effect, price=price, behind=last)
+
+    best, larger = stands(10, behind=None), stands(20)
+    assert race.winner([best, larger]) is larger
+    assert race.winner([best, stands(20, behind=0.01)]) is best, "beaten beyond doubt"
+    assert race.winner([best, stands(20, price=0.25)]) is best, "not worth its price"
+    assert race.winner([best, stands(20, low=-0.1)]) is best, "may do harm"
+    assert race.winner([stands(10, low=-0.1, behind=None)]).size == 10

@@ -379,29 +379,6 @@ def test_whether_a_loss_takes_damping_is_asked_once_and_survives_a_checkpoint() 
     assert len(asked) == 5
 
 
-def test_damping_falls_to_nothing_in_the_third_quarter_of_the_planned_steps() -> None:
-    """The share of the host's output that the loss sees; the seed itself still says nothing."""
-    model, _, batch = beside_a_knowing_host("damped")
-    host = float(model(batch[0]).detach().abs().max())
-    shares: list[float] = []
-
-    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
-        shares.append(float(outputs.detach().abs().max()) / host)
-        return nn.functional.cross_entropy(outputs, targets)
-
-    way = LearningWay(kind="damped")
-    made = {"layer": "0", "seed_index": 0, "learning_rate": 1e-12, "way": way, "planned_steps": 8}
-    incubator = Incubator(model, loss_fn, **made)  # type: ignore[arg-type]
-    for _ in range(5):
-        incubator.step(batch)
-    again = Incubator(model, loss_fn, **(made | {"planned_steps": 99}))  # type: ignore[arg-type]
-    again.load_state_dict(copy.deepcopy(incubator.state_dict()))
-    for _ in range(5):
-        again.step(batch)
-    seen = shares[3:]  # before them the loss was asked whether it takes damping
-    assert seen == pytest.approx([0.5] * 5 + [0.75] + [1.0] * 4, abs=1e-3)
-
-
 @pytest.mark.parametrize(("name", "value"), [("incubation_way", "straight"), ("incubation_cost", 0.0)])
 def test_settings_of_growth_that_make_no_sense_are_refused(name: str, value: object) -> None:
     with pytest.raises(InvalidInputError, match=rf"growth.{name} must be"):

@@ -71,9 +71,12 @@ def test_an_errors_own_words_stay_in_their_cell() -> None:
 
 
 def test_what_was_kept_is_told_with_its_figures_and_marked_in_the_picture(tmp_path: Path) -> None:
-    one = report(summary(), summary(id="a2", outcome="culled", contribution=None, interval=None), history=(epoch(1),))
+    culled = summary(id="a2", outcome="culled", contribution=None, interval=None)
+    tuned = summary(id="a3", adaptation_type="optimize_parameters", blueprint="", layer="")
+    one = report(summary(), culled, tuned, history=(epoch(1),))
     text = one.to_markdown()
-    assert "1 of 2 adaptations kept" in text
+    assert [item.id for item in one.kept] == ["a1"], "settings that stay changed are no seed that was kept"
+    assert "1 of 3 adaptations kept" in text
     assert "| +0.0500 (+0.0200 to +0.0800) | 0.0100 | 1,200 | kept |" in text
     assert "| not measured |" in text
     assert one.plot(tmp_path / "run.png").stat().st_size > 1_000

@@ -10,7 +10,6 @@ from torch import nn
 
 import esper
 from esper.contracts.decision import AdaptationType, CurveState, ParameterChange
-from esper.core.tuning import ParameterTrial
 
 GROWTH = esper.GrowthConfig(settle_epochs=1)
 
@@ -50,14 +49,14 @@ class Rig:
             )
         )
 
-    def epoch(self) -> Any:
+    def epoch(self) -> None:
         for x, y in self.task.train:
             self.optimizer.zero_grad()
             loss = nn.functional.cross_entropy(self.model(x), y)
             loss.backward()
             self.optimizer.step()
             self.session.step(loss)
-        return self.session.end_epoch()
+        self.session.end_epoch()
 
 
 @pytest.fixture
@@ -72,7 +71,6 @@ def test_a_change_waits_for_the_end_of_its_epoch(rig: Any) -> None:
     step = one.session.step
     one.session.step = lambda loss: (step(loss), seen.append(one.rate))
     one.epoch()
-    one.epoch()  # the run is watched before it is changed
     assert set(seen) == {0.5}
     assert one.rate == 0.25
 
@@ -90,7 +88,7 @@ def test_a_run_that_is_unstable_is_calmed_at_once(rig: Any) -> None:
 def test_a_change_that_helps_beyond_doubt_is_kept(rig: Any) -> None:
     one = rig(1e-4)  # hardly learns
     one.ask(5000.0)
-    for _ in range(3):
+    for _ in range(2):
         one.epoch()
     assert one.shown.outcome == "kept", one.shown.reason
     assert one.rate == pytest.approx(0.5)
@@ -99,7 +97,7 @@ def test_a_change_that_helps_beyond_doubt_is_kept(rig: Any) -> None:
 def test_a_change_that_is_not_shown_to_help_is_undone(rig: Any) -> None:
     one = rig(0.0)  # nothing moves, whatever its factor
     one.ask(0.5)
-    for _ in range(3):
+    for _ in range(2):
         one.epoch()
     assert one.shown.outcome == "culled"
     assert one.shown.reason.startswith("undone: control loss fell by +0.00000")
@@ -111,7 +109,7 @@ def test_a_smaller_rate_is_not_kept_for_making_the_last_step_quieter(rig: Any) -
     for _ in range(6):
         one.epoch()
     one.ask(0.02)
-    for _ in range(3):
+    for _ in range(2):
         one.epoch()
     assert one.shown.outcome == "culled", one.shown.reason
     assert one.rate == 1.0
@@ -121,30 +119,8 @@ def test_a_run_that_ends_before_a_change_was_judged_undoes_it(rig: Any) -> None:
     one = rig(0.5)
     one.ask(0.5)
     one.epoch()
-    one.epoch()
     assert one.rate == 0.25
     one.session.finish()
     assert one.shown.outcome == "culled"
     assert "the run ended before it was judged" in one.shown.reason
     assert one.rate == 0.5
-
-
-def test_a_run_that_improves_anyway_is_no_proof_of_a_change(rig: Any) -> None:
-    """The loss falls after a change that does nothing as it fell before; only what it falls more counts."""
-    one = rig(0.05)
-    one.ask(1.0)
-    losses = [one.epoch().control_loss for _ in range(3)]
-    assert losses[2] < losses[1] < losses[0]
-    assert one.shown.outcome == "culled", one.shown.reason
-    assert "more than in as many epochs before" in one.shown.reason
-
-
-def test_a_watch_goes_on_after_a_restart() -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-    first = ParameterTrial(optimizer, ParameterChange(learning_rate_factor=0.5))
-    first.watch(torch.tensor([3.0, 4.0]), 1)
-    second = ParameterTrial(optimizer, ParameterChange(learning_rate_factor=0.5))
-    second.load_state_dict(first.state_dict(), 1)
-    assert (second.watched_epoch, second.begun_epoch) == (1, None)
-    second.begin(torch.tensor([2.0, 3.0]), 2)
-    assert second.effect(torch.tensor([0.5, 1.5]), 0.95).estimate == pytest.approx(0.5)

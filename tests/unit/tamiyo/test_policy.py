@@ -10,7 +10,7 @@ import pytest
 
 from esper.blueprints.cost import cost
 from esper.contracts.blueprint import Site, SiteKind
-from esper.contracts.decision import AdaptationPlan, AdaptationType, CurveState, PlanStatus
+from esper.contracts.decision import BUDGET_TOO_SMALL, AdaptationPlan, AdaptationType, CurveState, PlanStatus
 from esper.contracts.errors import InvalidInputError, InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import AdaptationOutcome, BudgetStatus, Contribution, RunPhase, SeedStatus
@@ -254,6 +254,28 @@ def test_an_exhausted_budget_is_named(flattening, candidates):
     assert "3 of 3 adaptations" in decision.explanation
 
 
+@pytest.mark.parametrize(("left", "is_said"), [(0, True), (150, False)])
+def test_a_budget_too_small_for_any_candidate_is_evidence(flattening, candidates, left, is_said):
+    smallest = min(one.cost.parameters for one in candidates)
+    budget = BudgetStatus(max_added_parameters=smallest - 1 + left)
+    decisions = feed(Policy(), [replace(one, budget=budget) for one in flattening], candidates)
+    said = [it for one in decisions for it in one.evidence if it.name == BUDGET_TOO_SMALL]
+    assert bool(said) is is_said
+    assert all(it.value == smallest for it in said)
+
+
+def test_a_budget_that_is_booked_for_what_is_under_way_is_not_too_small(flattening, candidates, make_layer):
+    grafted = (seed_of(0, SeedLifecycleState.EVALUATING, "a1"),)
+    budget = BudgetStatus(max_added_parameters=150, added_parameters=150, adaptations=1)
+    busy = [
+        replace(one, layers=(make_layer("hidden", seeds=grafted), one.layers[1]), budget=budget) for one in flattening
+    ]
+    decisions = feed(Policy(TamiyoConfig(max_open_adaptations=2)), busy, candidates)
+    assert not any(one.actionable for one in decisions)
+    assert any("is within the budget" in one.explanation for one in decisions)
+    assert not any(it.name == BUDGET_TOO_SMALL for one in decisions for it in one.evidence)
+
+
 def test_without_candidates_nothing_is_grown(flattening):
     decision = feed(Policy(), flattening, [])[-1]
     assert not decision.actionable
@@ -266,7 +288,10 @@ def test_a_blueprint_that_failed_at_a_layer_is_embargoed_there(flattening, candi
     policy.learn(
         make_report(blueprint_id=one[0].blueprint.id, outcome=AdaptationOutcome.FAILED, reward=None, begun_epoch=9)
     )
-    assert not any(each.actionable for each in feed(policy, flattening, one))
+    decisions = feed(policy, flattening, one)
+    assert not any(each.actionable for each in decisions)
+    assert any("free of an embargo" in each.explanation for each in decisions)
+    assert not any(it.name == BUDGET_TOO_SMALL for each in decisions for it in each.evidence)
 
 
 def test_growth_is_not_urgent_once_nothing_can_be_trained_any_more(flattening, candidates):
