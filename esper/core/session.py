@@ -96,11 +96,9 @@ class Session:
         self._step_optimizer = step_optimizer
         self._watcher = BatchWatcher(model, loss_fn)
         self._overlap = OverlapWatch(inputs for inputs, _ in control.batches)
-        self._notes: list[str] = []
-        self._said_too_small = False
-        self._governor = Governor(self.config.governor)
+        self._governor, self._said_too_small = Governor(self.config.governor), False
         self._meter, self._epoch_began_s = EpochMeter(), time.monotonic()
-        self._history: list[EpochRecord] = []
+        self._notes, self._history = list[str](), list[EpochRecord]()
         self._race_answers: dict[str, set[str]] = {}
         self._answered, self._asked, self._bad_losses, self._governor_rollbacks = 0, 0, 0, 0
         self._phase, self._closed = RunPhase.STARTED, False

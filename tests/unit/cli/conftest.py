@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from esper.cli.main import main
+from esper.cli.output import console
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +19,7 @@ def own_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             monkeypatch.delenv(key)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console, "_width", 200)  # it may have been made while COLUMNS was another
 
 
 @pytest.fixture
