@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from esper.client import EsperClient
 from esper.client.transport import ChannelTransport
 from esper.mesh.process_state import read_state
 from esper.mesh.settings import PREFIX, MeshSettings, resolve
@@ -21,6 +22,11 @@ def current_settings() -> MeshSettings:
         key.removeprefix(PREFIX).lower(): value for key, value in state.extra.items() if key.startswith(PREFIX)
     }
     return MeshSettings(**recorded)
+
+
+def client() -> EsperClient:
+    """Give a typed client of the mesh; to be closed."""
+    return EsperClient(transport=ChannelTransport(current_settings()))
 
 
 def call(service: str, method: str, request: Any, timeout_s: float) -> Any:

@@ -10,16 +10,15 @@ import typer
 
 from esper.cli.compile_jobs import follow, require_success
 from esper.cli.connection import call, current_settings, pages, watch
+from esper.cli.files import Force, write_file
 from esper.cli.kernel_tables import print_checks, print_manifest, print_summary
 from esper.cli.output import Json, Timeout, console, plain, print_json, print_rows
 from esper.cli.sites import site_of
 from esper.contracts.chunks import Assembler
 from esper.contracts.errors import (
-    AlreadyExistsError,
     CapacityExceededError,
     CorruptDataError,
     InvalidInputError,
-    UnavailableError,
 )
 from esper.contracts.kernel import CompileJob, CompileTarget, DeviceKind, JobPriority, KernelManifest
 from esper.contracts.wire import from_wire, to_message
@@ -143,24 +142,14 @@ def compile_kernel(  # noqa: PLR0913 - each is a word of the command
 def download(
     artifact_id: ArtifactId,
     file: Annotated[Path, typer.Argument(help="File to write.")],
-    force: Annotated[bool, typer.Option("--force", help="Take the place of a file that is there.")] = False,
+    force: Force = False,
 ) -> None:
     """Write a kernel as the library has it to a file, checked against the library's digest.
 
     `esper kernels verify FILE` proves who signed it.
     """
-    from esper.execution.durable_file import link_new, replace_file
-
     data = _download(artifact_id)
-    try:
-        if force:
-            replace_file(file, data, mode=0o644)
-        elif not link_new(file, data, mode=0o644):
-            raise AlreadyExistsError(f"file must not be there yet (or take --force), got {file}", parameter="file")
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise UnavailableError(f"file must be writable, got {file}: {error.strerror}", parameter="file") from error
+    write_file(file, data, force=force)
     console.print(f"{file}  {len(data)} bytes", highlight=False, soft_wrap=True)
 
 

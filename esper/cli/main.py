@@ -10,7 +10,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import typer
 
-from esper.cli import audit, authoring, catalogue, demo, jobs, kernels, library_care, mesh, runs, settings
+from esper.cli import audit, authoring, catalogue, demo, jobs, kernels, library_care, memory, mesh, runs, settings
 from esper.cli.output import fail
 from esper.contracts.errors import EsperError, InvalidInputError
 
@@ -42,6 +42,7 @@ kernels.app.command("sweep")(library_care.sweep)
 app.add_typer(kernels.app, name="kernels")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(jobs.dead_letters_app, name="dead-letters")
+app.add_typer(memory.app, name="memory")
 app.add_typer(audit.app, name="audit")
 app.add_typer(settings.app, name="config")
 

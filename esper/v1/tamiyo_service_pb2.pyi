@@ -438,3 +438,163 @@ class GetPosteriorResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetPosteriorResponse: _TypeAlias = GetPosteriorResponse  # noqa: Y015
+
+@_typing.final
+class Lesson(_message.Message):
+    """What the policy knows of one adaptation that has ended; enough to learn it anew."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPORT_FIELD_NUMBER: _builtins.int
+    FAMILY_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    family: _builtins.str
+    """Family of its blueprint's operators; empty when the blueprint was not known. At most 32 characters."""
+    @_builtins.property
+    def report(self) -> _telemetry_pb2.FieldReport:
+        """What became of it, as it was reported."""
+
+    @_builtins.property
+    def decision(self) -> _decision_pb2.AdaptationDecision:
+        """The decision that began the report's adaptation; confidence is calibrated by it. Absent when it is not known."""
+
+    def __init__(
+        self,
+        *,
+        report: _telemetry_pb2.FieldReport | None = ...,
+        family: _builtins.str = ...,
+        decision: _decision_pb2.AdaptationDecision | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_decision", b"_decision", "decision", b"decision", "report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decision", b"_decision", "decision", b"decision", "family", b"family", "report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__decision: _TypeAlias = _typing.Literal["decision"]  # noqa: Y015
+    _WhichOneofArgType__decision: _TypeAlias = _typing.Literal["_decision", b"_decision"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decision) -> _WhichOneofReturnType__decision | None: ...
+
+Global___Lesson: _TypeAlias = Lesson  # noqa: Y015
+
+@_typing.final
+class ExportMemoryRequest(_message.Message):
+    """Request of ExportMemory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Lessons a page, 1 to 200. 0 means 100. A page may hold fewer: it is kept near 4 MiB."""
+    page_token: _builtins.str
+    """Token of the page; empty means the first."""
+    run_id: _builtins.str
+    """Run; empty means all."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportMemoryRequest: _TypeAlias = ExportMemoryRequest  # noqa: Y015
+
+@_typing.final
+class ExportMemoryResponse(_message.Message):
+    """Response of ExportMemory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LESSONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    CALIBRATION_VERSION_FIELD_NUMBER: _builtins.int
+    UNREADABLE_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty at the end."""
+    model_version: _builtins.int
+    """Version of the model of rewards that learned them, > 0. Lessons are raw: another version learns them anew."""
+    calibration_version: _builtins.int
+    """Version of the calibration that learned them, > 0."""
+    unreadable: _builtins.int
+    """Lessons of this page that no longer read in the store, and are left out."""
+    @_builtins.property
+    def lessons(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lesson]:
+        """One page."""
+
+    def __init__(
+        self,
+        *,
+        lessons: _abc.Iterable[Global___Lesson] | None = ...,
+        next_page_token: _builtins.str = ...,
+        model_version: _builtins.int = ...,
+        calibration_version: _builtins.int = ...,
+        unreadable: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration_version", b"calibration_version", "lessons", b"lessons", "model_version", b"model_version", "next_page_token", b"next_page_token", "unreadable", b"unreadable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportMemoryResponse: _TypeAlias = ExportMemoryResponse  # noqa: Y015
+
+@_typing.final
+class ImportMemoryRequest(_message.Message):
+    """Request of ImportMemory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LESSONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def lessons(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lesson]:
+        """Lessons in the order in which they are to be learned, 1 to 200."""
+
+    def __init__(
+        self,
+        *,
+        lessons: _abc.Iterable[Global___Lesson] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lessons", b"lessons"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportMemoryRequest: _TypeAlias = ImportMemoryRequest  # noqa: Y015
+
+@_typing.final
+class ImportMemoryResponse(_message.Message):
+    """Response of ImportMemory. The three add up to the lessons of the request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEARNED_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
+    DIFFERING_FIELD_NUMBER: _builtins.int
+    learned: _builtins.int
+    """Lessons that are new."""
+    known: _builtins.int
+    """Lessons that were known."""
+    differing: _builtins.int
+    """Lessons whose report id is known with other content. What was known stands."""
+    def __init__(
+        self,
+        *,
+        learned: _builtins.int = ...,
+        known: _builtins.int = ...,
+        differing: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["differing", b"differing", "known", b"known", "learned", b"learned"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportMemoryResponse: _TypeAlias = ImportMemoryResponse  # noqa: Y015

@@ -66,6 +66,16 @@ class TamiyoServiceStub:
                 request_serializer=esper_dot_v1_dot_tamiyo__service__pb2.GetPosteriorRequest.SerializeToString,
                 response_deserializer=esper_dot_v1_dot_tamiyo__service__pb2.GetPosteriorResponse.FromString,
                 _registered_method=True)
+        self.ExportMemory = channel.unary_unary(
+                '/esper.v1.TamiyoService/ExportMemory',
+                request_serializer=esper_dot_v1_dot_tamiyo__service__pb2.ExportMemoryRequest.SerializeToString,
+                response_deserializer=esper_dot_v1_dot_tamiyo__service__pb2.ExportMemoryResponse.FromString,
+                _registered_method=True)
+        self.ImportMemory = channel.unary_unary(
+                '/esper.v1.TamiyoService/ImportMemory',
+                request_serializer=esper_dot_v1_dot_tamiyo__service__pb2.ImportMemoryRequest.SerializeToString,
+                response_deserializer=esper_dot_v1_dot_tamiyo__service__pb2.ImportMemoryResponse.FromString,
+                _registered_method=True)
 
 
 class TamiyoServiceServicer:
@@ -115,6 +125,22 @@ class TamiyoServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportMemory(self, request, context):
+        """Give what the policy has learned, in the order in which it was learned, page by page. What comes in meanwhile stands
+        on the last page.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportMemory(self, request, context):
+        """Learn what another policy has learned. Idempotent by report id. All of a request is learned, or nothing: the
+        designer of blueprints is told first, and UNAVAILABLE where it cannot be, or where the store cannot.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TamiyoServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -147,6 +173,16 @@ def add_TamiyoServiceServicer_to_server(servicer, server):
                     servicer.GetPosterior,
                     request_deserializer=esper_dot_v1_dot_tamiyo__service__pb2.GetPosteriorRequest.FromString,
                     response_serializer=esper_dot_v1_dot_tamiyo__service__pb2.GetPosteriorResponse.SerializeToString,
+            ),
+            'ExportMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportMemory,
+                    request_deserializer=esper_dot_v1_dot_tamiyo__service__pb2.ExportMemoryRequest.FromString,
+                    response_serializer=esper_dot_v1_dot_tamiyo__service__pb2.ExportMemoryResponse.SerializeToString,
+            ),
+            'ImportMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ImportMemory,
+                    request_deserializer=esper_dot_v1_dot_tamiyo__service__pb2.ImportMemoryRequest.FromString,
+                    response_serializer=esper_dot_v1_dot_tamiyo__service__pb2.ImportMemoryResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -313,6 +349,60 @@ class TamiyoService:
             '/esper.v1.TamiyoService/GetPosterior',
             esper_dot_v1_dot_tamiyo__service__pb2.GetPosteriorRequest.SerializeToString,
             esper_dot_v1_dot_tamiyo__service__pb2.GetPosteriorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/esper.v1.TamiyoService/ExportMemory',
+            esper_dot_v1_dot_tamiyo__service__pb2.ExportMemoryRequest.SerializeToString,
+            esper_dot_v1_dot_tamiyo__service__pb2.ExportMemoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/esper.v1.TamiyoService/ImportMemory',
+            esper_dot_v1_dot_tamiyo__service__pb2.ImportMemoryRequest.SerializeToString,
+            esper_dot_v1_dot_tamiyo__service__pb2.ImportMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,14 @@ class TamiyoServiceStub:
     """Explain one decision in words and figures: what was seen, who raced, what came of it. NOT_FOUND: it is not ours."""
     GetPosterior: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.GetPosteriorRequest, _tamiyo_service_pb2.GetPosteriorResponse]
     """Give the posterior by arm, best mean first."""
+    ExportMemory: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ExportMemoryRequest, _tamiyo_service_pb2.ExportMemoryResponse]
+    """Give what the policy has learned, in the order in which it was learned, page by page. What comes in meanwhile stands
+    on the last page.
+    """
+    ImportMemory: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ImportMemoryRequest, _tamiyo_service_pb2.ImportMemoryResponse]
+    """Learn what another policy has learned. Idempotent by report id. All of a request is learned, or nothing: the
+    designer of blueprints is told first, and UNAVAILABLE where it cannot be, or where the store cannot.
+    """
 
 @_typing.type_check_only
 class TamiyoServiceAsyncStub(TamiyoServiceStub):
@@ -67,6 +75,14 @@ class TamiyoServiceAsyncStub(TamiyoServiceStub):
     """Explain one decision in words and figures: what was seen, who raced, what came of it. NOT_FOUND: it is not ours."""
     GetPosterior: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.GetPosteriorRequest, _tamiyo_service_pb2.GetPosteriorResponse]  # type: ignore[assignment]
     """Give the posterior by arm, best mean first."""
+    ExportMemory: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ExportMemoryRequest, _tamiyo_service_pb2.ExportMemoryResponse]  # type: ignore[assignment]
+    """Give what the policy has learned, in the order in which it was learned, page by page. What comes in meanwhile stands
+    on the last page.
+    """
+    ImportMemory: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ImportMemoryRequest, _tamiyo_service_pb2.ImportMemoryResponse]  # type: ignore[assignment]
+    """Learn what another policy has learned. Idempotent by report id. All of a request is learned, or nothing: the
+    designer of blueprints is told first, and UNAVAILABLE where it cannot be, or where the store cannot.
+    """
 
 class TamiyoServiceServicer(metaclass=_abc_1.ABCMeta):
     """The policy. It also reads state packets from the bus and publishes its decisions there.
@@ -120,5 +136,25 @@ class TamiyoServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tamiyo_service_pb2.GetPosteriorResponse, _abc.Awaitable[_tamiyo_service_pb2.GetPosteriorResponse]]:
         """Give the posterior by arm, best mean first."""
+
+    @_abc_1.abstractmethod
+    def ExportMemory(
+        self,
+        request: _tamiyo_service_pb2.ExportMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tamiyo_service_pb2.ExportMemoryResponse, _abc.Awaitable[_tamiyo_service_pb2.ExportMemoryResponse]]:
+        """Give what the policy has learned, in the order in which it was learned, page by page. What comes in meanwhile stands
+        on the last page.
+        """
+
+    @_abc_1.abstractmethod
+    def ImportMemory(
+        self,
+        request: _tamiyo_service_pb2.ImportMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tamiyo_service_pb2.ImportMemoryResponse, _abc.Awaitable[_tamiyo_service_pb2.ImportMemoryResponse]]:
+        """Learn what another policy has learned. Idempotent by report id. All of a request is learned, or nothing: the
+        designer of blueprints is told first, and UNAVAILABLE where it cannot be, or where the store cannot.
+        """
 
 def add_TamiyoServiceServicer_to_server(servicer: TamiyoServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

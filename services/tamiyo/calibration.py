@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from esper.contracts.decision import AdaptationDecision, AdaptationType, Evidence
 from esper.contracts.errors import InvalidInputError
 from esper.contracts.run import AdaptationOutcome, FieldReport
+from esper.mesh.validation import require_range
 
 CALIBRATION_VERSION: Final = 2
 """Version of the features and the prior; cases are kept raw, in decisions and reports, and learned anew."""
@@ -133,6 +134,18 @@ class Asked:
         bounded = min(max(self.raw, 0.01), 0.99)
         odds = math.log(bounded / (1.0 - bounded)) - _LEVEL
         return np.array([1.0, odds, math.log1p(self.fruitless), math.log1p(self.helped)])
+
+
+def check_evidence(decision: AdaptationDecision) -> None:
+    """Refuse a decision made elsewhere whose figures nothing can be learned from.
+
+    Raises:
+        InvalidInputError: A figure that it was calibrated by is out of its range.
+    """
+    bounds = {RAW: 1.0, _FRUITLESS: None, _HELPED: None}
+    for one in decision.evidence:
+        if one.name in bounds:
+            require_range(f"decision.evidence.{one.name}", one.value, low=0.0, high=bounds[one.name])
 
 
 @dataclass(slots=True)

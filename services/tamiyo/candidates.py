@@ -229,6 +229,18 @@ class CandidateSource:
             while len(self._untold) > _MAX_UNTOLD:  # with Karn away; the bus holds them for it
                 self._untold.popitem(last=False)
 
+    async def teach(self, reports: Sequence[FieldReport]) -> None:
+        """Tell Karn now of reports from elsewhere, which no bus holds for it; then as `note_report`.
+
+        Told again, they teach it nothing twice.
+
+        Raises:
+            EsperError: Karn did not answer; it may know some of them.
+        """
+        for report in reports:
+            await self._tell_report(report)
+        self._lessons.update(report.site.kind for report in reports if report.site is not None)
+
     async def _blueprints(self, asked: _Asked) -> list[Blueprint]:
         designs = {one.id: one for one in await self._of_library(asked.site.kind)}
         for one in await self._of_karn(asked):
@@ -316,15 +328,20 @@ class CandidateSource:
 
     async def _tell_reports(self) -> None:
         """Hand Karn the reports it may not have yet: they reach it over the bus too, but nobody knows when."""
-        assert self._karn is not None
         for report_id, report in list(self._untold.items()):
-            request = karn_service_pb2.KarnServiceSubmitFieldReportRequest()
-            request.report.CopyFrom(to_wire(report))  # type: ignore[arg-type]
-            try:
-                await self._karn.SubmitFieldReport(request, timeout=self._config.call_timeout_s)
-            except InvalidInputError as error:
-                log.warning("report_refused", extra={"report_id": report_id, "error": str(error)})
+            await self._tell_report(report)
             self._untold.pop(report_id, None)
+
+    async def _tell_report(self, report: FieldReport) -> None:
+        """Hand Karn one report, where there is a Karn."""
+        if self._karn is None:
+            return
+        request = karn_service_pb2.KarnServiceSubmitFieldReportRequest()
+        request.report.CopyFrom(to_wire(report))  # type: ignore[arg-type]
+        try:
+            await self._karn.SubmitFieldReport(request, timeout=self._config.call_timeout_s)
+        except InvalidInputError as error:
+            log.warning("report_refused", extra={"report_id": report.report_id, "error": str(error)})
 
     def _cost(self, blueprint: Blueprint, site: Site) -> BlueprintCost | None:
         """Give the cost from `legal_cost`, worked out once."""

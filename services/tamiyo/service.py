@@ -6,26 +6,30 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
 
 import numpy as np
 
 from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.decision import AdaptationDecision, AdaptationPlan
 from esper.contracts.errors import InvalidInputError, NotFoundError
+from esper.contracts.lesson import ImportedMemory, Lesson
 from esper.contracts.run import FieldReport, SystemStatePacket
 from esper.contracts.tag_expression import parse_tags
-from esper.mesh.validation import require_id, require_range
-from esper.services.tamiyo.calibration import MAX_CASES
+from esper.mesh.validation import TAG_PATTERN, require_id, require_name, require_range
+from esper.services.tamiyo.calibration import MAX_CASES, check_evidence
 from esper.services.tamiyo.candidates import CandidateSource
 from esper.services.tamiyo.explanation import Explanation, explain
 from esper.services.tamiyo.performance_tracker import PerformanceTracker
 from esper.services.tamiyo.policy import Policy
 from esper.services.tamiyo.posterior import Arm, family_of, features_of
 from esper.services.tamiyo.seed_selection import SeedHistory, SeedSelection, SeedSelector
-from esper.services.tamiyo.store import TamiyoStore
+from esper.services.tamiyo.store import LessonKey, TamiyoStore
 from esper.telemetry.subjects import check_run_id
 
 log = logging.getLogger(__name__)
+
+_MAX_FAMILY: Final = 32
 
 
 class Tamiyo:
@@ -53,16 +57,16 @@ class Tamiyo:
         self._random = np.random.default_rng(random_seed)
 
     async def start(self) -> None:
-        """Learn from every report that is kept.
+        """Learn from every report that is kept, from here or from elsewhere.
 
         Raises:
             UnavailableError: The store cannot be reached.
         """
         reports = await self.store.reports()
         recent = reports[-MAX_CASES * self.policy.config.race_size :]  # older ones the calibrator would let go again
-        begun = await self.store.decisions_of([stored.report.adaptation_id for stored in recent])
+        begun = await self.store.decisions_of([stored.report.adaptation_id for stored in recent if stored.is_own])
         for stored in reports:
-            decision = begun.get(stored.report.adaptation_id)
+            decision = begun.get(stored.report.adaptation_id) if stored.is_own else stored.begun
             self.policy.recall(stored.report, family=stored.family, begun=decision)
         log.info(
             "posterior_loaded",
@@ -115,6 +119,36 @@ class Tamiyo:
             },
         )
         return True
+
+    async def lessons(
+        self, run_id: str, limit: int, after: LessonKey | None
+    ) -> Sequence[tuple[LessonKey, Lesson | None]]:
+        """Give what was learned, in that order, with its sort keys; an empty run means all.
+
+        ``None`` stands for one that no longer reads.
+        """
+        return await self.store.lessons(run_id, limit, after)
+
+    async def import_lessons(self, lessons: Sequence[Lesson]) -> ImportedMemory:
+        """Keep what another policy learned and learn it, once and in order: all of it, or nothing.
+
+        It teaches what is worth what and how far confidence holds. No run here has lived it: rests, embargoes and
+        decisions of runs are left alone, whatever their names.
+
+        Raises:
+            InvalidInputError: A lesson breaks a rule.
+            UnavailableError: The store cannot be reached, or Karn, which is told first.
+        """
+        for lesson in lessons:
+            check_lesson(lesson)
+        await self.candidates.teach([lesson.report for lesson in lessons])
+        async with self._gate:
+            added, num_differing = await self.store.add_lessons(lessons)
+            for lesson in added:
+                self.policy.recall(lesson.report, family=lesson.family, begun=lesson.decision)
+        known = len(lessons) - len(added) - num_differing
+        log.info("lessons_imported", extra={"learned": len(added), "known": known, "differing": num_differing})
+        return ImportedMemory(learned=len(added), known=known, differing=num_differing)
 
     async def note_plan(self, plan: AdaptationPlan) -> None:
         """Take in what a run made of a decision."""
@@ -243,3 +277,23 @@ def check_report(report: FieldReport) -> None:
             raise InvalidInputError.of(
                 "report.contribution.confidence_level", "be within [0.5, 1)", measured.confidence_level
             )
+
+
+def check_lesson(lesson: Lesson) -> None:
+    """Refuse a lesson that breaks a rule of the wire, or that nothing can be learned from.
+
+    Raises:
+        InvalidInputError: The report, the family or the decision is not legal, or the decision is another's.
+    """
+    check_report(lesson.report)
+    if lesson.family:
+        require_name("lesson.family", lesson.family, max_len=_MAX_FAMILY, pattern=TAG_PATTERN)
+    if lesson.decision is None:
+        return
+    if lesson.decision.adaptation_id != lesson.report.adaptation_id:
+        raise InvalidInputError.of(
+            "lesson.decision.adaptation_id",
+            f"be that of its report, {lesson.report.adaptation_id}",
+            lesson.decision.adaptation_id,
+        )
+    check_evidence(lesson.decision)

@@ -6,10 +6,13 @@ from typing import Any
 
 from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.errors import InvalidInputError
+from esper.contracts.lesson import Lesson
 from esper.contracts.run import FieldReport, SystemStatePacket
 from esper.contracts.wire import enum_from_wire, enum_to_wire, from_wire, to_wire
 from esper.mesh.page_token import decode_page_token, encode_page_token
 from esper.mesh.validation import require_page_size, require_size
+from esper.services.tamiyo.calibration import CALIBRATION_VERSION
+from esper.services.tamiyo.posterior import MODEL_VERSION
 from esper.services.tamiyo.seed_selection import SeedHistory
 from esper.services.tamiyo.service import Tamiyo
 from esper.telemetry.subjects import check_run_id
@@ -19,6 +22,8 @@ from esper.v1.tamiyo_service_pb2_grpc import TamiyoServiceServicer
 _SITE_KIND = blueprint_pb2.SiteKind.DESCRIPTOR
 _MAX_LAYER_BYTES = 400
 _MAX_SEEDS = 4_096
+_MAX_LESSONS = 200
+_PAGE_BYTES = 4 * 1024 * 1024
 
 
 class TamiyoServicer(TamiyoServiceServicer):
@@ -129,6 +134,46 @@ class TamiyoServicer(TamiyoServiceServicer):
                 reports=arm.num_reports,
             )
         return response
+
+    async def ExportMemory(  # noqa: N802
+        self, request: tamiyo_service_pb2.ExportMemoryRequest, context: Any
+    ) -> tamiyo_service_pb2.ExportMemoryResponse:
+        """Give one page of what was learned, in the order in which it was."""
+        del context
+        if request.run_id:
+            check_run_id(request.run_id)
+        size = require_page_size(request.page_size, default=100, maximum=_MAX_LESSONS)
+        scope = f"ExportMemory|run={request.run_id}"
+        position = decode_page_token(request.page_token, scope=scope, arity=2)
+        after = None if position is None else (int(position[0] or 0), str(position[1]))
+        found = await self._tamiyo.lessons(request.run_id, size + 1, after)
+        response = tamiyo_service_pb2.ExportMemoryResponse(
+            model_version=MODEL_VERSION, calibration_version=CALIBRATION_VERSION
+        )
+        num_bytes = num_given = 0
+        while num_given < min(len(found), size) and num_bytes < _PAGE_BYTES:
+            lesson = found[num_given][1]
+            num_given += 1
+            if lesson is None:
+                response.unreadable += 1
+                continue
+            response.lessons.add().CopyFrom(to_wire(lesson))  # type: ignore[arg-type]
+            num_bytes += response.lessons[-1].ByteSize()
+        if len(found) > num_given:
+            response.next_page_token = encode_page_token(found[num_given - 1][0], scope=scope)
+        return response
+
+    async def ImportMemory(  # noqa: N802
+        self, request: tamiyo_service_pb2.ImportMemoryRequest, context: Any
+    ) -> tamiyo_service_pb2.ImportMemoryResponse:
+        """Learn what another policy learned."""
+        del context
+        if not 1 <= len(request.lessons) <= _MAX_LESSONS:
+            raise InvalidInputError.of("lessons", f"hold 1 to {_MAX_LESSONS} lessons", len(request.lessons))
+        found = await self._tamiyo.import_lessons([from_wire(one, Lesson) for one in request.lessons])
+        return tamiyo_service_pb2.ImportMemoryResponse(
+            learned=found.learned, known=found.known, differing=found.differing
+        )
 
 
 def _need(request: Any, name: str) -> None:

@@ -1,5 +1,7 @@
 """What Tamiyo keeps: state packets, decisions, and every field report as it came; the posterior is learned from them.
 
+What another policy learned is kept apart: it teaches as reports do, and is no part of any run's history here.
+
 Payloads are wire bytes with a CRC-32 beside them. Reports are never changed or thrown away, so a posterior can be
 learned anew by a later version of the model. A row that no longer reads is left where it is, counted and reported;
 what it taught is missing, and nothing else. A SQLite file that is damaged as a whole is set aside under another name.
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,13 +19,18 @@ from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
+    CompoundSelect,
     Index,
     LargeBinary,
     MetaData,
+    Row,
     Select,
     String,
+    cast,
     delete,
     func,
+    literal,
+    null,
     select,
     tuple_,
     union_all,
@@ -33,6 +40,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from esper.contracts import wire
 from esper.contracts.decision import AdaptationDecision
 from esper.contracts.errors import CorruptDataError, EsperError
+from esper.contracts.lesson import Lesson
 from esper.contracts.run import FieldReport, SystemStatePacket
 from esper.mesh.database import Database
 from esper.mesh.wire_store import WireStore
@@ -46,6 +54,7 @@ PACKETS_KEPT: Final = 2_000
 """Newest packets of one run that are kept."""
 
 _MAX_IDS: Final = 500
+_LessonColumns = tuple[int, str, str, bytes, int, bytes | None, int | None, int]
 _SQLITE_PREFIX: Final = "sqlite:///"
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -122,14 +131,40 @@ class ReportRow(Base):
     crc32: Mapped[int] = mapped_column(BigInteger)
 
 
-@dataclass(frozen=True, slots=True)
+class LessonRow(Base):
+    """One adaptation that another policy learned from, as it came."""
+
+    __tablename__ = "tamiyo_lessons"
+    __table_args__ = (Index("ix_tamiyo_lessons_order", "received_us", "report_id"),)
+
+    report_id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    run_id: Mapped[str] = mapped_column(String(64), index=True)
+    received_us: Mapped[int] = mapped_column(BigInteger)
+    family: Mapped[str] = mapped_column(String(32))
+    payload: Mapped[bytes] = mapped_column(LargeBinary)
+    crc32: Mapped[int] = mapped_column(BigInteger)
+    decision: Mapped[bytes | None] = mapped_column(LargeBinary)
+    decision_crc32: Mapped[int | None] = mapped_column(BigInteger)
+
+
+LessonKey = tuple[int, str]
+"""Where a lesson stands among all: when it came, in microseconds, and the id of its report."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StoredReport:
     """A report with what was known of its blueprint when it came."""
 
+    key: LessonKey
+    """Where it stands."""
     report: FieldReport
     """The report."""
     family: str
     """Family of its blueprint's operators; empty when the blueprint was not known."""
+    is_own: bool = True
+    """Whether it was reported here; the decision behind it is in this store, if anywhere."""
+    begun: AdaptationDecision | None = None
+    """Where it is not our own: the decision that began it, if it is known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,21 +265,76 @@ class TamiyoStore(WireStore):
         return await self._reports(run_id)
 
     async def reports(self) -> list[StoredReport]:
-        """Give every report that reads, in the order in which they came."""
-        return await self._reports(None)
-
-    async def _reports(self, run_id: str | None) -> list[StoredReport]:
-        query = select(ReportRow).order_by(ReportRow.received_us, ReportRow.report_id)
-        if run_id is not None:
-            query = query.where(ReportRow.run_id == run_id)
+        """Give every report that reads, our own and those of lessons, in the order in which they came."""
         async with self._database.reading() as session:
-            rows = (await session.scalars(query)).all()
-        found: list[StoredReport] = []
-        for row in rows:
-            report = self.read(row.payload, row.crc32, FieldReport, row.report_id)
-            if report is not None:
-                found.append(StoredReport(report, row.family))
-        return found
+            rows = (await session.execute(_in_order(_taught("")))).all()
+        return self._read_reports(rows)
+
+    async def _reports(self, run_id: str) -> list[StoredReport]:
+        async with self._database.reading() as session:
+            rows = (await session.execute(_in_order(_reported(run_id)))).all()
+        return self._read_reports(rows)
+
+    def _read_reports(self, rows: Sequence[Row[*_LessonColumns]]) -> list[StoredReport]:
+        found = (self._read_report(row) for row in rows)
+        return [one for one in found if one is not None]
+
+    def _read_report(self, row: Row[*_LessonColumns]) -> StoredReport | None:
+        report = self.read(row.payload, row.crc32, FieldReport, row.report_id)
+        if report is None:
+            return None
+        begun = None
+        if row.decision is not None:
+            begun = self.read(row.decision, row.decision_crc32, AdaptationDecision, report.adaptation_id)
+        key = (row.received_us, row.report_id)
+        return StoredReport(key=key, report=report, family=row.family, is_own=bool(row.is_own), begun=begun)
+
+    async def lessons(
+        self, run_id: str, limit: int, after: LessonKey | None
+    ) -> Sequence[tuple[LessonKey, Lesson | None]]:
+        """Give what was learned, in the order in which it came, those past ``after`` only; an empty run means all.
+
+        ``None`` stands for one whose report no longer reads.
+        """
+        query = _in_order(_taught(run_id), after).limit(limit)
+        async with self._database.reading() as session:
+            rows = (await session.execute(query)).all()
+        read = [((row.received_us, row.report_id), self._read_report(row)) for row in rows]
+        begun = await self.decisions_of([one.report.adaptation_id for _, one in read if one is not None and one.is_own])
+        return [(key, None if one is None else _lesson(one, begun)) for key, one in read]
+
+    async def add_lessons(self, lessons: Sequence[Lesson]) -> tuple[Sequence[Lesson], int]:
+        """Keep the lessons that are new; give them, and how many others are known with another content.
+
+        One that is known and no longer reads is new, and takes its place.
+        """
+        known = await self._known([lesson.report.report_id for lesson in lessons])
+        moment, num_differing = _microseconds(datetime.now(UTC)), 0
+        added: list[Lesson] = []
+        async with self._database.session() as session:
+            for place, lesson in enumerate(lessons):
+                name, columns = lesson.report.report_id, _lesson_columns(lesson)
+                if name in known:
+                    num_differing += known[name] != columns["payload"]
+                    continue
+                columns["received_us"] = moment + place  # read back, they come in this order
+                row = self._database.insert(LessonRow).values(report_id=name, **columns)
+                await session.execute(row.on_conflict_do_update(index_elements=[LessonRow.report_id], set_=columns))
+                known[name] = columns["payload"]
+                added.append(lesson)
+        return added, num_differing
+
+    async def _known(self, report_ids: Sequence[str]) -> dict[str, bytes]:
+        """Give the bytes of reports that are kept and read; what another version wrote, as this one would."""
+        given = select(LessonRow).where(LessonRow.report_id.in_(report_ids))
+        own = select(ReportRow).where(ReportRow.report_id.in_(report_ids))
+        async with self._database.reading() as session:
+            rows: list[ReportRow | LessonRow] = [
+                *(await session.scalars(given)).all(),
+                *(await session.scalars(own)).all(),  # the last word: what was reported here is what counts
+            ]
+        read = ((row.report_id, self.read(row.payload, row.crc32, FieldReport, row.report_id)) for row in rows)
+        return {name: wire.serialize(report) for name, report in read if report is not None}
 
     async def add_report(self, report: FieldReport, family: str) -> bool:
         """Keep a report; false when one with its id is there already."""
@@ -293,6 +383,51 @@ def _columns(decision: AdaptationDecision) -> dict[str, Any]:
         "payload": payload,
         "crc32": zlib.crc32(payload),
     }
+
+
+def _lesson_columns(lesson: Lesson) -> dict[str, Any]:
+    payload = wire.serialize(lesson.report)
+    decision = None if lesson.decision is None else wire.serialize(lesson.decision)
+    return {
+        "run_id": lesson.report.run_id,
+        "family": lesson.family,
+        "payload": payload,
+        "crc32": zlib.crc32(payload),
+        "decision": decision,
+        "decision_crc32": None if decision is None else zlib.crc32(decision),
+    }
+
+
+def _lesson(stored: StoredReport, begun: Mapping[str, AdaptationDecision]) -> Lesson:
+    """Give a lesson; ``begun`` holds our own decisions by adaptation."""
+    decision = begun.get(stored.report.adaptation_id) if stored.is_own else stored.begun
+    return Lesson(report=stored.report, family=stored.family, decision=decision)
+
+
+def _reported(run_id: str) -> Select[*_LessonColumns]:
+    """Give the query of our own reports, of one run or of all, in the columns of lessons."""
+    none, no_crc = cast(null(), LargeBinary).label("decision"), cast(null(), BigInteger).label("decision_crc32")
+    own = literal(1).label("is_own")
+    one = ReportRow
+    query = select(one.received_us, one.report_id, one.family, one.payload, one.crc32, none, no_crc, own)
+    return query.where(one.run_id == run_id) if run_id else query
+
+
+def _taught(run_id: str) -> CompoundSelect[*_LessonColumns]:
+    """Give the query of all that was learned, of one run or of all: our own reports, and lessons."""
+    one, own = LessonRow, literal(0).label("is_own")
+    given = select(
+        one.received_us, one.report_id, one.family, one.payload, one.crc32, one.decision, one.decision_crc32, own
+    )
+    return union_all(_reported(run_id), given.where(one.run_id == run_id) if run_id else given)
+
+
+def _in_order(
+    rows: Select[*_LessonColumns] | CompoundSelect[*_LessonColumns], after: LessonKey | None = None
+) -> Select[*_LessonColumns]:
+    kept = rows.subquery()
+    query = select(kept).order_by(kept.c.received_us, kept.c.report_id)
+    return query if after is None else query.where(tuple_(kept.c.received_us, kept.c.report_id) > after)
 
 
 def _listed(table: type[DecisionRow | RivalRow], run_id: str) -> Select[int, str, bytes, int]:

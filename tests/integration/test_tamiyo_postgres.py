@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from esper.contracts.decision import AdaptationDecision, AdaptationType, CurveState
+from esper.contracts.lesson import Lesson
 from esper.contracts.run import AdaptationOutcome, FieldReport, RunPhase, SystemStatePacket
 from esper.services.karn import store as karn_store
 from esper.services.tamiyo import store as tamiyo_store
@@ -65,6 +67,29 @@ async def test_tamiyo_keeps_reports_once_and_over_a_restart(url: str) -> None:
     await store.database.close()
     again = await tamiyo_store.open_store(url)
     assert [(one.report.report_id, one.family) for one in await again.reports()] == [("r1", "conv"), ("r2", "conv")]
+    await again.database.close()
+
+
+async def test_tamiyo_keeps_lessons_in_one_order_with_its_reports(url: str) -> None:
+    store = await tamiyo_store.open_store(url)
+    await store.keep(packet(1), (replace(decision(1), adaptation_id="a1"),))
+    await store.add_report(report("r9"), "conv")
+    given = [Lesson(report=report("r2"), family="linear", decision=decision(2)), Lesson(report=report("r1"))]
+    assert await store.add_lessons(given) == (given, 0)
+    assert await store.add_lessons([*given, Lesson(report=replace(report("r9"), layer="head"))]) == ([], 1)
+    await store.database.close()
+    again = await tamiyo_store.open_store(url)
+    own = Lesson(report=report("r9"), family="conv", decision=replace(decision(1), adaptation_id="a1"))
+    everything = await again.lessons("", 10, None)
+    assert [lesson for _, lesson in everything] == [own, *given]
+    assert await again.lessons("run-1", 10, everything[0][0]) == everything[1:]
+    assert await again.lessons("run-2", 10, None) == []
+    assert [(one.report.report_id, one.is_own) for one in await again.reports()] == [
+        ("r9", True),
+        ("r2", False),
+        ("r1", False),
+    ]
+    assert [one.report.report_id for one in await again.reports_of("run-1")] == ["r9"]
     await again.database.close()
 
 

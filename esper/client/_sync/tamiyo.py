@@ -5,14 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from esper.client.paging import decoded
 from esper.client.transport import Transport
 from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.decision import AdaptationDecision
+from esper.contracts.lesson import ImportedMemory, Lesson, Memory
 from esper.contracts.run import FieldReport, SystemStatePacket
 from esper.contracts.wire import enum_to_wire, from_wire, to_message
 from esper.v1 import blueprint_pb2, tamiyo_service_pb2, telemetry_pb2
+
+_IMPORT_TIMEOUT_S: Final = 120.0
+_MAX_LESSONS: Final = 100
+_MAX_BYTES: Final = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,3 +119,47 @@ class TamiyoClient:
             number = enum_to_wire(site_kind, blueprint_pb2.SiteKind.DESCRIPTOR)
             request.site_kind = blueprint_pb2.SiteKind.ValueType(number)
         return tuple((self._transport.call("tamiyo", "GetPosterior", request)).arms)
+
+    def export_memory(self, run_id: str = "") -> Memory:
+        """Give all that the policy has learned, of one run or of all."""
+        request = tamiyo_service_pb2.ExportMemoryRequest(run_id=run_id)
+        lessons: list[Lesson] = []
+        num_unreadable = model_version = calibration_version = 0
+        for page in self._transport.pages("tamiyo", "ExportMemory", request):
+            lessons += decoded(page.lessons, Lesson)
+            num_unreadable += page.unreadable
+            model_version, calibration_version = page.model_version, page.calibration_version
+        return Memory(
+            lessons=tuple(lessons),
+            model_version=model_version,
+            calibration_version=calibration_version,
+            num_unreadable=num_unreadable,
+        )
+
+    def import_memory(self, lessons: Sequence[Lesson]) -> ImportedMemory:
+        """Teach what another policy learned, in its order; what is known already is not learned again.
+
+        Raises:
+            EsperError: The service did not take a part of them; those before it are learned. Repeat it as it is.
+        """
+        learned = known = differing = 0
+        for request in _requests(lessons):
+            found = self._transport.call("tamiyo", "ImportMemory", request, timeout_s=_IMPORT_TIMEOUT_S)
+            learned, known = learned + found.learned, known + found.known
+            differing += found.differing
+        return ImportedMemory(learned=learned, known=known, differing=differing)
+
+
+def _requests(lessons: Sequence[Lesson]) -> Iterator[tamiyo_service_pb2.ImportMemoryRequest]:
+    """Give the lessons in requests that the service takes."""
+    request, num_bytes = tamiyo_service_pb2.ImportMemoryRequest(), 0
+    for lesson in lessons:
+        message = to_message(lesson, tamiyo_service_pb2.Lesson)
+        size = message.ByteSize()
+        if request.lessons and (len(request.lessons) == _MAX_LESSONS or num_bytes + size > _MAX_BYTES):
+            yield request
+            request, num_bytes = tamiyo_service_pb2.ImportMemoryRequest(), 0
+        request.lessons.append(message)
+        num_bytes += size
+    if request.lessons:
+        yield request

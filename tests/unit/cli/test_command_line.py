@@ -55,6 +55,8 @@ SURFACE = {
     "kernels unpin": "ARTIFACT_ID --json --reason --timeout",
     "kernels verify": "KERNEL --json --key",
     "logs": "SERVICE --config --lines|-n --state-dir",
+    "memory export": "FILE --force --json --run",
+    "memory import": "FILE --json",
     "report": "RUN_ID --json --timeout",
     "runs checkpoint": "RUN_ID --timeout",
     "runs list": "--json",
