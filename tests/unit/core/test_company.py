@@ -238,3 +238,15 @@ def test_of_those_that_are_level_the_largest_is_grafted(decide: Any, large_task:
     assert race.winner([best, stands(20, price=0.25)]) is best, "not worth its price"
     assert race.winner([best, stands(20, low=-0.1)]) is best, "may do harm"
     assert race.winner([stands(10, low=-0.1, behind=None)]).size == 10
+
+
+def test_an_early_round_culls_none_that_is_larger_than_the_leader(decide: Any, large_task: Any) -> None:
+    model = esper.wrap(large_task.host())
+
+    def stands(size: int, estimate: float) -> race.Standing:
+        one = Adaptation(decision=decide(model), cost=BlueprintCost(parameters=size, flops=1, activation_bytes=0))
+        effect = Contribution(estimate=estimate, low=estimate - 0.2, high=estimate + 0.2, num_examples=9)
+        return race.Standing(adaptation=one, effect=effect, price=0.0, behind=None)
+
+    leader, second, small, large = stands(10, 0.3), stands(9, 0.1), stands(8, 0.0), stands(20, -0.1)
+    assert race.losers([leader, second, small, large], last=False) == [small]
