@@ -81,7 +81,7 @@ class BudgetLedger:
     def _excess(self, cost: BlueprintCost, group: str, *, later: bool = False) -> str | None:
         """Say what does not fit; ``later``: once nothing of the group is blended in any more."""
         status = self.status()
-        others = _booked(one for one in self._booked.values() if one.group != group or (one.is_blended and not later))
+        others = _total(one for one in self._booked.values() if one.group != group or (one.is_blended and not later))
         bounds = (
             ("parameters", cost.parameters, others[0], status.max_added_parameters),
             ("FLOPs", cost.flops, others[1], status.max_added_flops),
@@ -159,7 +159,7 @@ class BudgetLedger:
 
     def status(self) -> BudgetStatus:
         """Give bounds and use as the state packet shows them."""
-        parameters, flops = _booked(self._booked.values())
+        parameters, flops = _total(self._booked.values())
         return BudgetStatus(
             max_added_parameters=self._max_parameters,
             added_parameters=parameters,
@@ -170,7 +170,7 @@ class BudgetLedger:
         )
 
 
-def _booked(bookings: Iterable[Booking]) -> tuple[int, int]:
+def _total(bookings: Iterable[Booking]) -> tuple[int, int]:
     """Give the parameters and FLOPs of every group, summed over the groups."""
     groups: dict[str, list[Booking]] = {}
     for one in bookings:

@@ -5,7 +5,8 @@
     h_i    sum_j b_ij w_j mod 2^64; two examples that differ agree less than once in 2^40     [examples]
 
 Inputs are compared to the bit, targets not: an example is known again whatever it is called. What is drawn anew in
-every epoch (augmented images, crops) is not known again, and neither is what is converted on its way to the model.
+every epoch (augmented images, crops) is not known again, and neither is what is converted on its way to the model, nor
+what is sparse, nested or quantised.
 
 Source: L. Carter, M. Wegman, Universal classes of hash functions, JCSS 18 (1979); multilinear, modulo a power of two.
 """
@@ -52,13 +53,14 @@ class OverlapWatch:
         self._num_control = 0
         parts: dict[_Kind, list[Tensor]] = {}
         for inputs in control_inputs:
-            parts.setdefault(_kind(inputs), []).append(self._digests(inputs))
-            self._num_control += len(inputs)
+            self._num_control += inputs.size(0)
+            if _has_rows(inputs):
+                parts.setdefault(_kind(inputs), []).append(self._digests(inputs))
         self._known = {kind: _known(torch.cat(found)) for kind, found in parts.items()}
 
     def look(self, inputs: Tensor) -> None:
         """Take in the inputs of a training step, the batch dimension first."""
-        known = self._known.get(_kind(inputs)) if inputs.ndim else None
+        known = self._known.get(_kind(inputs)) if self._known and _has_rows(inputs) else None
         if known is None:
             return
         digests = self._digests(inputs).to(known.digests.device)
@@ -106,6 +108,11 @@ class OverlapWatch:
 def _known(digests: Tensor) -> _Known:
     ordered, counts = torch.unique(digests, return_counts=True)
     return _Known(ordered, counts, torch.zeros_like(counts))
+
+
+def _has_rows(inputs: Tensor) -> bool:
+    """Whether examples stand one after the other as plain values."""
+    return inputs.ndim > 0 and inputs.layout is torch.strided and not (inputs.is_nested or inputs.is_quantized)
 
 
 def _kind(inputs: Tensor) -> _Kind:

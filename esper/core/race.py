@@ -130,7 +130,7 @@ def run_round(context: RunContext, rivals: Sequence[Adaptation], *, last: bool, 
         first = winner(left)
         left = [first, *(one for one in left if one is not first)]
     stay = [one.adaptation for one in left]
-    takes_turns = not is_telling and (last or is_sound(measured))
+    takes_turns = not is_telling and (last or mostly_harm(measured))
     return Round(stay, [(one.adaptation, _lost(one, found[0])) for one in gone], takes_turns)
 
 
@@ -182,8 +182,8 @@ def winner(found: Sequence[Standing]) -> Standing:
     return max(level, key=lambda one: one.size, default=found[0])
 
 
-def is_sound(found: Sequence[Standing]) -> bool:
-    """Say whether most rivals do harm beyond doubt: beside a damped host they learnt to say again what it knows."""
+def mostly_harm(found: Sequence[Standing]) -> bool:
+    """Say whether most rivals do harm beyond doubt: beside a damped host that is right they say again what it knows."""
     return sum(one.effect.high < 0.0 for one in found) * 2 > len(found)
 
 
@@ -193,7 +193,7 @@ def company(
     """Give those whose turn it is: the company from which the policy expects most together.
 
     It is filled up from every rival as the first, in the order of what is expected, then of how much each has learnt,
-    for better or worse: beside a damped host that is sound, what learns well says again what it knows. Two never stand
+    for better or worse: beside a damped host that is right, what learns well says again what it knows. Two never stand
     at one site, nor one where one of ``blended`` does; ``fits`` says whether the budget has room for some together.
     """
     taken = {site_of(one) for one in blended}
@@ -235,7 +235,7 @@ def _lost(one: Standing, leader: Standing) -> GateCheck:
     return GateCheck(
         name="race",
         passed=False,
-        detail=f"lost its race to {leader.adaptation.label}: brings {one.net:+.4f}, the leader {leader.net:+.4f}, "
+        detail=f"lost its race: brings {one.net:+.4f}, the best, {leader.adaptation.label}, {leader.net:+.4f}, "
         f"prices of {one.price:.4f} and {leader.price:.4f} taken off; {one.behind.estimate:.4f} behind "
         f"({one.behind.low:+.4f} to {one.behind.high:+.4f})",
     )

@@ -1,4 +1,4 @@
-"""What is said where a run would grow and no candidate can be drawn."""
+"""What a run may still afford, and what is said where it would grow and no candidate can be drawn."""
 
 from __future__ import annotations
 
@@ -25,8 +25,17 @@ def too_small(budget: BudgetStatus, candidates: Sequence[Candidate]) -> tuple[Ev
     return (Evidence(name=BUDGET_TOO_SMALL, value=smallest, detail=detail),)
 
 
+def is_spent(budget: BudgetStatus, parameters: float, min_share: float) -> bool:
+    """Say whether the ``parameters`` left are less than the share of the whole budget that a race is worth."""
+    whole = budget.max_added_parameters
+    return bool(whole) and parameters < min_share * whole
+
+
 def why_none(
-    packet: SystemStatePacket, seeds: Mapping[str, Sequence[SeedStatus]], candidates: Sequence[Candidate]
+    packet: SystemStatePacket,
+    seeds: Mapping[str, Sequence[SeedStatus]],
+    candidates: Sequence[Candidate],
+    min_share: float,
 ) -> str:
     """Say why none of the candidates is drawn; ``seeds`` are the dormant ones of the layers that may be grown."""
     if not candidates:
@@ -34,6 +43,11 @@ def why_none(
     if not seeds:
         return "every layer is busy, resting or without a dormant seed."
     budget = packet.budget
+    if is_spent(budget, budget_left(budget, ())[0], min_share):
+        return (
+            f"less than {min_share:.0%} of the budget is left ({budget.added_parameters} of "
+            f"{budget.max_added_parameters} parameters are used): no further race is worth it."
+        )
     return (
         f"none of {len(candidates)} candidates is within the budget ({budget.added_parameters} of "
         f"{budget.max_added_parameters} parameters, {budget.adaptations} of {budget.max_adaptations} adaptations) "

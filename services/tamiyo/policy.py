@@ -45,7 +45,7 @@ from esper.contracts.decision import (
 from esper.contracts.errors import InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import AdaptationOutcome, FieldReport, LayerStatus, RunPhase, SeedStatus, SystemStatePacket
-from esper.services.tamiyo.affordable import too_small, why_none
+from esper.services.tamiyo.affordable import is_spent, too_small, why_none
 from esper.services.tamiyo.calibration import Calibrator, Kind
 from esper.services.tamiyo.candidates import Candidate
 from esper.services.tamiyo.config import TamiyoConfig
@@ -313,7 +313,8 @@ class Policy:
         if not open_candidates:
             is_settled = not memory.open_groups(packet, self.config.pending_epochs)
             small = too_small(packet.budget, [one for one in candidates if one.layer in seeds]) if is_settled else ()
-            return _nothing(reading, f"{occasion}, but {why_none(packet, seeds, candidates)}", small)
+            why = why_none(packet, seeds, candidates, self.config.min_budget_share)
+            return _nothing(reading, f"{occasion}, but {why}", small)
         choices, helps = self._choose(packet, memory, seeds, open_candidates)
         reports = Evidence(name="posterior_observations", value=self.posterior.num_observations, detail="rewards known")
         chance = Evidence(name="probability_of_reward", value=helps, detail="of the likeliest drawn, before the curve")
@@ -359,8 +360,7 @@ class Policy:
         """Give the candidates at free layers that the budget allows and no embargo forbids."""
         reserved = memory.pending(self.config.pending_epochs).values()
         parameters, flops, adaptations = budget_left(packet.budget, reserved)
-        whole = packet.budget.max_added_parameters
-        if adaptations < 1 or (whole and parameters < self.config.min_budget_share * whole):
+        if adaptations < 1 or is_spent(packet.budget, parameters, self.config.min_budget_share):
             return []
         return [
             one

@@ -7,15 +7,12 @@ What they need is 75 MB and holds python-dateutil below 3, so it is no part of `
 from __future__ import annotations
 
 import os
-import sqlite3
 import subprocess
 import sys
 import threading
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
@@ -28,11 +25,14 @@ from esper.services.urza.store import UrzaStore
 from esper.testing.urza_contract import content
 from esper.testing.urza_kernel_contract import KEY, OutsideKernelStoreContract, RetentionContract, RotContract
 from esper.testing.urza_samples import kernel_bytes
-from esper.testing.urza_template import lay_out
+from tests import urza_on_sqlite
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto")
 pytest.importorskip("flask_cors")
+
+database, path = urza_on_sqlite.database, urza_on_sqlite.path
+rot, texts_may_break = urza_on_sqlite.rot, urza_on_sqlite.texts_may_break
 
 
 class Server:
@@ -87,37 +87,6 @@ def s3() -> Iterator[Server]:
 def place(s3: Server) -> str:
     del s3
     return f"s3://kernels-{uuid.uuid4().hex}/library"
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "urza.db"
-
-
-@pytest.fixture
-async def database(path: Path) -> AsyncIterator[Database]:
-    async with Database.open(f"sqlite:///{path}") as opened:
-        await lay_out(opened)
-        yield opened
-
-
-@pytest.fixture
-def rot(path: Path) -> Any:
-    """A stranger's connection knows no foreign keys."""
-
-    async def write(table: str, column: str, value: Any) -> None:
-        with sqlite3.connect(path) as connection:
-            (kind,) = connection.execute(f"SELECT typeof({column}) FROM {table}").fetchone()
-            shown = "CAST(? AS TEXT)" if kind == "text" else "?"
-            assert connection.execute(f"UPDATE {table} SET {column} = {shown}", (value,)).rowcount == 1
-        connection.close()
-
-    return write
-
-
-@pytest.fixture
-def texts_may_break() -> bool:
-    return True
 
 
 class TestKernelStoreInS3(OutsideKernelStoreContract):

@@ -114,15 +114,15 @@ def test_a_race_that_tells_nothing_yet_learns_on_alone_till_its_last_round(race_
     assert set(states(patient).values()) == {State.ACTIVE}, "who does neither good nor harm learns on"
 
 
-def test_a_host_is_sound_where_most_rivals_do_harm_beyond_doubt(decide: Any, large_task: Any) -> None:
+def test_most_rivals_do_harm_where_more_than_half_do_beyond_doubt(decide: Any, large_task: Any) -> None:
     one = Adaptation(decision=decide(esper.wrap(large_task.host())))
 
-    def sound(*highs: float) -> bool:
+    def harm(*highs: float) -> bool:
         effects = [Contribution(estimate=high - 1, low=high - 2, high=high, num_examples=9) for high in highs]
-        return race.is_sound([race.Standing(adaptation=one, effect=two, price=0.0, behind=None) for two in effects])
+        return race.mostly_harm([race.Standing(adaptation=one, effect=two, price=0.0, behind=None) for two in effects])
 
-    assert sound(-0.1, -0.1, 0.1)
-    assert not sound(-0.1, 0.1), "no more than half"
+    assert harm(-0.1, -0.1, 0.1)
+    assert not harm(-0.1, 0.1), "no more than half"
 
 
 def test_three_of_a_race_have_a_turn_in_a_layer(race_of: Any, large_task: Any) -> None:

@@ -86,3 +86,22 @@ def test_looking_draws_nothing_and_keeps_no_graph() -> None:
     assert not any(known.digests.requires_grad or known.seen.requires_grad for known in watch._known.values())
     with pytest.warns(ControlOverlapWarning):
         watch.end_epoch()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.to_sparse(),
+        lambda x: torch.nested.nested_tensor(list(x)),
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        lambda x: x.sum(),
+    ],
+    ids=["sparse", "nested", "quantised", "no_batch"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_has_no_rows_of_values_is_not_looked_at_and_stops_nothing(make) -> None:  # type: ignore[no-untyped-def]
+    plain, other = examples(8), make(examples(8))
+    watch = OverlapWatch([plain] if other.ndim == 0 else [plain, other])
+    watch.look(other)
+    watch.look(plain[:1])
+    assert watch.end_epoch() == 1

@@ -78,7 +78,7 @@ def test_the_better_half_goes_on_and_the_best_is_grafted(
         assert report.outcome is AdaptationOutcome.CULLED
         assert report.contribution is not None, "what was learnt of a loser is told"
         assert report.graft_steps == 0
-        assert "lost its race to" in report.reason
+        assert report.reason.startswith("lost its race: brings ")
     gone = {report.adaptation_id for report in reports}
     assert gone == {one.adaptation_id for one in decisions} - {winner.id, *(item.id for item in waiting)}
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import uuid
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -28,38 +26,10 @@ from esper.testing.urza_kernel_contract import (
     UploadStoreContract,
 )
 from esper.testing.urza_samples import kernel_bytes
-from esper.testing.urza_template import lay_out
+from tests import urza_on_sqlite
 
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "urza.db"
-
-
-@pytest.fixture
-async def database(path: Path) -> AsyncIterator[Database]:
-    async with Database.open(f"sqlite:///{path}") as opened:
-        await lay_out(opened)
-        yield opened
-
-
-@pytest.fixture
-def rot(path: Path) -> Any:
-    """A stranger's connection knows no foreign keys."""
-
-    async def write(table: str, column: str, value: Any) -> None:
-        with sqlite3.connect(path) as connection:
-            (kind,) = connection.execute(f"SELECT typeof({column}) FROM {table}").fetchone()
-            shown = "CAST(? AS TEXT)" if kind == "text" else "?"
-            assert connection.execute(f"UPDATE {table} SET {column} = {shown}", (value,)).rowcount == 1
-        connection.close()
-
-    return write
-
-
-@pytest.fixture
-def texts_may_break() -> bool:
-    return True
+database, path = urza_on_sqlite.database, urza_on_sqlite.path
+rot, texts_may_break = urza_on_sqlite.rot, urza_on_sqlite.texts_may_break
 
 
 @pytest.fixture(params=["database", "file", "memory"])
