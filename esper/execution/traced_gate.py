@@ -40,7 +40,7 @@ _scaled: Final[WeakKeyDictionary[Seed, bool]] = WeakKeyDictionary()
 """Whether a seed was traced under float16 last."""
 
 _spoilt: Final[WeakKeyDictionary[Seed, bool]] = WeakKeyDictionary()
-"""Seeds that are looked at when the present backward pass is over, and whether a gradient of theirs was not finite."""
+"""Seeds that are looked at when the present backward pass is over, and whether one was not finite before averaging."""
 
 
 def watch_traced(layer: SeedHolder, seeds: Iterable[Seed]) -> None:
@@ -66,10 +66,10 @@ def _look(layer_ref: ReferenceType[SeedHolder], seed_ref: ReferenceType[Seed], g
     if seed not in _spoilt:
         _spoilt[seed] = False
         Variable._execution_engine.queue_callback(partial(_settle, layer, seed))
-    if is_finite(gradient):
+    if seed.breaker.ranks is None or is_finite(gradient):  # without other ranks all are looked at together, later
         return None
     _spoilt[seed] = True
-    return None if seed.breaker.ranks is None else torch.zeros_like(gradient)
+    return torch.zeros_like(gradient)
 
 
 @torch.no_grad()
@@ -78,10 +78,11 @@ def _settle(layer: SeedHolder, seed: Seed) -> None:
     is_spoilt = _spoilt.pop(seed)
     if seed.breaker.has_failed_backward:  # an eager pass, which has settled this itself
         return
-    if not is_spoilt:
+    own = own_gradients((seed,))
+    if not is_spoilt and are_finite(own):
         seed.breaker.failures_in_row = 0
     elif seed.breaker.ranks is not None or are_finite(_gradients_of(layer)):
-        for gradient in own_gradients((seed,)):
+        for gradient in own:
             gradient.copy_(zeroed(gradient))
         layer.note_failure(seed, FailureKind.NON_FINITE, _DETAIL)
 

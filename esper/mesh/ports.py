@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import random
 import socket
 from contextlib import ExitStack
+from pathlib import Path
 
 from esper.contracts.errors import InvalidInputError, PortInUseError
 
 LOOPBACK = "127.0.0.1"
+
+_FIRST_PORT = 10_000
+"""The lowest port that is given out; well-known servers lie below it."""
+
+_DRAWS_EACH = 20
+"""How many ports are tried for one that is asked for, before the system is left to choose."""
 
 
 def is_loopback(host: str) -> bool:
@@ -31,7 +39,9 @@ def host_port(host: str, port: int) -> str:
 def free_ports(count: int, host: str = LOOPBACK) -> list[int]:
     """Give ``count`` different ports that nobody listened on a moment ago.
 
-    Another process may take one before the caller binds it; whoever binds must still expect `PortInUseError`.
+    They are drawn from below the range that the system gives to outgoing connections, where it leaves room there: a
+    port of that range may be any client's by the time a server binds it. Another server may still take one before the
+    caller does; whoever binds must expect `PortInUseError`.
 
     Raises:
         InvalidInputError: ``count`` is below 1.
@@ -39,10 +49,32 @@ def free_ports(count: int, host: str = LOOPBACK) -> list[int]:
     if count < 1:
         raise InvalidInputError.of("count", "be at least 1", count)
     with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket(_family(host))) for _ in range(count)]
-        for sock in sockets:
-            sock.bind((host, 0))
-        return [int(sock.getsockname()[1]) for sock in sockets]
+        return [_hold_one(held, host) for _ in range(count)]
+
+
+def _hold_one(held: ExitStack, host: str) -> int:
+    """Bind a socket that lives as long as ``held``; give its port."""
+    sock = held.enter_context(socket.socket(_family(host)))
+    end = _first_outgoing_port()
+    ports = range(_FIRST_PORT, max(end, _FIRST_PORT))
+    draws = random.SystemRandom().sample(ports, min(_DRAWS_EACH, len(ports)))
+    for port in (*draws, 0):
+        try:
+            sock.bind((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            break
+    return int(sock.getsockname()[1])
+
+
+def _first_outgoing_port() -> int:
+    """Give the lowest port that the system gives to outgoing connections; 0 where it does not say."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except FileNotFoundError:  # not Linux
+        return 0
 
 
 def free_port(host: str = LOOPBACK) -> int:

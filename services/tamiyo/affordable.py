@@ -28,7 +28,7 @@ def too_small(budget: BudgetStatus, candidates: Sequence[Candidate]) -> tuple[Ev
 def is_spent(budget: BudgetStatus, parameters: float, min_share: float) -> bool:
     """Say whether the ``parameters`` left are less than the share of the whole budget that a race is worth."""
     whole = budget.max_added_parameters
-    return bool(whole) and parameters < min_share * whole
+    return whole is not None and parameters < min_share * whole
 
 
 def why_none(

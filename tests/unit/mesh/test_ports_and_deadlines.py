@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -11,12 +13,29 @@ from esper.contracts.errors import InvalidInputError, PortInUseError
 from esper.mesh import deadline_scope, free_port, free_ports, host_port, is_loopback, remaining_s, require_free
 from esper.mesh.deadline import effective_timeout_s
 
+OUTGOING_PORTS: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
 
 def test_free_ports_are_different_and_free() -> None:
     ports = free_ports(5)
     assert len(set(ports)) == 5
     for port in ports:
         require_free("127.0.0.1", port)
+
+
+@pytest.mark.skipif(not OUTGOING_PORTS.exists(), reason="this system does not say which ports outgoing connections get")
+def test_free_ports_are_not_those_of_outgoing_connections() -> None:
+    first = int(OUTGOING_PORTS.read_text().split()[0])
+    if first < 12_000:
+        pytest.skip(f"outgoing connections get ports from {first} on: there is no room below")
+    assert all(port < first for port in free_ports(50))
+
+
+def test_a_port_somebody_listens_on_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("random.SystemRandom.sample", lambda _self, _ports, count: [port] * count)
+        assert free_port() != port
 
 
 def test_count_of_ports_is_checked() -> None:
