@@ -32,6 +32,8 @@ class Adaptation:
     """Exact cost at the site; ``None`` where no blueprint is used."""
     price: float | None = None
     """What the contribution must beat, in units of loss."""
+    slowdown: float | None = None
+    """What its seed adds to the time of the host's forward pass, as a share of it; ``None`` where no price asks."""
     state: SeedLifecycleState | None = None
     """Life-cycle state of its seed; ``None`` where no seed is meant."""
     outcome: AdaptationOutcome | None = None
@@ -168,7 +170,7 @@ class Adaptation:
         Raises:
             CorruptDataError: A field is of another type, or a message does not parse.
         """
-        data = {"awaits_turn": False, **data}  # checkpoints before turns were taken lack it
+        data = {**_LATER, **data}
         cost, contribution = data["cost"], data["contribution"]
         for name, kinds in _PLAIN.items():
             if type(data[name]) not in kinds:
@@ -190,6 +192,7 @@ _PLAIN: Final = {
     "begun_step": (int,),
     "begun_epoch": (int,),
     "price": (float, NoneType),
+    "slowdown": (float, NoneType),
     "run_progress": (float, NoneType),
     "state_since_epoch": (int,),
     "awaits_turn": (bool,),
@@ -202,3 +205,6 @@ _PLAIN: Final = {
     "trace_headers": (dict,),
 }
 """Fields that a checkpoint holds as they are, with their types."""
+
+_LATER: Final = {"awaits_turn": False, "slowdown": None}
+"""Fields that older checkpoints lack, with what they stood for."""

@@ -25,7 +25,7 @@ from esper.contracts.decision import AdaptationDecision, AdaptationType, PlanSta
 from esper.contracts.errors import EsperError, InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import AdaptationOutcome, Contribution, GateCheck
-from esper.core import gates, optimizers
+from esper.core import gates, optimizers, pricing
 from esper.core.adaptation import Adaptation
 from esper.core.blending import BlendSchedule
 from esper.core.context import RunContext
@@ -154,7 +154,7 @@ class SeedOrchestrator:
         """Move every adaptation on that has come to a gate; call after the clock has counted the epoch."""
         self._clear_failed()
         for adaptation in self._each_open():
-            self._price(adaptation)
+            pricing.charge(self._context, adaptation)
             if adaptation.decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
                 self._judge_trial(adaptation)
             elif adaptation.state is State.LOADING:
@@ -350,17 +350,10 @@ class SeedOrchestrator:
         self._context.ledger.book(decision.adaptation_id, cost, decision.group)
         adaptation = self._record(decision)
         adaptation.cost = cost
-        self._price(adaptation)
+        pricing.charge(self._context, adaptation)
         self._places[(adaptation.layer, adaptation.seed_index)] = adaptation
         self._move(adaptation, State.LOADING, "decision accepted", tuple(checks))
         return checks
-
-    def _price(self, adaptation: Adaptation) -> None:
-        """Price a seed at the present control loss; where that is no number it stays unpriced, and cannot pay."""
-        context, cost = self._context, adaptation.cost
-        if cost is not None and adaptation.price is None and math.isfinite(context.control_loss):
-            share = cost.parameters / max(1, context.host_parameters)
-            adaptation.price = context.growth.price_per_host_share * share * context.control_loss
 
     def _start_removal(self, decision: AdaptationDecision) -> list[GateCheck]:
         place = gates.check_place(decision, self.layers)
@@ -441,12 +434,14 @@ class SeedOrchestrator:
             self._fail(adaptation, f"kernel must come within {limit_s:g} s, waited {waited_s:.1f} s")
 
     def _too_slow(self, adaptation: Adaptation) -> bool:
-        """Whether the seed's kernel holds training up; then it is removed."""
+        """Whether the seed's kernel holds training up; then it is removed. What time it takes is charged."""
         layer = self.layers[adaptation.layer]
         check = gates.check_latency(layer, adaptation.seed_index, self._context.growth)
         if not check.passed:
             self._remove(adaptation, AdaptationOutcome.CULLED, f"its kernel is too slow: {check.detail}", (check,))
-        return not check.passed
+            return True
+        pricing.charge_latency(self._context, adaptation)
+        return False
 
     def _graft(self, adaptation: Adaptation, evidence: GateCheck) -> None:
         layer = self.layers[adaptation.layer]
