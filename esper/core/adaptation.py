@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from types import NoneType
 from typing import Any, Final
@@ -15,7 +15,7 @@ from esper.contracts.blueprint import BlueprintCost
 from esper.contracts.decision import AdaptationDecision
 from esper.contracts.errors import CorruptDataError
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.contracts.run import AdaptationOutcome, Contribution, FieldReport
+from esper.contracts.run import RECHECK, AdaptationOutcome, Contribution, FieldReport
 from esper.contracts.wire import parse, serialize
 from esper.core.report import AdaptationSummary, place_of
 from esper.telemetry.tracing import adaptation_span, extract_context
@@ -125,6 +125,25 @@ class Adaptation:
             adaptation_type=self.decision.adaptation_type.value,
             source=self.decision.source,
             race_id=self.decision.race_id,
+        )
+
+    def recheck_report(
+        self, run_id: str, number: int, contribution: Contribution | None, price: float | None, reason: str
+    ) -> FieldReport:
+        """Give the report of a kept seed that was measured again.
+
+        Nothing was tried anew, so it names neither blueprint nor kernel. ``number`` tells it from the run's others on
+        this seed.
+        """
+        return replace(
+            self.field_report(run_id),
+            report_id=f"r{self.id[1:]}-{number}",
+            adaptation_type=RECHECK,
+            blueprint_id="",
+            artifact_id="",
+            contribution=contribution,
+            price=price,
+            reason=reason[:500],
         )
 
     def summary(self, step: int) -> AdaptationSummary:

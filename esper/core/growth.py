@@ -65,6 +65,8 @@ class GrowthConfig:
     price_per_host_latency: float = 0.0
     """Price of as much time as the host's forward pass takes, as a share of the control loss, finite and >= 0. It is
     measured once the kernel is there; with a price above 0, equal runs need not be equal."""
+    recheck_epochs: int = 8
+    """Epochs after which the effect of a kept seed is measured again, and so on, >= 0; 0 never does."""
     embargo_epochs: int = 2
     """Epochs a seed's place rests after a cull, >= 0."""
     max_open: int = 2
@@ -94,6 +96,7 @@ class GrowthConfig:
             ("max_looks", "be at least 1", self.max_looks >= 1),
             ("confidence_level", "lie in (0.5, 1)", 0.5 < self.confidence_level < 1),
             *((name, "be finite and >= 0", 0 <= getattr(self, name) < math.inf) for name in _PRICES),
+            ("recheck_epochs", "be >= 0 epochs", self.recheck_epochs >= 0),
             ("embargo_epochs", "be >= 0 epochs", self.embargo_epochs >= 0),
             ("max_open", "be at least 1", self.max_open >= 1),
             ("loading_timeout_s", "be > 0 s", self.loading_timeout_s > 0),

@@ -42,6 +42,7 @@ from esper.core.incubator import Incubator, affordable_way
 from esper.core.link import KernelArrival
 from esper.core.pacing import SeedPacer
 from esper.core.race_desk import Hands, RaceDesk
+from esper.core.rechecks import Rechecks
 from esper.core.smoothing import EpochMean
 from esper.core.telling import Teller
 from esper.core.tuning import TrialBench
@@ -73,6 +74,7 @@ class SeedOrchestrator:
         self._places: dict[tuple[str, int], Adaptation] = {}
         self._tell = Teller(context)
         self._desk = RaceDesk(context, self._mean, self._hands())
+        self._rechecks = Rechecks(context, self._mean, self._tell)
         self._unsubscribe = context.model.seed_states.subscribe(self._on_transition)
         self._starters: Mapping[AdaptationType, Callable[[AdaptationDecision], list[GateCheck]]] = {
             AdaptationType.ADD_SEED: self._start_seed,
@@ -133,7 +135,8 @@ class SeedOrchestrator:
 
     def tick(self, batch: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         """Do one step's share: seeds that learn alone learn, alphas on a ramp move. Nothing to do costs nothing."""
-        if not self._incubators and not self._ramps and self._trials.is_idle:
+        is_idle = not self._incubators and not self._ramps and self._trials.is_idle
+        if is_idle and not self._rechecks.is_due(self.adaptations.values()):
             return
         grafted = {self.adaptations[key].decision.group for key in self._ramps}
         for adaptation_id, incubator in list(self._incubators.items()):
@@ -165,6 +168,7 @@ class SeedOrchestrator:
                 self._desk.check(adaptation)
             elif adaptation.state is State.EVALUATING:
                 self._check_graft(adaptation)
+        self._rechecks.end_epoch(self.adaptations.values())
         self._mean.restart()
         self._gate_step = self._context.clock.step
         self._lift_embargoes()

@@ -37,6 +37,14 @@ def price_of(cost: BlueprintCost, context: RunContext) -> float:
     return share * context.control_loss
 
 
+def present_price(context: RunContext, adaptation: Adaptation) -> float:
+    """Give what a seed that was begun costs at the present control loss: the same shares of it."""
+    assert adaptation.cost is not None
+    slowdown = adaptation.slowdown or 0.0
+    time_price = context.growth.price_per_host_latency * slowdown * context.control_loss
+    return price_of(adaptation.cost, context) + time_price
+
+
 def charge(context: RunContext, adaptation: Adaptation) -> None:
     """Price a seed at the present control loss; where that is no number it stays unpriced, and cannot pay."""
     if adaptation.cost is not None and adaptation.price is None and math.isfinite(context.control_loss):
