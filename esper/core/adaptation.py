@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -17,8 +18,9 @@ from esper.contracts.errors import CorruptDataError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import RECHECK, AdaptationOutcome, Contribution, FieldReport
 from esper.contracts.wire import parse, serialize
+from esper.core.clock import RunClock
 from esper.core.report import AdaptationSummary, place_of
-from esper.telemetry.tracing import adaptation_span, extract_context
+from esper.telemetry.tracing import adaptation_span, current_trace_id, extract_context
 from esper.telemetry.tracing_context import current_headers
 
 
@@ -68,6 +70,19 @@ class Adaptation:
     """Trace it belongs to, 32 hex digits; empty when tracing is off."""
     trace_headers: Mapping[str, str] = field(default_factory=current_headers)
     """W3C context in which it was made, so that what follows joins its trace."""
+
+    @classmethod
+    def begun(cls, decision: AdaptationDecision, clock: RunClock) -> Adaptation:
+        """Give the record of an adaptation that begins now, in the present trace."""
+        return cls(
+            decision=decision,
+            begun_step=clock.step,
+            begun_epoch=clock.epoch,
+            begun_monotonic_s=time.monotonic(),
+            run_progress=clock.progress,
+            state_since_epoch=clock.epoch,
+            trace_id=current_trace_id() or "",
+        )
 
     @property
     def id(self) -> str:

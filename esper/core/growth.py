@@ -65,6 +65,9 @@ class GrowthConfig:
     price_per_host_latency: float = 0.0
     """Price of as much time as the host's forward pass takes, as a share of the control loss, finite and >= 0. It is
     measured once the kernel is there; with a price above 0, equal runs need not be equal."""
+    cull_epochs: int = 1
+    """Epochs in which the share of a seed that was blended in, or kept, falls to 0 once it is to go, >= 0; 0 takes it
+    out between two steps, as a veto does whatever is set here."""
     recheck_epochs: int = 8
     """Epochs after which the effect of a kept seed is measured again, and so on, >= 0; 0 never does."""
     embargo_epochs: int = 2
@@ -96,6 +99,7 @@ class GrowthConfig:
             ("max_looks", "be at least 1", self.max_looks >= 1),
             ("confidence_level", "lie in (0.5, 1)", 0.5 < self.confidence_level < 1),
             *((name, "be finite and >= 0", 0 <= getattr(self, name) < math.inf) for name in _PRICES),
+            ("cull_epochs", "be >= 0 epochs", self.cull_epochs >= 0),
             ("recheck_epochs", "be >= 0 epochs", self.recheck_epochs >= 0),
             ("embargo_epochs", "be >= 0 epochs", self.embargo_epochs >= 0),
             ("max_open", "be at least 1", self.max_open >= 1),

@@ -38,6 +38,7 @@ GROWTH = esper.GrowthConfig(
     price_per_host_share=0.0,
     price_per_host_flops=0.0,
     embargo_epochs=1,
+    cull_epochs=0,
 )
 
 

@@ -437,7 +437,9 @@ def test_a_seed_comes_to_muon_and_adamw_in_one_wrapper_and_goes(
     model = esper.wrap(task.host())
     optimizer = Both(model)
     session = open_session(
-        model, optimizer, growth=esper.GrowthConfig(incubation_epochs=1, graft_epochs=9, incubation_learning_rate=1e-2)
+        model,
+        optimizer,
+        growth=esper.GrowthConfig(incubation_epochs=1, graft_epochs=9, incubation_learning_rate=1e-2, cull_epochs=0),
     )
     grow(session, line, decide, kernel_for)
     train(session, task, 3)
