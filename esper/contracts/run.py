@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
+from typing import Final
 
 from esper.contracts.blueprint import BlueprintCost, Site
 from esper.contracts.lifecycle import SeedLifecycleState
@@ -23,6 +24,8 @@ class RunPhase(IntEnum):
 
 GROWING_TYPES = frozenset({"add_seed", "modify_architecture"})
 """Types of adaptation that germinate a seed."""
+RECHECK: Final = "recheck"
+"""Type of a field report that tells what a kept seed was measured to bring later on; nothing was begun with it."""
 
 ENDED_RUN_PHASES = frozenset({RunPhase.FINISHED, RunPhase.STOPPED, RunPhase.FAILED})
 """Phases after which a run takes no command."""

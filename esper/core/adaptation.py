@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from types import NoneType
 from typing import Any, Final
@@ -15,10 +16,11 @@ from esper.contracts.blueprint import BlueprintCost
 from esper.contracts.decision import AdaptationDecision
 from esper.contracts.errors import CorruptDataError
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.contracts.run import AdaptationOutcome, Contribution, FieldReport
+from esper.contracts.run import RECHECK, AdaptationOutcome, Contribution, FieldReport
 from esper.contracts.wire import parse, serialize
+from esper.core.clock import RunClock
 from esper.core.report import AdaptationSummary, place_of
-from esper.telemetry.tracing import adaptation_span, extract_context
+from esper.telemetry.tracing import adaptation_span, current_trace_id, extract_context
 from esper.telemetry.tracing_context import current_headers
 
 
@@ -32,6 +34,8 @@ class Adaptation:
     """Exact cost at the site; ``None`` where no blueprint is used."""
     price: float | None = None
     """What the contribution must beat, in units of loss."""
+    slowdown: float | None = None
+    """What its seed adds to the time of the host's forward pass, as a share of it; ``None`` where no price asks."""
     state: SeedLifecycleState | None = None
     """Life-cycle state of its seed; ``None`` where no seed is meant."""
     outcome: AdaptationOutcome | None = None
@@ -66,6 +70,19 @@ class Adaptation:
     """Trace it belongs to, 32 hex digits; empty when tracing is off."""
     trace_headers: Mapping[str, str] = field(default_factory=current_headers)
     """W3C context in which it was made, so that what follows joins its trace."""
+
+    @classmethod
+    def begun(cls, decision: AdaptationDecision, clock: RunClock) -> Adaptation:
+        """Give the record of an adaptation that begins now, in the present trace."""
+        return cls(
+            decision=decision,
+            begun_step=clock.step,
+            begun_epoch=clock.epoch,
+            begun_monotonic_s=time.monotonic(),
+            run_progress=clock.progress,
+            state_since_epoch=clock.epoch,
+            trace_id=current_trace_id() or "",
+        )
 
     @property
     def id(self) -> str:
@@ -125,6 +142,25 @@ class Adaptation:
             race_id=self.decision.race_id,
         )
 
+    def recheck_report(
+        self, run_id: str, number: int, contribution: Contribution | None, price: float | None, reason: str
+    ) -> FieldReport:
+        """Give the report of a kept seed that was measured again.
+
+        Nothing was tried anew, so it names neither blueprint nor kernel. ``number`` tells it from the run's others on
+        this seed.
+        """
+        return replace(
+            self.field_report(run_id),
+            report_id=f"r{self.id[1:]}-{number}",
+            adaptation_type=RECHECK,
+            blueprint_id="",
+            artifact_id="",
+            contribution=contribution,
+            price=price,
+            reason=reason[:500],
+        )
+
     def summary(self, step: int) -> AdaptationSummary:
         """Give the line of the run's report; ``step`` is the run's present step."""
         blueprint = self.decision.blueprint
@@ -168,7 +204,7 @@ class Adaptation:
         Raises:
             CorruptDataError: A field is of another type, or a message does not parse.
         """
-        data = {"awaits_turn": False, **data}  # checkpoints before turns were taken lack it
+        data = {**_LATER, **data}
         cost, contribution = data["cost"], data["contribution"]
         for name, kinds in _PLAIN.items():
             if type(data[name]) not in kinds:
@@ -190,6 +226,7 @@ _PLAIN: Final = {
     "begun_step": (int,),
     "begun_epoch": (int,),
     "price": (float, NoneType),
+    "slowdown": (float, NoneType),
     "run_progress": (float, NoneType),
     "state_since_epoch": (int,),
     "awaits_turn": (bool,),
@@ -202,3 +239,6 @@ _PLAIN: Final = {
     "trace_headers": (dict,),
 }
 """Fields that a checkpoint holds as they are, with their types."""
+
+_LATER: Final = {"awaits_turn": False, "slowdown": None}
+"""Fields that older checkpoints lack, with what they stood for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
@@ -13,6 +14,7 @@ from esper.core.blending import BlendKind, BlendSchedule
 
 IncubationChoice = Literal["auto", "damped", "trial", "local"]
 _WAYS: Final = get_args(IncubationChoice)
+_PRICES: Final = ("price_per_host_share", "price_per_host_flops", "price_per_host_latency")
 
 
 class UnknownTagWarning(UserWarning):
@@ -56,7 +58,18 @@ class GrowthConfig:
     confidence_level: float = 0.95
     """Coverage of the interval over all looks together, in (0.5, 1)."""
     price_per_host_share: float = 0.02
-    """Price of as many parameters as the host has, as a share of the control loss, >= 0."""
+    """Price of as many parameters as the host has, as a share of the control loss, finite and >= 0."""
+    price_per_host_flops: float = 0.001
+    """Price of as many forward FLOPs as the host's, as a share of the control loss, finite and >= 0. Small beside that
+    of parameters: a convolution on a host of dense layers costs twenty times its FLOPs."""
+    price_per_host_latency: float = 0.0
+    """Price of as much time as the host's forward pass takes, as a share of the control loss, finite and >= 0. It is
+    measured once the kernel is there; with a price above 0, equal runs need not be equal."""
+    cull_epochs: int = 1
+    """Epochs in which the share of a seed that was blended in, or kept, falls to 0 once it is to go, >= 0; 0 takes it
+    out between two steps, as a veto does whatever is set here."""
+    recheck_epochs: int = 8
+    """Epochs after which the effect of a kept seed is measured again, and so on, >= 0; 0 never does."""
     embargo_epochs: int = 2
     """Epochs a seed's place rests after a cull, >= 0."""
     max_open: int = 2
@@ -85,7 +98,9 @@ class GrowthConfig:
             ("hold_alpha", "lie in (0, 1)", 0 < self.hold_alpha < 1),
             ("max_looks", "be at least 1", self.max_looks >= 1),
             ("confidence_level", "lie in (0.5, 1)", 0.5 < self.confidence_level < 1),
-            ("price_per_host_share", "be >= 0", self.price_per_host_share >= 0),
+            *((name, "be finite and >= 0", 0 <= getattr(self, name) < math.inf) for name in _PRICES),
+            ("cull_epochs", "be >= 0 epochs", self.cull_epochs >= 0),
+            ("recheck_epochs", "be >= 0 epochs", self.recheck_epochs >= 0),
             ("embargo_epochs", "be >= 0 epochs", self.embargo_epochs >= 0),
             ("max_open", "be at least 1", self.max_open >= 1),
             ("loading_timeout_s", "be > 0 s", self.loading_timeout_s > 0),

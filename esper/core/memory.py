@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import NoneType
 from typing import Any, Final, Protocol
 
@@ -170,7 +170,7 @@ class RunMemory:
         self.rollbacks += 1
         log.warning("rolled_back", extra={"run_id": self._context.run_id, "reason": reason})
         known = self._snapshot["orchestrator"]
-        removed = _removed_since(known, self._orchestrator.adaptations.values())
+        removed = _removed_since(known, self._orchestrator.adaptations.values(), self._orchestrator.fading)
         self._orchestrator.abandon_since(known["adaptations"], reason)
         self.restore(cloned(self._snapshot))
         self._orchestrator.remove_again(removed)
@@ -217,8 +217,15 @@ def _check_form(tolaria: Mapping[str, Any]) -> None:
             raise CorruptDataError(f"{name} must be {rule}, got {type(tolaria[name]).__name__}", parameter=name)
 
 
-def _removed_since(state: Mapping[str, Any], adaptations: Iterable[Adaptation]) -> list[Adaptation]:
-    """Give the adaptations that were under way in an orchestrator's state and have been removed or undone since."""
-    was_open = {key for key, item in state["adaptations"].items() if item["outcome"] is None}
+def _removed_since(
+    state: Mapping[str, Any], adaptations: Iterable[Adaptation], fading: Collection[str]
+) -> list[Adaptation]:
+    """Give the adaptations that stood in an orchestrator's state, or were on their way out, and are gone since.
+
+    One that was on its way out and is so still goes on from where it was.
+    """
+    fossil = int(AdaptationOutcome.KEPT)
+    stood = {key for key, item in state["adaptations"].items() if item["outcome"] in (None, fossil)}
+    left = set(state["fades"]) - set(fading)
     gone = {AdaptationOutcome.CULLED, AdaptationOutcome.FAILED, AdaptationOutcome.ROLLED_BACK}
-    return [item for item in adaptations if item.id in was_open and item.outcome in gone]
+    return [item for item in adaptations if item.id in stood | left and item.outcome in gone]

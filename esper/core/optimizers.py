@@ -96,7 +96,7 @@ def join(optimizer: Optimizer, layer: nn.Module, parameters: Iterable[nn.Paramet
     refresh_mirror(optimizer)
 
 
-def leave(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+def leave(optimizer: Optimizer, parameters: Iterable[torch.Tensor]) -> None:
     """Remove parameters and their state; those that never joined are skipped."""
     gone = {id(parameter): parameter for parameter in parameters}
     for group in groups(optimizer):

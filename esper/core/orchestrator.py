@@ -1,7 +1,7 @@
 """The seed orchestrator: turns decisions into plans, carries them out, keeps their history, enforces the limits.
 
     decision -> gates -> LOADING -> kernel arrives -> ACTIVE (learns alone) -> EVALUATING (alpha ramps, then the effect
-    is measured, ``max_looks`` times or more) -> FOSSILIZED or CULLED -> field report
+    is measured, ``max_looks`` times or more) -> FOSSILIZED or CULLED (ramped out) -> field report
 
 Seeds of one race learn side by side; the best of them is blended in, others wait for what comes of it
 (``esper.core.race``). It works at step and epoch boundaries of the training thread, in memory alone. One seed is
@@ -25,7 +25,7 @@ from esper.contracts.decision import AdaptationDecision, AdaptationType, PlanSta
 from esper.contracts.errors import EsperError, InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import AdaptationOutcome, Contribution, GateCheck
-from esper.core import gates, optimizers
+from esper.core import gates, optimizers, pricing
 from esper.core.adaptation import Adaptation
 from esper.core.blending import BlendSchedule
 from esper.core.context import RunContext
@@ -39,15 +39,17 @@ from esper.core.evaluation import (
     seed_contribution,
 )
 from esper.core.incubator import Incubator, affordable_way
+from esper.core.leaving import Leaving
 from esper.core.link import KernelArrival
 from esper.core.pacing import SeedPacer
 from esper.core.race_desk import Hands, RaceDesk
+from esper.core.rechecks import Rechecks
 from esper.core.smoothing import EpochMean
 from esper.core.telling import Teller
 from esper.core.tuning import TrialBench
 from esper.execution.layers.base import KasminaLayer
 from esper.execution.state import SeedTransition
-from esper.telemetry.tracing import adaptation_span, current_trace_id
+from esper.telemetry.tracing import adaptation_span
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +71,11 @@ class SeedOrchestrator:
         self._early_kernels: dict[str, KernelArrival] = {}
         self._refused: deque[str] = deque(maxlen=256)
         self._gate_step = -1
-        self._embargo_until: dict[tuple[str, int], int] = {}
         self._places: dict[tuple[str, int], Adaptation] = {}
         self._tell = Teller(context)
-        self._desk = RaceDesk(context, self._mean, self._hands())
+        self._leaving = Leaving(context, self._pacer, self._tell, self._places)
+        self._desk = RaceDesk(context, self._mean, self._leaving, self._hands())
+        self._rechecks = Rechecks(context, self._mean, self._tell)
         self._unsubscribe = context.model.seed_states.subscribe(self._on_transition)
         self._starters: Mapping[AdaptationType, Callable[[AdaptationDecision], list[GateCheck]]] = {
             AdaptationType.ADD_SEED: self._start_seed,
@@ -133,9 +136,10 @@ class SeedOrchestrator:
 
     def tick(self, batch: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         """Do one step's share: seeds that learn alone learn, alphas on a ramp move. Nothing to do costs nothing."""
-        if not self._incubators and not self._ramps and self._trials.is_idle:
+        is_idle = not self._incubators and not self._ramps and self._trials.is_idle and not self._leaving.fading
+        if is_idle and not self._rechecks.is_due(self.adaptations.values()):
             return
-        grafted = {self.adaptations[key].decision.group for key in self._ramps}
+        grafted = {self.adaptations[key].decision.group for key in self._ramps} | self._leaving.groups
         for adaptation_id, incubator in list(self._incubators.items()):
             adaptation = self.adaptations[adaptation_id]
             if self._tripped(adaptation) or adaptation.decision.group in grafted:
@@ -148,13 +152,14 @@ class SeedOrchestrator:
             adaptation.graft_steps += 1
             layer = self.layers[adaptation.layer]
             layer.set_alpha(adaptation.seed_index, ramp.alpha_at(adaptation.graft_steps))
+        self._leaving.tick()
         self._mean.note()
 
     def end_epoch(self) -> None:
         """Move every adaptation on that has come to a gate; call after the clock has counted the epoch."""
         self._clear_failed()
         for adaptation in self._each_open():
-            self._price(adaptation)
+            pricing.charge(self._context, adaptation)
             if adaptation.decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
                 self._judge_trial(adaptation)
             elif adaptation.state is State.LOADING:
@@ -165,13 +170,15 @@ class SeedOrchestrator:
                 self._desk.check(adaptation)
             elif adaptation.state is State.EVALUATING:
                 self._check_graft(adaptation)
+        self._rechecks.end_epoch(self.adaptations.values())
         self._mean.restart()
         self._gate_step = self._context.clock.step
-        self._lift_embargoes()
+        self._leaving.lift_embargoes()
 
     def finish(self) -> None:
         """End what is still open at the end of the run: measured and kept if it pays, else removed."""
         self._clear_failed()
+        self._leaving.end_all()
         for adaptation in self._each_open():
             if adaptation.decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
                 self._trials.undo(adaptation)
@@ -182,32 +189,37 @@ class SeedOrchestrator:
                 self._remove(adaptation, AdaptationOutcome.CULLED, "the run ended before it was grafted")
             else:
                 self._fail(adaptation, "the run ended before its kernel came")
+        self._leaving.end_all()
 
     def withdraw_grafts(self, reason: str) -> bool:
-        """Take every seed that is blended in out at once, as the governor asks; says whether there was one."""
+        """Take out at once every seed that is blended in or on its way out, as the governor asks; whether any was."""
+        faded = self._leaving.end_all()
         blended = [item for item in self.ongoing() if item.state is State.EVALUATING]
         for adaptation in blended:
             self._remove(adaptation, AdaptationOutcome.ROLLED_BACK, reason)
-        return bool(blended)
+        return faded or bool(blended)
 
     def remove_seed(self, layer: str, seed_index: int, reason: str) -> None:
-        """Remove a live or fossilised seed at once.
+        """Remove a live or fossilised seed: a share is ramped out; one that is on its way out already goes at once.
 
         Raises:
             InvalidStateError: Nothing stands there.
         """
         found = [a for a in self.adaptations.values() if (a.layer, a.seed_index) == (layer, seed_index)]
         live = next((a for a in reversed(found) if a.state in _LIVE | {State.FOSSILIZED}), None)
+        fading = next((a.id for a in found if a.id in self._leaving.fading), None)
         if live is not None:
             self._remove(live, AdaptationOutcome.CULLED, reason)
-            return
-        target = self.layers[layer]
-        target.require_seed(seed_index)
-        self._pacer.leave(target, layer, seed_index)
-        with self._tell.because(reason):
-            target.state_layout.transition(seed_index, State.CULLED, self._context.clock.step)
-            target.state_layout.transition(seed_index, State.EMBARGOED, self._context.clock.step)
-        self._embargo_until[(layer, seed_index)] = self._context.clock.epoch + self._context.growth.embargo_epochs
+        elif fading is not None:
+            self._leaving.end(fading)
+        else:
+            self.layers[layer].require_seed(seed_index)
+            self._leaving.clear_away((layer, seed_index), reason)
+
+    @property
+    def fading(self) -> frozenset[str]:
+        """Adaptations whose seed is on its way out: they have ended, and it still has a share."""
+        return self._leaving.fading
 
     @property
     def awaits_kernel(self) -> bool:
@@ -257,7 +269,7 @@ class SeedOrchestrator:
             if restored.decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
                 self._trials.undo(restored)
             else:
-                self._remove(restored, later.outcome, later.reason)
+                self._remove(restored, later.outcome, later.reason, at_once=True)
 
     def let_go(self) -> None:
         """Drop everything under way without touching the model, before another state is loaded."""
@@ -268,7 +280,7 @@ class SeedOrchestrator:
         self._trials.clear()
         self._pacer.clear()
         self._places.clear()
-        self._embargo_until.clear()
+        self._leaving.let_go()
         self._gate_step = -1
 
     def forget(self) -> None:
@@ -294,7 +306,7 @@ class SeedOrchestrator:
             "trials": self._trials.state_dict(),
             "paces": self._pacer.state_dict(),
             "mean": self._mean.state_dict(),
-            "embargo": [(layer, index, until) for (layer, index), until in self._embargo_until.items()],
+            **self._leaving.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -311,7 +323,7 @@ class SeedOrchestrator:
         self.adaptations = found | kept
         groups = {key: item.decision.group if item.open else key for key, item in found.items()}
         self._context.ledger.load_state_dict(state, groups)
-        self._embargo_until = {(layer, index): until for layer, index, until in state["embargo"]}
+        self._leaving.load_state_dict(state, found)
         self._ramps = {key: BlendSchedule(**item) for key, item in state["ramps"].items()}
         self._trials.load_state_dict(state["trials"], found)
         for adaptation in found.values():
@@ -350,17 +362,10 @@ class SeedOrchestrator:
         self._context.ledger.book(decision.adaptation_id, cost, decision.group)
         adaptation = self._record(decision)
         adaptation.cost = cost
-        self._price(adaptation)
+        pricing.charge(self._context, adaptation)
         self._places[(adaptation.layer, adaptation.seed_index)] = adaptation
         self._move(adaptation, State.LOADING, "decision accepted", tuple(checks))
         return checks
-
-    def _price(self, adaptation: Adaptation) -> None:
-        """Price a seed at the present control loss; where that is no number it stays unpriced, and cannot pay."""
-        context, cost = self._context, adaptation.cost
-        if cost is not None and adaptation.price is None and math.isfinite(context.control_loss):
-            share = cost.parameters / max(1, context.host_parameters)
-            adaptation.price = context.growth.price_per_host_share * share * context.control_loss
 
     def _start_removal(self, decision: AdaptationDecision) -> list[GateCheck]:
         place = gates.check_place(decision, self.layers)
@@ -382,16 +387,7 @@ class SeedOrchestrator:
         return checks
 
     def _record(self, decision: AdaptationDecision) -> Adaptation:
-        clock = self._context.clock
-        adaptation = Adaptation(
-            decision=decision,
-            begun_step=clock.step,
-            begun_epoch=clock.epoch,
-            begun_monotonic_s=time.monotonic(),
-            run_progress=clock.progress,
-            state_since_epoch=clock.epoch,
-            trace_id=current_trace_id() or "",
-        )
+        adaptation = Adaptation.begun(decision, self._context.clock)
         self.adaptations[adaptation.id] = adaptation
         return adaptation
 
@@ -441,12 +437,15 @@ class SeedOrchestrator:
             self._fail(adaptation, f"kernel must come within {limit_s:g} s, waited {waited_s:.1f} s")
 
     def _too_slow(self, adaptation: Adaptation) -> bool:
-        """Whether the seed's kernel holds training up; then it is removed."""
+        """Whether the seed's kernel holds training up; then it is removed. What time it takes is charged."""
         layer = self.layers[adaptation.layer]
         check = gates.check_latency(layer, adaptation.seed_index, self._context.growth)
         if not check.passed:
-            self._remove(adaptation, AdaptationOutcome.CULLED, f"its kernel is too slow: {check.detail}", (check,))
-        return not check.passed
+            reason = f"its kernel is too slow: {check.detail}"
+            self._remove(adaptation, AdaptationOutcome.CULLED, reason, (check,), at_once=True)
+            return True
+        pricing.charge_latency(self._context, adaptation)
+        return False
 
     def _graft(self, adaptation: Adaptation, evidence: GateCheck) -> None:
         layer = self.layers[adaptation.layer]
@@ -534,22 +533,34 @@ class SeedOrchestrator:
             self._tripped(adaptation)
 
     def _remove(
-        self, adaptation: Adaptation, outcome: AdaptationOutcome, reason: str, checks: tuple[GateCheck, ...] = ()
+        self,
+        adaptation: Adaptation,
+        outcome: AdaptationOutcome,
+        reason: str,
+        checks: tuple[GateCheck, ...] = (),
+        *,
+        at_once: bool = False,
     ) -> None:
-        context, index = self._context, adaptation.seed_index
+        """Take a seed out and end its adaptation; one that is culled with a share is ramped out, unless ``at_once``."""
+        index, layer = adaptation.seed_index, self.layers[adaptation.layer]
         incubator = self._incubators.pop(adaptation.id, None)
         if incubator is not None:
             incubator.close()
         self._ramps.pop(adaptation.id, None)
-        layer = self.layers[adaptation.layer]
-        self._pacer.leave(layer, adaptation.layer, index)
+        if adaptation.id in self._leaving.fading:
+            self._leaving.end(adaptation.id)
+            return
+        fades = outcome is AdaptationOutcome.CULLED and not at_once and self._leaving.has_share(adaptation)
+        if not fades:
+            self._pacer.leave(layer, adaptation.layer, index)
         if layer.state_layout.state(index) is State.LOADING:
             self._move(adaptation, State.ERROR, reason)
         if layer.state_layout.state(index) is not State.CULLED:
             self._move(adaptation, State.CULLED, reason, checks)
-        self._move(adaptation, State.EMBARGOED, f"rests for {context.growth.embargo_epochs} epochs")
-        self._embargo_until[(adaptation.layer, index)] = context.clock.epoch + context.growth.embargo_epochs
-        context.ledger.release(adaptation.id)
+        if fades:
+            self._leaving.fade(adaptation)
+        else:
+            self._leaving.rest(adaptation)
         if adaptation.open:
             self._close(adaptation, outcome, reason)
         elif adaptation.outcome is AdaptationOutcome.KEPT:
@@ -560,14 +571,6 @@ class SeedOrchestrator:
         adaptation.ended_step = max(adaptation.begun_step, self._context.clock.step)
         self._tell.outcome(adaptation)
         log.info("adaptation_ended", extra={"adaptation_id": adaptation.id, "outcome": outcome.name, "reason": reason})
-
-    def _lift_embargoes(self) -> None:
-        for (name, index), until in list(self._embargo_until.items()):
-            if self._context.clock.epoch >= until:
-                del self._embargo_until[(name, index)]
-                with self._tell.because("embargo over"):
-                    self.layers[name].state_layout.transition(index, State.DORMANT, self._context.clock.step)
-                self._places.pop((name, index), None)
 
     def _judge_trial(self, adaptation: Adaptation) -> None:
         with self._mean.applied():

@@ -65,11 +65,13 @@ class SeedPacer:
         self._pace(layer, (name, seed_index), self._clock.step)
 
     def leave(self, layer: KasminaLayer, name: str, seed_index: int) -> None:
-        """Remove a seed's parameters and their state; one that never joined, or is gone, is skipped."""
-        self._paced.pop((name, seed_index), None)
+        """Remove a seed's parameters and their state; one that never joined is skipped."""
+        rows = self._paced.pop((name, seed_index), [])
         self._watch()
         if layer.find_seed(seed_index) is not None:
             optimizers.leave(self._optimizer, layer.seed_parameters(seed_index))
+        elif rows:  # its kernel failed on its way out, and was freed
+            optimizers.leave(self._optimizer, [value for row in rows for value in row.parameters])
 
     def pace(self, begun_step: int) -> float:
         """Give the share of its group's step that a seed grafted at ``begun_step`` takes now, > 0."""

@@ -12,6 +12,7 @@ from esper.core import race
 from esper.core.adaptation import Adaptation
 from esper.core.context import RunContext
 from esper.core.evaluation import seed_contribution
+from esper.core.leaving import Leaving
 from esper.core.smoothing import EpochMean
 
 
@@ -32,9 +33,10 @@ class Hands:
 class RaceDesk:
     """Moves on the seeds that learn alone; a seed that nobody races against is a race of one."""
 
-    def __init__(self, context: RunContext, mean: EpochMean, hands: Hands) -> None:
+    def __init__(self, context: RunContext, mean: EpochMean, leaving: Leaving, hands: Hands) -> None:
         self._context = context
         self._mean = mean
+        self._leaving = leaving
         self._hands = hands
 
     def check(self, adaptation: Adaptation) -> None:
@@ -48,7 +50,8 @@ class RaceDesk:
             return  # one of them speaks for all, once all have begun
         learnt = epoch - max(item.state_since_epoch for item in rivals)
         last = learnt >= growth.incubation_epochs
-        if last and any(item.state is SeedLifecycleState.EVALUATING for item in self._ongoing()):
+        blended = any(item.state is SeedLifecycleState.EVALUATING for item in self._ongoing())
+        if last and (blended or self._leaving.fading):  # what is on its way out has an effect, and is booked
             return  # one race at a time; until its turn comes the seed goes on learning
         if last or learnt in race.round_ends(growth.incubation_epochs, growth.race_rounds):
             rivals = self._run_round(rivals, last=last)
@@ -82,7 +85,7 @@ class RaceDesk:
         """Blend in whoever has room now; the others wait for the next turn, if there is time for one."""
         waiting = self._with_a_turn(rivals)
         blended = [item for item in self._ongoing() if item.state is SeedLifecycleState.EVALUATING]
-        is_busy = any(item not in rivals for item in blended)
+        is_busy = bool(self._leaving.fading) or any(item not in rivals for item in blended)
         if is_busy or not waiting or waiting[0] is not speaker:
             return  # one race at a time is blended in, and one of its rivals speaks for all
         left = self._context.clock.epochs_left

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from esper.contracts.decision import AdaptationPlan, PlanStatus
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.contracts.run import AdaptationOutcome, FieldReport, GateCheck, SeedEvent
+from esper.contracts.run import AdaptationOutcome, Contribution, FieldReport, GateCheck, SeedEvent
 from esper.core.adaptation import Adaptation
 from esper.core.context import RunContext
 from esper.execution.state import SeedTransition
@@ -79,6 +79,15 @@ class Teller:
             context.link.send(Kind.FIELD_REPORT, report, layer=adaptation.layer or None, msg_id=report.report_id)
             failed = adaptation.outcome is AdaptationOutcome.FAILED
             self.plan(adaptation.id, PlanStatus.FAILED if failed else PlanStatus.COMPLETED, adaptation.reason)
+
+    def recheck(
+        self, adaptation: Adaptation, contribution: Contribution | None, price: float | None, reason: str
+    ) -> None:
+        """Tell what a kept seed was measured to bring now; ``None`` where that is no number."""
+        context = self._context
+        # Packets are numbered on through a roll-back, and in a run that is taken up again.
+        report = adaptation.recheck_report(context.run_id, context.clock.packets, contribution, price, reason)
+        context.link.send(Kind.FIELD_REPORT, report, layer=adaptation.layer, msg_id=report.report_id)
 
 
 def _legal(report: FieldReport) -> FieldReport:

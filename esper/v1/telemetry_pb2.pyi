@@ -919,7 +919,9 @@ class FieldReport(_message.Message):
     reason: _builtins.str
     """Why it ended so, in words. At most 500 characters."""
     adaptation_type: _builtins.str
-    """Type of adaptation in lower case, e.g. "add_seed"."""
+    """Type of adaptation in lower case, e.g. "add_seed"; "recheck" tells what a kept seed was measured to bring later on,
+    at the price of that time: it names no blueprint and no kernel, and counts as no trial.
+    """
     source: _builtins.str
     """Layer whose input the seed read; empty for its own."""
     race_id: _builtins.str

@@ -221,7 +221,9 @@ class CandidateSource:
         return [one for one in found if self._cost(one, site) is not None]
 
     def note_report(self, report: FieldReport) -> None:
-        """Have Karn told of a report, and designs for its kind of site asked for anew: they may be others now."""
+        """Have Karn told of a trial, and designs for its kind of site asked for anew: they may be others now."""
+        if not report.grew:
+            return
         if report.site is not None:
             self._lessons[report.site.kind] += 1
         if self._karn is not None:

@@ -111,7 +111,7 @@ class PerformanceTracker:
 
     def observe_report(self, report: FieldReport) -> None:
         """Take in the reward of a trial, where one was measured."""
-        if report.reward is not None:
+        if report.grew and report.reward is not None:
             self._seed((report.run_id, report.layer, report.seed_index)).rewards.append(report.reward)
 
     async def get_seed_metrics(self, layer_name: str, seed_idx: int = 0, *, run_id: str | None = None) -> SeedMetrics:

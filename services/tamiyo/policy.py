@@ -8,14 +8,14 @@ from the run's seed and the packet's sequence, and the decision's time is the pa
                  P(capacity lacks), before a plateau of the latter alone; all decisions of a race share it: together
                  they ask for one seed that pays
                  UNSTABLE, OVERFITTING: P(state) shrunk by 0.9, since a smaller step helps mostly but not always
-                 REMOVE_SEED: P(contribution < 0) from its interval, or (n + 1) / (n + 2) after n new errors
+                 REMOVE_SEED: as `removal.py` has it
     confidence   the belief, calibrated by what came of earlier decisions (`calibration.py`); REMOVE_SEED and what asks
                  for nothing: the belief itself
     urgency      ADD_SEED: t (0.5 + 0.25 r + 0.25 (1 - exp(-n / n0))) with r the share of the planned epochs left, n the
                  epochs the plateau has lasted and t = min(1, epochs left / epochs that growth needs): growth early is
                  worth more, a plateau costs more the longer it lasts, and what cannot be trained any more is no matter
                  of urgency. Unplanned runs count as half done
-                 UNSTABLE: 1.   OVERFITTING: 0.6 + 0.4 (1 - exp(-n / n0)).   REMOVE_SEED: 0.9 on errors, else 0.7
+                 UNSTABLE: 1.   OVERFITTING: 0.6 + 0.4 (1 - exp(-n / n0)).   REMOVE_SEED: as `removal.py` has it
 
 The threshold is held against the belief. It is hopeful on purpose, so that what nobody tried is tried, and a trial that
 does harm is undone; held against the confidence, a few fruitless races would end growth for good.
@@ -44,13 +44,13 @@ from esper.contracts.decision import (
 )
 from esper.contracts.errors import InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.contracts.run import AdaptationOutcome, FieldReport, LayerStatus, RunPhase, SeedStatus, SystemStatePacket
+from esper.contracts.run import AdaptationOutcome, FieldReport, RunPhase, SeedStatus, SystemStatePacket
 from esper.services.tamiyo.affordable import is_spent, too_small, why_none
 from esper.services.tamiyo.calibration import Calibrator, Kind
 from esper.services.tamiyo.candidates import Candidate
 from esper.services.tamiyo.config import TamiyoConfig
 from esper.services.tamiyo.curve import CurveReading, read_curve
-from esper.services.tamiyo.normal import join_evidence, normal_cdf
+from esper.services.tamiyo.normal import join_evidence
 from esper.services.tamiyo.posterior import (
     Belief,
     Features,
@@ -62,6 +62,7 @@ from esper.services.tamiyo.posterior import (
     place_of,
     reach_of,
 )
+from esper.services.tamiyo.removal import find_removal
 from esper.services.tamiyo.rivals import draw_rivals
 from esper.services.tamiyo.run_memory import UNDER_WAY, RunMemory, budget_left
 from esper.services.tamiyo.seed_selection import SeedSelection, SeedSelector
@@ -248,9 +249,17 @@ class Policy:
             return _nothing(reading, f"The run is {packet.phase.name.lower()}; nothing is decided until it trains.")
         if reading.state is CurveState.UNSTABLE:
             return self._calm(reading, memory)
-        removal = _removal(packet, memory)
+        removal = find_removal(packet, memory)
         if removal is not None:
-            return removal
+            return _Draft(
+                kind=AdaptationType.REMOVE_SEED,
+                layer=removal.layer,
+                seed_index=removal.seed_index,
+                belief=removal.belief,
+                urgency=removal.urgency,
+                evidence=removal.evidence,
+                explanation=removal.explanation,
+            )
         if reading.state is CurveState.OVERFITTING:
             return self._regularise(reading, memory)
         if self._may_grow(reading, memory):
@@ -535,51 +544,3 @@ def _progress(packet: SystemStatePacket) -> float | None:
 
 def _nothing(reading: CurveReading, explanation: str, evidence: tuple[Evidence, ...] = ()) -> _Draft:
     return _Draft(belief=reading.probability, urgency=0.0, explanation=explanation, evidence=evidence)
-
-
-def _removal(packet: SystemStatePacket, memory: RunMemory) -> _Draft | None:
-    """Give the removal of a fossil that fails or that no longer pays, the surest first."""
-    found = [
-        draft
-        for layer in packet.layers
-        for seed in layer.seeds
-        if seed.state is SeedLifecycleState.FOSSILIZED
-        for draft in (_failing(layer, seed, memory), _unprofitable(layer, seed, memory))
-        if draft is not None
-    ]
-    return max(found, key=lambda draft: (draft.belief, draft.urgency), default=None)
-
-
-def _failing(layer: LayerStatus, seed: SeedStatus, memory: RunMemory) -> _Draft | None:
-    """Give the removal of the newest fossil of a layer that has begun to fail."""
-    errors = memory.new_errors.get(layer.layer, 0)
-    fossils = [one for one in layer.seeds if one.state is SeedLifecycleState.FOSSILIZED]
-    newest = max(fossils, key=lambda one: (one.last_transition_step, one.seed_index))
-    if not errors or seed is not newest:
-        return None
-    return _Draft(
-        kind=AdaptationType.REMOVE_SEED,
-        belief=(errors + 1) / (errors + 2),
-        urgency=0.9,
-        layer=layer.layer,
-        seed_index=seed.seed_index,
-        evidence=(Evidence(name="new_errors", value=errors, detail="failures of the layer since the last packet"),),
-        explanation=f"{layer.layer} failed {errors} times since the last packet: remove its newest fossil.",
-    )
-
-
-def _unprofitable(layer: LayerStatus, seed: SeedStatus, memory: RunMemory) -> _Draft | None:
-    """Give the removal of a fossil whose newest measurement is negative."""
-    measured = memory.contributions.get(seed.adaptation_id)
-    if measured is None or measured.estimate >= 0:
-        return None
-    error = max((measured.high - measured.low) / 4.0, 1e-9)
-    return _Draft(
-        kind=AdaptationType.REMOVE_SEED,
-        belief=normal_cdf(-measured.estimate / error),
-        urgency=0.7,
-        layer=layer.layer,
-        seed_index=seed.seed_index,
-        evidence=(Evidence(name="contribution", value=measured.estimate, detail="as measured last"),),
-        explanation=f"Seed {seed.seed_index} of {layer.layer} was measured again and does harm: remove it.",
-    )

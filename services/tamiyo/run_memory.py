@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Final
 
 from esper.contracts.blueprint import BlueprintCost
@@ -13,13 +15,13 @@ from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import (
     AdaptationOutcome,
     BudgetStatus,
-    Contribution,
     FieldReport,
     LayerStatus,
     RunPhase,
     SystemStatePacket,
 )
 from esper.services.tamiyo.curve import CurvePoint
+from esper.services.tamiyo.posterior import contribution_variance
 from esper.services.tamiyo.seed_selection import SeedHistory
 
 MAX_POINTS: Final = 2_000
@@ -32,6 +34,7 @@ MAX_REWARDS_KEPT: Final = 200
 """Newest rewards of one seed that are kept."""
 
 _MOST_DOUBLINGS: Final = 16
+_LONG_AGO: Final = datetime.min.replace(tzinfo=UTC)
 
 UNDER_WAY: Final = frozenset({SeedLifecycleState.LOADING, SeedLifecycleState.ACTIVE, SeedLifecycleState.EVALUATING})
 """States of a seed whose adaptation has not ended."""
@@ -45,6 +48,20 @@ class Pending:
     epoch: int
     cost: BlueprintCost | None
     group: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a seed was measured to bring, and what it had to bring."""
+
+    effect: float
+    """Estimate, in units of loss."""
+    error: float
+    """Its standard error."""
+    price: float
+    """Price at that time, in units of loss."""
+    at: datetime
+    """When."""
 
 
 @dataclass(slots=True)
@@ -63,9 +80,10 @@ class RunMemory:
         self.last_sequence = 0
         self.decisions: OrderedDict[int, tuple[AdaptationDecision, ...]] = OrderedDict()
         self.new_errors: dict[str, int] = {}
-        self.contributions: dict[str, Contribution] = {}
         self.has_tried = False
         """Whether anything was to grow, or has grown, in this run."""
+        self._measured: dict[str, Measured] = {}
+        self._removed_at = _LONG_AGO
         self._pending: dict[str, Pending] = {}
         self._layer_epochs: dict[str, int] = {}
         self._embargoes: dict[tuple[str, str], int] = {}
@@ -129,6 +147,8 @@ class RunMemory:
             self.decisions.popitem(last=False)
         if not decision.actionable:
             return
+        if decision.adaptation_type is AdaptationType.REMOVE_SEED:
+            self._removed_at = max(self._removed_at, decision.created_at)
         if decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
             self._parameter_epoch = decision.epoch
             return
@@ -145,8 +165,7 @@ class RunMemory:
     def note_report(self, report: FieldReport) -> None:
         """Take in what came of an adaptation."""
         self._pending.pop(report.adaptation_id, None)
-        if report.contribution is not None:
-            self.contributions[report.adaptation_id] = report.contribution
+        self._note_measured(report)
         if not report.grew:
             return
         self._note_fruit(report)
@@ -157,6 +176,20 @@ class RunMemory:
             del record.rewards[:-MAX_REWARDS_KEPT]
         if report.outcome is not AdaptationOutcome.KEPT and report.blueprint_id and not _only_outrun(report):
             self._embargoes[report.layer, report.blueprint_id] = max(self._epoch, report.begun_epoch)
+
+    def _note_measured(self, report: FieldReport) -> None:
+        """Keep what is newest, in whatever order reports come."""
+        known = self._measured.get(report.adaptation_id)
+        if report.contribution is None or (known is not None and known.at >= report.created_at):
+            return
+        error = math.sqrt(contribution_variance(report))
+        measured = Measured(report.contribution.estimate, error, report.price or 0.0, report.created_at)
+        self._measured[report.adaptation_id] = measured
+
+    def measured(self, adaptation_id: str) -> Measured | None:
+        """Give what a seed was measured to bring; ``None`` where nobody has since the last removal of any seed."""
+        found = self._measured.get(adaptation_id)
+        return found if found is not None and found.at > self._removed_at else None
 
     def _note_fruit(self, report: FieldReport) -> None:
         """Count the adaptations that came to nothing since the last that was kept; a race is one."""

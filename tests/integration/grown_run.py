@@ -32,7 +32,13 @@ from tests.optimizer_pairs import MuonAndAdamW
 EPOCH_STEPS, LAST_STEP, BATCH = 20, 180, 64
 SAVED_AT = {"incubating": 33, "grafting": 53, "kept": 133, "culled": 153}
 GROWTH = esper.GrowthConfig(
-    incubation_epochs=2, graft_epochs=2, incubation_learning_rate=1e-2, price_per_host_share=0.0, embargo_epochs=1
+    incubation_epochs=2,
+    graft_epochs=2,
+    incubation_learning_rate=1e-2,
+    price_per_host_share=0.0,
+    price_per_host_flops=0.0,
+    embargo_epochs=1,
+    cull_epochs=0,
 )
 
 

@@ -20,7 +20,7 @@ from esper.contracts.run import AdaptationOutcome, GateCheck, RunPhase
 from esper.recovery import CheckpointManager
 from esper.telemetry.subjects import Kind
 
-REMOVED = esper.GrowthConfig(incubation_epochs=9, embargo_epochs=0)
+REMOVED = esper.GrowthConfig(incubation_epochs=9, embargo_epochs=0, cull_epochs=0)
 
 
 def command(action: ControlAction, request_id: str = "q1", **fields: Any) -> ControlCommand:

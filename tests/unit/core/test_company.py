@@ -19,7 +19,9 @@ from esper.core.evaluation import is_hopeless, is_last_look, is_trifle
 from tests.unit.core.test_session import train
 
 RACE = "a" + "f" * 32
-DEAF = esper.GrowthConfig(incubation_epochs=2, race_rounds=1, graft_epochs=1, incubation_learning_rate=1e-9)
+DEAF = esper.GrowthConfig(
+    incubation_epochs=2, race_rounds=1, graft_epochs=1, incubation_learning_rate=1e-9, cull_epochs=0
+)
 """Seeds learn next to nothing alone, so no race of theirs tells anything."""
 FIELD = (("lora", "0", 0, 0.01), ("gated_mlp", "0", 1, 0.05), ("norm_shift", "2", 0, 0.02))
 """Template, layer, seed, and what the policy expects of it."""

@@ -131,7 +131,9 @@ def test_a_run_goes_back_to_the_pace_it_had(
         incubation_epochs=1, graft_epochs=1, max_looks=9, confidence_level=1.0 - 1e-12, price_per_host_share=0.0
     )
     session = open_session(
-        control=large_task.control, growth=replace(growth, graft_rate=0.5, graft_tail=0.9), planned_epochs=6
+        control=large_task.control,
+        growth=replace(growth, graft_rate=0.5, graft_tail=0.9, cull_epochs=0),
+        planned_epochs=6,
     )
     grow(session, line, decide, kernel_for, template="gated_mlp")
     train(session, large_task, 3)

@@ -20,7 +20,9 @@ from esper.core.budget import Budget, BudgetLedger
 from esper.telemetry.subjects import Kind
 from tests.unit.core.test_session import state_of, train
 
-GROWTH = esper.GrowthConfig(incubation_epochs=4, race_rounds=2, graft_epochs=1, incubation_learning_rate=1e-2)
+GROWTH = esper.GrowthConfig(
+    incubation_epochs=4, race_rounds=2, graft_epochs=1, incubation_learning_rate=1e-2, recheck_epochs=0, cull_epochs=0
+)
 RACE = "a" + "f" * 32
 
 

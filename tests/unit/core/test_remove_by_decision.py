@@ -56,6 +56,10 @@ def test_a_fossil_goes_for_good(task: Any, line: Any, open_session: Any, decide:
     decision = removal(decide, model)
     line.incoming.append(decision)
     session._take_in()
+    assert model.kasmina_layers["0"].find_seed(0) is not None, "its share is ramped out"
+    assert session._context.ledger.status().added_parameters == kept.cost.parameters
+    for _ in range(session._context.clock.steps_per_epoch):
+        step(session, task)
     assert model.kasmina_layers["0"].find_seed(0) is None
     assert list(model.state_dict()) == names
     assert len(optimizer.state) == sum(len(group["params"]) for group in optimizer.param_groups) == len(names)

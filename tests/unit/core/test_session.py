@@ -72,7 +72,7 @@ def test_one_adaptation_goes_through_its_whole_life(
     (adaptation,) = report.adaptations
     assert adaptation.outcome == ("kept" if states[3] is State.FOSSILIZED else "culled")
     assert adaptation.contribution is not None
-    (field_report,) = line.values(Kind.FIELD_REPORT)
+    (field_report,) = [one for one in line.values(Kind.FIELD_REPORT) if one.grew]
     assert field_report.isolated_steps == 5  # the kernel came at the end of the first of six steps
     assert field_report.graft_steps >= 6
 
@@ -437,7 +437,9 @@ def test_a_seed_comes_to_muon_and_adamw_in_one_wrapper_and_goes(
     model = esper.wrap(task.host())
     optimizer = Both(model)
     session = open_session(
-        model, optimizer, growth=esper.GrowthConfig(incubation_epochs=1, graft_epochs=9, incubation_learning_rate=1e-2)
+        model,
+        optimizer,
+        growth=esper.GrowthConfig(incubation_epochs=1, graft_epochs=9, incubation_learning_rate=1e-2, cull_epochs=0),
     )
     grow(session, line, decide, kernel_for)
     train(session, task, 3)
