@@ -27,7 +27,6 @@ from bench.report import Figure, Result, Spread, at_least, at_most
 TRIALS_GOAL: Final = at_most(2 / 3)
 PER_KEPT_GOAL: Final = at_most(8)
 _FAILED: Final = "failed"
-_KEPT: Final = "kept"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,12 +71,12 @@ def grow_pair(
 
 def tried(outcome: Outcome) -> int:
     """Give the number of adaptations that were tried."""
-    return sum(item.outcome != _FAILED for item in outcome.tried)
+    return sum(item.grew and item.outcome != _FAILED for item in outcome.tried)
 
 
 def kept(outcome: Outcome) -> int:
     """Give the number of adaptations that were kept."""
-    return sum(item.outcome == _KEPT for item in outcome.tried)
+    return sum(item.is_kept for item in outcome.tried)
 
 
 def figures_of(name: str, pairs: Sequence[Pair]) -> list[Figure]:

@@ -18,6 +18,7 @@ from bench.growth_hosts import Cell
 from bench.growth_tasks import load
 from bench.growth_training import RATE_FACTORS, Outcome, Tried
 from bench.report import Figure, Goal, Spread, at_least, at_most
+from esper.contracts.decision import AdaptationType
 from esper.execution.counterfactual import paired_interval
 
 ACCURACY_GOALS: Final = {"digits/mlp": 98.6, "mnist1d/mlp": 96.0}
@@ -85,8 +86,8 @@ def _cell_figures(runs: CellRuns) -> Iterator[Figure]:
 def _growth_figures(runs: CellRuns) -> Iterator[Figure]:
     """Give what growing took, and whether what was kept had earned it."""
     grown, hosts = runs.each(GROWN), runs.each("host")
-    tried = [item for outcome in grown for item in outcome.tried]
-    kept = [item for item in tried if item.outcome == "kept"]
+    tried = [item for outcome in grown for item in outcome.tried if item.grew]
+    kept = [item for item in tried if item.is_kept]
     yield _mean(runs, "grown, parameters", "parameters", [float(outcome.parameters) for outcome in grown])
     yield _mean(
         runs, "grown, FLOPs over the host's", "ratio", [a.flops / b.flops for a, b in zip(grown, hosts, strict=True)]
@@ -99,13 +100,13 @@ def _growth_figures(runs: CellRuns) -> Iterator[Figure]:
         "ratio",
         [a.seconds / b.seconds for a, b in zip(grown, hosts, strict=True)],
     )
-    yield _mean(runs, "adaptations tried", "adaptations", [float(len(outcome.tried)) for outcome in grown])
-    yield _single(runs, "adaptations kept", len(kept) / len(tried) if tried else None, "share")
+    yield _mean(runs, "seeds tried", "seeds", [float(sum(item.grew for item in outcome.tried)) for outcome in grown])
+    yield _single(runs, "seeds kept", len(kept) / len(tried) if tried else None, "share")
     per_kept = len(tried) / len(kept) if kept else None
-    yield _single(runs, "adaptations tried per one kept", per_kept, "ratio", at_most(MAX_TRIED_PER_KEPT))
+    yield _single(runs, "seeds tried per one kept", per_kept, "ratio", at_most(MAX_TRIED_PER_KEPT))
     earned = [item.low is not None and item.price is not None and item.low > item.price for item in kept]
     yield _single(
-        runs, "kept adaptations certain to pay", sum(earned) / len(earned) if earned else None, "share", at_least(1.0)
+        runs, "kept seeds certain to pay", sum(earned) / len(earned) if earned else None, "share", at_least(1.0)
     )
     calibration = calibration_error([outcome.tried for outcome in grown])
     yield _single(runs, "calibration error of confidence", calibration, "share")
@@ -168,13 +169,15 @@ def calibration_error(runs: Iterable[Sequence[Tried]]) -> float | None:
     """Give the expected calibration error: how far confidence lies from the share that came true, bin by bin.
 
     A decision asks for one seed that pays, or for a race of several: it came true when any of them was kept. ``runs``
-    are the adaptations of each run, for groups are named within a run. ``None`` where nothing was decided.
+    are the adaptations of each run, for groups are named within a run. A removal is carried out, and nothing shows
+    whether it was right. ``None`` where nothing was decided.
     """
     bins: dict[int, list[float]] = {}
     for tried in runs:
         groups: dict[str, list[Tried]] = {}
         for item in tried:
-            groups.setdefault(item.group, []).append(item)
+            if item.adaptation_type != AdaptationType.REMOVE_SEED.value:
+                groups.setdefault(item.group, []).append(item)
         for members in groups.values():
             confidence = members[0].confidence
             gap = confidence - any(item.outcome == "kept" for item in members)

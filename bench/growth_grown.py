@@ -202,6 +202,7 @@ def _tried(report: RunReport, listening: ListeningMesh) -> Iterator[Tried]:
             price=item.price,
             parameters=item.parameters,
             begun_epoch=item.begun_epoch,
+            adaptation_type=item.adaptation_type,
         )
 
 

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from bench.growth_hosts import Cell, Settings, Shape, make_net, num_parameters
 from bench.growth_tasks import Batches, Examples, Task, load
 from esper.blueprints.flops import ThreadFlops
+from esper.contracts.run import GROWING_TYPES
 from esper.core.pacing import tail_factor
 
 RATE_FACTORS: Final = (0.5, 1.0, 2.0)
@@ -71,6 +72,18 @@ class Tried:
     """Parameters of the seed."""
     begun_epoch: int
     """Epoch in which it began."""
+    adaptation_type: str = "add_seed"
+    """What was asked for."""
+
+    @property
+    def grew(self) -> bool:
+        """Whether a seed was to germinate."""
+        return self.adaptation_type in GROWING_TYPES
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether a seed was kept."""
+        return self.grew and self.outcome == "kept"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

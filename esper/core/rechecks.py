@@ -2,7 +2,8 @@
 
 Every ``GrowthConfig.recheck_epochs`` epochs after it was kept, a fossil's effect is measured as it was before it was
 kept, at the mean of the epoch's weights, by its own absence with all others in place; it is told with the price of its
-cost at the present control loss. What to do about one that no longer pays is the policy's decision.
+cost at the present control loss. Where several are measured, so is the absence of all: what they bring together beside
+the sum of what each brings is their interaction. What to do about one that no longer pays is the policy's decision.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ class Rechecks:
             return
         self._check_books(known)
         with due[0].span("recheck", self._context.run_id):
-            effects = self._measure(due)
+            effects, together = self._measure(due)
         for one, effect in zip(due, effects, strict=True):
             if one.state is SeedLifecycleState.FOSSILIZED:  # else its kernel failed meanwhile
-                self._note(one, effect)
+                self._note(one, effect, _interaction(effects, together))
 
     def _due(self, known: Iterable[Adaptation], epoch: int) -> list[Adaptation]:
         spacing = self._context.growth.recheck_epochs
@@ -52,17 +53,20 @@ class Rechecks:
         ages = ((one, epoch - one.state_since_epoch) for one in known if one.state is SeedLifecycleState.FOSSILIZED)
         return [one for one, age in ages if age > 0 and age % spacing == 0]
 
-    def _measure(self, due: list[Adaptation]) -> list[Contribution]:
+    def _measure(self, due: list[Adaptation]) -> tuple[list[Contribution], Contribution]:
+        """Give what each brings with the others in place, and what all bring."""
         context = self._context
         on = {SeedRef(one.layer, one.seed_index): 1.0 for one in due}
+        configurations = [on, *({**on, ref: 0.0} for ref in on)]
+        if len(on) > 1:
+            configurations.append(dict.fromkeys(on, 0.0))
         with self._mean.applied():
-            losses = evaluate_configurations(
-                context.model, context.control.batches, context.loss_rows, [on, *({**on, ref: 0.0} for ref in on)]
-            )
+            losses = evaluate_configurations(context.model, context.control.batches, context.loss_rows, configurations)
         level = context.growth.confidence_level
-        return [paired_interval(off - losses[0], confidence_level=level) for off in losses[1:]]
+        effects = [paired_interval(off - losses[0], confidence_level=level) for off in losses[1:]]
+        return effects[: len(on)], effects[-1]
 
-    def _note(self, one: Adaptation, effect: Contribution) -> None:
+    def _note(self, one: Adaptation, effect: Contribution, interaction: str) -> None:
         price = pricing.present_price(self._context, one)
         age = self._context.clock.epoch - one.state_since_epoch
         figures = (effect.estimate, effect.low, effect.high, price)
@@ -71,7 +75,8 @@ class Rechecks:
             return
         one.contribution, one.price = effect, price
         self._context.model.kasmina_layers[one.layer].record_contribution(one.seed_index, effect)
-        self._tell.recheck(one, effect, price, f"measured again after {age} epochs: {judge(effect, price)[1].detail}")
+        verdict = judge(effect, price)[1].detail
+        self._tell.recheck(one, effect, price, f"measured again after {age} epochs: {verdict}{interaction}")
 
     def _check_books(self, known: Iterable[Adaptation]) -> None:
         """What stands is booked: a limit that was kept when a seed was begun is kept now."""
@@ -79,3 +84,11 @@ class Rechecks:
         booked = self._context.ledger.status()
         assert sum(cost.parameters for cost in standing) <= booked.added_parameters
         assert sum(cost.flops for cost in standing) <= booked.added_flops
+
+
+def _interaction(effects: list[Contribution], together: Contribution) -> str:
+    """Say in words what kept seeds bring together, beside the sum of what each brings; empty for one alone."""
+    if len(effects) == 1:
+        return ""
+    parts = sum(effect.estimate for effect in effects)
+    return f"; {len(effects)} kept seeds bring {together.estimate:+.4f} together, one by one {parts:+.4f}"

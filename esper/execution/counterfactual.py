@@ -97,29 +97,6 @@ def measure_contribution(
     return paired_interval(off - on, confidence_level=confidence_level)
 
 
-def measure_together(
-    model: GrowingModel,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    loss: LossRows,
-    seeds: Sequence[SeedRef],
-    *,
-    alpha: float = 1.0,
-    confidence_level: float = 0.95,
-) -> tuple[dict[SeedRef, Contribution], Contribution]:
-    """Give each seed's own effect (all off against it alone) and that of all together, on the same examples.
-
-    The difference between the sum of the parts and the whole is their interaction.
-
-    Raises:
-        As :func:`measure_contribution`.
-    """
-    none = dict.fromkeys(seeds, 0.0)
-    configurations = [none, *({**none, ref: alpha} for ref in seeds), dict.fromkeys(seeds, alpha)]
-    losses = evaluate_configurations(model, batches, loss, configurations)
-    effects = [paired_interval(losses[0] - row, confidence_level=confidence_level) for row in losses[1:]]
-    return dict(zip(seeds, effects, strict=False)), effects[-1]
-
-
 def paired_interval(differences: Tensor, *, confidence_level: float = 0.95) -> Contribution:
     """Give the mean of paired differences with its t-interval.
 

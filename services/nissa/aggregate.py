@@ -195,8 +195,9 @@ class RunAggregate:
             self._seeds[place] = (step, state)
 
     def _take_report(self, report: FieldReport) -> None:
-        self._begun.add(report.adaptation_id)
-        self._outcomes[report.adaptation_id] = report.outcome
+        if report.grew:  # what took a seed out, or tried other settings, is none that was grown
+            self._begun.add(report.adaptation_id)
+            self._outcomes[report.adaptation_id] = report.outcome
         if report.outcome is AdaptationOutcome.KEPT and report.contribution is not None:
             self._standing[report.layer, report.seed_index] = report.contribution
 

@@ -133,14 +133,26 @@ def test_every_control_has_margins_and_a_row_and_what_was_not_measured_has_no_nu
     assert [row.arm for row in arm_rows(given)] == [arm for arm in ARMS if arm != "gromo"]
 
 
-def test_kept_adaptations_must_all_pay_for_certain() -> None:
+def test_what_took_a_seed_out_or_tried_settings_counts_as_no_seed() -> None:
+    given = runs((0.9, 0.8), (0.9, 0.8))
+    removal = replace(tried(0.9, "kept"), adaptation_type="remove_seed")
+    settings = replace(tried(0.9, "kept", low=None, price=None), adaptation_type="optimize_parameters")
+    given.seeds[0][GROWN] = outcome(0.9, tried=(tried(0.9, "kept"), tried(0.9, "culled"), removal, settings))
+    figures = figures_of([given])
+    assert named(figures, "digits/mlp: seeds tried per one kept").value == pytest.approx(2.0)
+    assert named(figures, "digits/mlp: kept seeds certain to pay").value == pytest.approx(1.0)
+    assert calibration_error([[removal]]) is None, "nothing shows whether a removal was right"
+    assert calibration_error([[settings]]) == pytest.approx(0.1)
+
+
+def test_kept_seeds_must_all_pay_for_certain() -> None:
     given = runs((0.9, 0.8), (0.9, 0.8))
     kept = (tried(0.9, "kept"), tried(0.9, "kept", low=0.005), tried(0.2, "culled"), tried(0.2, "culled"))
     given.seeds[0][GROWN] = outcome(0.9, tried=kept)
     figures = figures_of([given])
-    assert named(figures, "digits/mlp: kept adaptations certain to pay").value == pytest.approx(0.5)
-    assert named(figures, "digits/mlp: kept adaptations certain to pay").holds is False
-    assert named(figures, "digits/mlp: adaptations tried per one kept").value == pytest.approx(2.0)
+    assert named(figures, "digits/mlp: kept seeds certain to pay").value == pytest.approx(0.5)
+    assert named(figures, "digits/mlp: kept seeds certain to pay").holds is False
+    assert named(figures, "digits/mlp: seeds tried per one kept").value == pytest.approx(2.0)
     assert named(figures, "digits/mlp: growth's own share of the FLOPs").value == pytest.approx(0.25)
 
 

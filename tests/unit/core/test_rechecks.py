@@ -146,17 +146,24 @@ def test_several_are_measured_in_one_pass_each_beside_the_others(
     other.contribution = one.contribution
     session.orchestrator._fossilize(other, PASSED)
     asked: list[Any] = []
+    losses: list[torch.Tensor] = []
     inner = recheck_module.evaluate_configurations
 
     def noting(model: Any, batches: Any, loss: Any, configurations: Any) -> Any:
         asked.append(configurations)
-        return inner(model, batches, loss, configurations)
+        losses.append(inner(model, batches, loss, configurations))
+        return losses[-1]
 
     monkeypatch.setattr(recheck_module, "evaluate_configurations", noting)
     train(session, task, 3)
     a, b = SeedRef("0", 0), SeedRef("2", 0)
-    assert asked == [[{a: 1.0, b: 1.0}, {a: 0.0, b: 1.0}, {a: 1.0, b: 0.0}]]
-    assert {report.adaptation_id for report in rechecks(line)} == {one.id, other.id}
+    assert asked == [[{a: 1.0, b: 1.0}, {a: 0.0, b: 1.0}, {a: 1.0, b: 0.0}, {a: 0.0, b: 0.0}]]
+    told = rechecks(line)
+    assert {report.adaptation_id for report in told} == {one.id, other.id}
+    both, off = losses[0][0], losses[0][3]
+    parts = sum(report.contribution.estimate for report in told if report.contribution is not None)
+    expected = f"; 2 kept seeds bring {float((off - both).mean()):+.4f} together, one by one {parts:+.4f}"
+    assert all(report.reason.endswith(expected) for report in told)
 
 
 def test_an_effect_that_is_no_number_is_told_as_none(kept: Any, line: Any, monkeypatch: Any) -> None:

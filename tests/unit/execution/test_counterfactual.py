@@ -15,7 +15,6 @@ from esper.core.wrap import wrap
 from esper.execution.counterfactual import (
     evaluate_configurations,
     measure_contribution,
-    measure_together,
     paired_interval,
 )
 from esper.execution.overrides import SeedRef
@@ -88,15 +87,6 @@ def test_losses_of_a_configuration_are_those_of_the_model_as_configured(task: An
     assert losses.dtype == torch.float64
     assert torch.equal(losses[0], host)
     torch.testing.assert_close(losses[1], shifted, rtol=1e-5, atol=1e-6)
-
-
-def test_interaction_shows_in_the_whole_against_the_parts(task: Any) -> None:
-    model, batches = task
-    plant(model, 1.0, index=0)
-    plant(model, 1.0, index=1)
-    parts, whole = measure_together(model, batches, squared, [SeedRef("1", 0), SeedRef("1", 1)])
-    assert all(part.estimate == pytest.approx(1.0, abs=0.1) for part in parts.values())
-    assert whole.estimate == pytest.approx(0.0, abs=0.2), "two shifts overshoot as far as none falls short"
 
 
 def test_nothing_is_left_behind(warm: Any, scale: Any) -> None:

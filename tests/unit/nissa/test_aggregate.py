@@ -60,6 +60,13 @@ def test_a_rejected_plan_is_no_attempt(make: Any) -> None:
     assert metrics_of(make, make.plan(PlanStatus.REJECTED)).morphogenetic.adaptations_attempted == 0
 
 
+@pytest.mark.parametrize("adaptation_type", ["remove_seed", "optimize_parameters", "recheck"])
+def test_what_germinated_no_seed_is_none_that_was_kept(adaptation_type: str, make: Any) -> None:
+    other = make.report(None, adaptation_id="a" + "3" * 32, adaptation_type=adaptation_type)
+    growth = metrics_of(make, make.report(), other).morphogenetic
+    assert (growth.adaptations_attempted, growth.adaptations_kept) == (1, 1)
+
+
 @pytest.mark.parametrize("outcome", [AdaptationOutcome.CULLED, AdaptationOutcome.FAILED, AdaptationOutcome.ROLLED_BACK])
 def test_what_was_not_kept_is_removed_and_improves_nothing(outcome: AdaptationOutcome, make: Any) -> None:
     growth = metrics_of(make, make.report(outcome=outcome)).morphogenetic
