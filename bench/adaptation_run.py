@@ -36,7 +36,7 @@ from esper.telemetry.subjects import Kind, build_subject
 from esper.v1 import decision_pb2
 
 WIDTH: Final = 64
-NUM_LAYERS: Final = 7
+NUM_LAYERS: Final = 8
 SEEDS_PER_LAYER: Final = 64
 NUM_PLACES: Final = NUM_LAYERS * SEEDS_PER_LAYER
 """Adaptations that one run has room for: each takes a seed of its own."""
@@ -147,6 +147,12 @@ class AdaptationRun:
         for state in (SeedLifecycleState.CULLED, SeedLifecycleState.EMBARGOED, SeedLifecycleState.DORMANT):
             self._bystander.state_layout.transition(0, state)
         return took_ms
+
+    def train_for(self, seconds: float) -> None:
+        """Train on, as a run does between decisions, while the mesh does what the last one left it to do."""
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            self._step()
 
     def round_trip_ms(self) -> float:
         """Give the time of one durable publish on the run's stream, while the run stands still."""
