@@ -140,8 +140,8 @@ _NOTES: Final = (
     "64 features, batches of 32. The clock starts just before the decision is published and stops at the transition.",
     "Goals are mission.md's, held against the median and against the 99th percentile; 'to the plan' ends where the run "
     "has accepted the decision; 'germination alone' is the training thread's own part, the floor of a kernel in L1.",
-    "In L1 the run trains for 0.25 s between adaptations; 'in a row' one follows the other at once, and shares the machine "
-    "with what the services make of the last one's reports.",
+    "In L1 the run trains for 0.25 s between adaptations; 'in a row' one follows the other at once, and shares the "
+    "machine with what the services make of the last one's reports.",
     "The deciding side is a thread of the training process, where Tamiyo is a process of its own: it competes with the "
     "training loop for the interpreter.",
 )
