@@ -174,7 +174,7 @@ async def test_a_run_of_the_same_name_goes_its_own_way(policies, flattening, tmp
     for tamiyo in (second, third):
         memory = tamiyo.policy._runs["run-1"]
         assert not memory.rests(20)
-        assert not memory.contributions
+        assert [memory.measured(one.report.adaptation_id) for one in lessons] == [None] * len(lessons)
         assert [decision for _, decision in await tamiyo.decisions("run-1", 50, None)] == before
         assert await tamiyo.store.reports_of("run-1") == []
         assert await tamiyo.store.decisions("run-1", 3) == (), "it decides on its own third packet itself"
@@ -189,7 +189,9 @@ async def test_a_report_that_comes_in_after_its_lesson_still_reaches_its_run(pol
     beliefs = believed(second)
     report = memory.lessons[0].report
     assert await second.learn(report)
-    assert second.policy._runs["run-1"].contributions[report.adaptation_id] == report.contribution
+    measured = second.policy._runs["run-1"].measured(report.adaptation_id)
+    assert measured is not None
+    assert measured.effect == report.contribution.estimate
     assert believed(second) == beliefs, "its reward was learned before"
 
 
