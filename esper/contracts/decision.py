@@ -53,12 +53,22 @@ class Evidence:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterChange:
-    """Change of the optimizer's settings; ``None`` leaves a setting."""
+    """Change of the optimizer's settings, or of its state; ``None`` leaves a setting."""
 
     learning_rate_factor: float | None = None
-    """Factor on the learning rate of every group."""
+    """Factor on the learning rate. Finite and > 0."""
     weight_decay_factor: float | None = None
-    """Factor on the weight decay of every group."""
+    """Factor on the weight decay. Finite and > 0."""
+    group: int | None = None
+    """Parameter group that is changed, from 0, in the optimizer's order, and in order through the optimizers that a
+    wrapper holds; ``None`` for all."""
+    resets_state: bool = False
+    """Whether what the optimizer keeps of each parameter (moments, counts of steps) begins anew."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it changes nothing."""
+        return self.learning_rate_factor is None and self.weight_decay_factor is None and not self.resets_state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

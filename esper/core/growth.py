@@ -13,7 +13,9 @@ from esper.contracts.tag_expression import TagExpression, parse_tags
 from esper.core.blending import BlendKind, BlendSchedule
 
 IncubationChoice = Literal["auto", "damped", "trial", "local"]
+UndoneChoice = Literal["change", "snapshot"]
 _WAYS: Final = get_args(IncubationChoice)
+_UNDONE: Final = get_args(UndoneChoice)
 _PRICES: Final = ("price_per_host_share", "price_per_host_flops", "price_per_host_latency")
 
 
@@ -80,6 +82,12 @@ class GrowthConfig:
     """Milliseconds a forward pass of a kernel may take, on average; a slower seed is removed at the next gate, > 0."""
     settle_epochs: int = 2
     """Epochs after which a change of the optimizer's settings is judged, at least 1."""
+    undone: UndoneChoice = "change"
+    """What a change of the optimizer's settings that is not shown to help takes back with it. ``"change"``: what was
+    changed, and no more; the weights keep what they learned since. ``"snapshot"``: weights, buffers and the optimizer's
+    state too, as they were when it began, so that nothing of the trial is left in the network. Its steps are lost
+    then: they stay counted, schedulers stand where they stood, their examples were seen. It costs a copy of weights
+    and state during a trial."""
     allowed_blueprints: str = ""
     """Expression over tags that a blueprint must keep to stand in the run, whoever asks for it: ``"dense"``,
     ``"!conv & !attention"``, ``"linear & !widening"``; empty lets every one stand. What can be read off the graph is
@@ -106,6 +114,7 @@ class GrowthConfig:
             ("loading_timeout_s", "be > 0 s", self.loading_timeout_s > 0),
             ("max_kernel_latency_ms", "be > 0 ms", self.max_kernel_latency_ms > 0),
             ("settle_epochs", "be at least 1 epoch", self.settle_epochs >= 1),
+            ("undone", f"be one of {', '.join(_UNDONE)}", self.undone in _UNDONE),
         )
         for name, rule, holds in rules:
             if not holds:

@@ -49,6 +49,23 @@ def groups(optimizer: Optimizer) -> list[Group]:
     return [group for part in parts(optimizer) for group in part.param_groups]
 
 
+def chosen(optimizer: Optimizer, group: int | None) -> list[tuple[Optimizer, Group]]:
+    """Give one of the groups, by its place in :func:`groups`, or all for ``None``; each with the part that holds it."""
+    pairs = [(part, own) for part in parts(optimizer) for own in part.param_groups]
+    return pairs if group is None else [pairs[group]]
+
+
+def reset_state(optimizer: Optimizer, group: int | None) -> None:
+    """Begin anew what is kept of each parameter of a group, or of all: the next step is a fresh optimizer's first.
+
+    What an optimizer of other makers keeps in the group itself (an estimate of the rate, say) is a setting and stays.
+    """
+    for part, own in chosen(optimizer, group):
+        for parameter in own["params"]:
+            part.state.pop(parameter, None)
+            _begin_state(part, own, parameter)
+
+
 def require_supported(optimizer: Optimizer) -> None:
     """Check that seeds can join and leave the optimizer, and that a session can step it.
 

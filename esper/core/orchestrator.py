@@ -65,8 +65,8 @@ class SeedOrchestrator:
         self.adaptations: dict[str, Adaptation] = {}
         self._incubators: dict[str, Incubator] = {}
         self._ramps: dict[str, BlendSchedule] = {}
-        self._trials = TrialBench(context)
         self._mean = EpochMean(context.model)
+        self._trials = TrialBench(context, self._mean)
         self._pacer = SeedPacer(context.optimizer, context.clock, context.growth)
         self._early_kernels: dict[str, KernelArrival] = {}
         self._refused: deque[str] = deque(maxlen=256)
@@ -181,8 +181,8 @@ class SeedOrchestrator:
         self._leaving.end_all()
         for adaptation in self._each_open():
             if adaptation.decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
-                self._trials.undo(adaptation)
-                self._close(adaptation, AdaptationOutcome.CULLED, "undone: the run ended before it was judged")
+                reason = f"undone: the run ended before it was judged{self._trials.undo(adaptation)}"
+                self._close(adaptation, AdaptationOutcome.CULLED, reason)
             elif adaptation.state is State.EVALUATING:
                 self._look(adaptation, run_ends=True)
             elif adaptation.state is State.ACTIVE:
@@ -573,8 +573,7 @@ class SeedOrchestrator:
         log.info("adaptation_ended", extra={"adaptation_id": adaptation.id, "outcome": outcome.name, "reason": reason})
 
     def _judge_trial(self, adaptation: Adaptation) -> None:
-        with self._mean.applied():
-            judgement = self._trials.end_epoch(adaptation)
+        judgement = self._trials.end_epoch(adaptation)
         if judgement is not None:
             self._close(adaptation, *judgement)
 

@@ -226,30 +226,42 @@ Global___Evidence: _TypeAlias = Evidence  # noqa: Y015
 
 @_typing.final
 class ParameterChange(_message.Message):
-    """Change of the optimizer's settings."""
+    """Change of the optimizer's settings, or of its state."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     LEARNING_RATE_FACTOR_FIELD_NUMBER: _builtins.int
     WEIGHT_DECAY_FACTOR_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    RESETS_STATE_FIELD_NUMBER: _builtins.int
     learning_rate_factor: _builtins.float
-    """Factor on the learning rate of every group. Absent leaves it."""
+    """Factor on the learning rate. Finite and > 0. Absent leaves it."""
     weight_decay_factor: _builtins.float
-    """Factor on the weight decay of every group. Absent leaves it."""
+    """Factor on the weight decay. Finite and > 0. Absent leaves it."""
+    group: _builtins.int
+    """Parameter group that is changed, from 0, in the optimizer's order. Absent means every group."""
+    resets_state: _builtins.bool
+    """Whether what the optimizer keeps of each parameter (moments, counts of steps) begins anew. Default false."""
     def __init__(
         self,
         *,
         learning_rate_factor: _builtins.float | None = ...,
         weight_decay_factor: _builtins.float | None = ...,
+        group: _builtins.int | None = ...,
+        resets_state: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_learning_rate_factor", b"_learning_rate_factor", "_weight_decay_factor", b"_weight_decay_factor", "learning_rate_factor", b"learning_rate_factor", "weight_decay_factor", b"weight_decay_factor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_group", b"_group", "_learning_rate_factor", b"_learning_rate_factor", "_weight_decay_factor", b"_weight_decay_factor", "group", b"group", "learning_rate_factor", b"learning_rate_factor", "weight_decay_factor", b"weight_decay_factor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_learning_rate_factor", b"_learning_rate_factor", "_weight_decay_factor", b"_weight_decay_factor", "learning_rate_factor", b"learning_rate_factor", "weight_decay_factor", b"weight_decay_factor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_group", b"_group", "_learning_rate_factor", b"_learning_rate_factor", "_weight_decay_factor", b"_weight_decay_factor", "group", b"group", "learning_rate_factor", b"learning_rate_factor", "resets_state", b"resets_state", "weight_decay_factor", b"weight_decay_factor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__group: _TypeAlias = _typing.Literal["group"]  # noqa: Y015
+    _WhichOneofArgType__group: _TypeAlias = _typing.Literal["_group", b"_group"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate_factor: _TypeAlias = _typing.Literal["learning_rate_factor"]  # noqa: Y015
     _WhichOneofArgType__learning_rate_factor: _TypeAlias = _typing.Literal["_learning_rate_factor", b"_learning_rate_factor"]  # noqa: Y015
     _WhichOneofReturnType__weight_decay_factor: _TypeAlias = _typing.Literal["weight_decay_factor"]  # noqa: Y015
     _WhichOneofArgType__weight_decay_factor: _TypeAlias = _typing.Literal["_weight_decay_factor", b"_weight_decay_factor"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__group) -> _WhichOneofReturnType__group | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate_factor) -> _WhichOneofReturnType__learning_rate_factor | None: ...
     @_typing.overload

@@ -287,14 +287,32 @@ class Policy:
         return improves and is_due
 
     def _calm(self, reading: CurveReading, memory: RunMemory) -> _Draft:
+        """Lower the rate; where that was done before and the run is unstable again, begin the optimizer's state anew.
+
+        Moments that a few huge gradients have filled move the weights long after, whatever the rate (T. Huang et al.,
+        SPAM: Spike-aware Adam with momentum reset, ICLR 2025). The rate is lowered with them, for the first steps of
+        fresh moments are as long as it allows. Packets hold no figure per group, so none is named: all are changed.
+        """
         if memory.parameters_rest(self.config.parameter_cooldown_epochs):
             return _nothing(reading, "The run is unstable, but its settings were changed a moment ago.")
-        factor = self.config.learning_rate_factor
+        factor, calmed, seen = self.config.learning_rate_factor, memory.calmed_epoch, reading.evidence[0].detail
+        explanation, evidence = (
+            f"The run is unstable ({seen}): learn at {factor:g} of the rate.",
+            tuple[Evidence, ...](),
+        )
+        if calmed is not None:
+            explanation = (
+                f"The run is unstable again ({seen}) though its rate was lowered after epoch {calmed}: begin the "
+                f"optimizer's state anew and learn at {factor:g} of the rate."
+            )
+            detail = "epoch after which the rate was lowered for the same reason"
+            evidence = (Evidence(name="calmed_epoch", value=calmed, detail=detail),)
         return _Draft(
             belief=reading.probability * _HELPS,
             urgency=1.0,
-            change=ParameterChange(learning_rate_factor=factor),
-            explanation=f"The run is unstable ({reading.evidence[0].detail}): learn at {factor:g} of the rate.",
+            change=ParameterChange(learning_rate_factor=factor, resets_state=calmed is not None),
+            evidence=evidence,
+            explanation=explanation,
         )
 
     def _regularise(self, reading: CurveReading, memory: RunMemory) -> _Draft:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from esper.contracts.blueprint import BlueprintCost
-from esper.contracts.decision import AdaptationDecision, AdaptationPlan, AdaptationType, PlanStatus
+from esper.contracts.decision import AdaptationDecision, AdaptationPlan, AdaptationType, CurveState, PlanStatus
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import (
     AdaptationOutcome,
@@ -92,6 +92,8 @@ class RunMemory:
         self._epoch = 0
         self._step = 0
         self._parameter_epoch: int | None = None
+        self._asked_calm: dict[str, int] = {}
+        self._calmed: list[int] = []
         self._fruitless: dict[str, int] = {}
         self._fruitful: set[str] = set()
         self._grown_epoch = 0
@@ -107,6 +109,15 @@ class RunMemory:
         return bool(self._fruitful) and not self._fruitless
 
     @property
+    def calmed_epoch(self) -> int | None:
+        """Epoch after which the rate was last lowered because the run was unstable; ``None`` where it never was.
+
+        It counts once its trial was judged, whether it was kept or not: one that was refused or taken back with the
+        whole state is as if it had not been.
+        """
+        return max(self._calmed, default=None)
+
+    @property
     def is_decided(self) -> bool:
         """Whether the newest packet has its decision."""
         return self.last_sequence in self.decisions
@@ -116,6 +127,7 @@ class RunMemory:
         self.last_sequence = packet.sequence
         if packet.epoch < self._epoch:  # a run that was taken back: what it kept since is gone
             self._grown_epoch = min(self._grown_epoch, packet.epoch)
+            self._calmed = [epoch for epoch in self._calmed if epoch < packet.epoch]
         self._epoch, self._step = packet.epoch, packet.step
         new_epoch = not self.points or packet.epoch > self.points[-1].epoch
         if packet.phase is RunPhase.TRAINING and new_epoch and packet.epoch > 0:
@@ -151,6 +163,8 @@ class RunMemory:
             self._removed_at = max(self._removed_at, decision.created_at)
         if decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
             self._parameter_epoch = decision.epoch
+            if decision.curve_state is CurveState.UNSTABLE:
+                self._asked_calm[decision.adaptation_id] = decision.epoch
             return
         self._layer_epochs[decision.layer] = decision.epoch
         if decision.adaptation_type.grows:
@@ -165,6 +179,9 @@ class RunMemory:
     def note_report(self, report: FieldReport) -> None:
         """Take in what came of an adaptation."""
         self._pending.pop(report.adaptation_id, None)
+        asked = self._asked_calm.pop(report.adaptation_id, None)
+        if asked is not None and report.outcome in (AdaptationOutcome.KEPT, AdaptationOutcome.CULLED):
+            self._calmed.append(asked)
         self._note_measured(report)
         if not report.grew:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 import typing
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from esper.contracts import wire
 from esper.contracts.blueprint import AttributeValue, BlueprintIR, Expression, IRNode, Site, SiteKind
+from esper.contracts.decision import ParameterChange
 from esper.contracts.errors import CorruptDataError, InvalidInputError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import SeedStatus, SystemStatePacket
@@ -121,6 +123,20 @@ def test_a_packet_of_a_version_without_the_newer_fields_is_read() -> None:
     packet = wire.parse(message.SerializeToString(), SystemStatePacket)
     assert packet.allowed_blueprints == ""
     assert packet.layers[0].seeds[0].source == ""
+
+
+def test_a_change_of_a_version_without_groups_is_one_of_every_group() -> None:
+    older = b"\x09" + struct.pack("<d", 0.5)  # field 1 alone, as it was before there were groups and resets
+    change = wire.parse(older, ParameterChange)
+    assert change == ParameterChange(learning_rate_factor=0.5, group=None, resets_state=False)
+    assert wire.serialize(ParameterChange(learning_rate_factor=0.5)) == older
+
+
+@pytest.mark.parametrize("group", [None, 0, 3])
+@pytest.mark.parametrize("resets_state", [False, True])
+def test_a_change_of_one_group_survives_the_wire(group: int | None, resets_state: bool) -> None:
+    change = ParameterChange(weight_decay_factor=2.0, group=group, resets_state=resets_state)
+    assert wire.parse(wire.serialize(change), ParameterChange) == change
 
 
 def test_empty_attribute_is_refused() -> None:

@@ -10,7 +10,14 @@ import pytest
 
 from esper.blueprints.cost import cost
 from esper.contracts.blueprint import Site, SiteKind
-from esper.contracts.decision import BUDGET_TOO_SMALL, AdaptationPlan, AdaptationType, CurveState, PlanStatus
+from esper.contracts.decision import (
+    BUDGET_TOO_SMALL,
+    AdaptationPlan,
+    AdaptationType,
+    CurveState,
+    ParameterChange,
+    PlanStatus,
+)
 from esper.contracts.errors import InvalidInputError, InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import AdaptationOutcome, BudgetStatus, Contribution, RunPhase, SeedStatus
@@ -341,6 +348,93 @@ def test_a_diverged_run_learns_slower(make_packet, candidates):
     assert decision.parameter_change.learning_rate_factor == 0.5
     assert decision.actionable
     assert decision.urgency == 1.0
+
+
+def unstable_twice(make_packet, candidates, policy, *, between=None):
+    """Give the two decisions of a run that diverges after epoch 6 and again after epoch 13."""
+    feed(policy, [make_packet(place, 1.0 / place) for place in range(1, 6)], candidates)
+    first = decide(policy, make_packet(6, math.nan), candidates)
+    if between is not None:
+        between(first)
+    feed(policy, [make_packet(place, 1.0 / place) for place in range(7, 13)], candidates)
+    return first, decide(policy, make_packet(13, math.nan), candidates)
+
+
+def judged(make_report, outcome):
+    """Report how the trial of a change of settings ended."""
+    return lambda policy: (
+        lambda decision: policy.learn(
+            make_report(
+                adaptation_id=decision.adaptation_id,
+                adaptation_type="optimize_parameters",
+                outcome=outcome,
+                begun_epoch=decision.epoch,
+            ),
+            begun=decision,
+        )
+    )
+
+
+@pytest.mark.parametrize("outcome", [AdaptationOutcome.KEPT, AdaptationOutcome.CULLED])
+def test_a_run_that_is_unstable_again_begins_the_optimizers_state_anew(make_packet, make_report, candidates, outcome):
+    policy = Policy()
+    between = judged(make_report, outcome)(policy)
+    first, second = unstable_twice(make_packet, candidates, policy, between=between)
+    assert not first.parameter_change.resets_state
+    assert second.curve_state is CurveState.UNSTABLE
+    assert second.actionable
+    assert second.parameter_change == ParameterChange(learning_rate_factor=0.5, group=None, resets_state=True)
+    assert "unstable again" in second.explanation
+    assert "lowered after epoch 6: begin the optimizer's state anew" in second.explanation
+    assert next(one.value for one in second.evidence if one.name == "calmed_epoch") == 6.0
+
+
+@pytest.mark.parametrize("outcome", [None, AdaptationOutcome.ROLLED_BACK, AdaptationOutcome.FAILED])
+def test_a_rate_that_was_not_lowered_in_fact_is_lowered_first(make_packet, make_report, candidates, outcome):
+    policy = Policy()
+    between = None if outcome is None else judged(make_report, outcome)(policy)
+    _, second = unstable_twice(make_packet, candidates, policy, between=between)
+    assert second.parameter_change == ParameterChange(learning_rate_factor=0.5)
+    assert "again" not in second.explanation
+
+
+def test_a_rate_lowered_against_overfitting_does_not_count(make_packet, make_report, candidates):
+    control = [1.0, 0.7, 0.5, 0.45, 0.44, 0.46, 0.49, 0.53, 0.57, 0.61]
+    train = [1.0, 0.7, 0.45, 0.35, 0.28, 0.22, 0.17, 0.13, 0.1, 0.08]
+    policy = Policy(TamiyoConfig(first_race_epochs=99, parameter_cooldown_epochs=0))
+    pairs = enumerate(zip(control, train, strict=True), start=1)
+    for decision in feed(policy, [make_packet(e, c, train_loss=t) for e, (c, t) in pairs], candidates):
+        if decision.actionable:
+            judged(make_report, AdaptationOutcome.KEPT)(policy)(decision)
+    decision = decide(policy, make_packet(11, math.nan), candidates)
+    assert decision.parameter_change == ParameterChange(learning_rate_factor=0.5)
+
+
+def test_a_run_that_was_taken_back_behind_its_lower_rate_begins_with_that(make_packet, make_report, candidates):
+    policy = Policy()
+    unstable_twice(make_packet, candidates, policy, between=judged(make_report, AdaptationOutcome.KEPT)(policy))
+    returned = [replace(make_packet(place, 0.4), epoch=place - 10, step=32 * (place - 10)) for place in (14, 15, 16)]
+    feed(policy, returned, candidates)
+    decision = decide(policy, replace(make_packet(26, math.nan), epoch=25, step=800), candidates)
+    assert decision.parameter_change == ParameterChange(learning_rate_factor=0.5)
+
+
+def test_a_restored_policy_knows_that_the_rate_was_lowered(make_packet, make_report, candidates):
+    first, second = Policy(), Policy()
+    seen = []
+    between = judged(make_report, AdaptationOutcome.KEPT)
+    packets = [make_packet(place, math.nan if place == 6 else 1.0 / place) for place in range(1, 13)]
+    for packet in packets:
+        seen.append(first.analyze(packet, candidates))
+        if packet.sequence == 6:
+            between(first)(seen[-1][0])
+    for packet, decisions in zip(packets, seen, strict=True):
+        second.restore(packet, decisions)
+        if packet.sequence == 6:
+            between(second)(decisions[0])
+    last = make_packet(13, math.nan)
+    assert second.analyze(last, candidates) == first.analyze(last, candidates)
+    assert second.decided("run-1", 13)[0].parameter_change.resets_state
 
 
 def test_an_overfitting_run_is_regularised_once_per_cooldown(make_packet, candidates):
