@@ -10,7 +10,20 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import typer
 
-from esper.cli import audit, authoring, catalogue, demo, jobs, kernels, library_care, memory, mesh, runs, settings
+from esper.cli import (
+    audit,
+    authoring,
+    catalogue,
+    demo,
+    jobs,
+    kernels,
+    library_care,
+    memory,
+    mesh,
+    replay,
+    runs,
+    settings,
+)
 from esper.cli.output import fail
 from esper.contracts.errors import EsperError, InvalidInputError
 
@@ -30,6 +43,7 @@ app.command("demo")(demo.demo)
 app.command("bench")(demo.bench)
 app.command("report")(runs.report)
 app.add_typer(runs.app, name="runs")
+runs.app.command("replay")(replay.replay)
 app.add_typer(runs.seeds_app, name="seeds")
 app.add_typer(catalogue.blueprints_app, name="blueprints")
 catalogue.blueprints_app.command("create")(authoring.create)

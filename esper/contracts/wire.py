@@ -27,7 +27,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from esper.contracts import blueprint, decision, kernel, lesson, metrics, run
+from esper.contracts import blueprint, decision, kernel, lesson, metrics, replay, run
 from esper.contracts.blueprint import AttributeValue, Expression
 from esper.contracts.errors import CorruptDataError, InvalidInputError
 from esper.v1 import (
@@ -35,6 +35,7 @@ from esper.v1 import (
     decision_pb2,
     kernel_pb2,
     nissa_service_pb2,
+    replay_pb2,
     tamiyo_service_pb2,
     telemetry_pb2,
     tezzeret_service_pb2,
@@ -54,6 +55,7 @@ _MODULES: Final = (
     (run, telemetry_pb2),
     (decision, decision_pb2),
     (lesson, tamiyo_service_pb2),
+    (replay, replay_pb2),
     (metrics, nissa_service_pb2),
 )
 _RENAMED: Final[Mapping[type, type[Message]]] = {

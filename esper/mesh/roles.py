@@ -27,7 +27,7 @@ _BY_SERVICE: Final[Mapping[str, Mapping[Role, tuple[str, ...]]]] = {
     "Tolaria": {Role.VIEWER: ("ListRuns", "GetRun", "WatchRun", "ListSeeds"), Role.OPERATOR: ("ControlRun",)},
     "Tamiyo": {
         Role.VIEWER: ("ListDecisions", "GetPosterior", "Explain"),
-        Role.OPERATOR: ("Analyze", "SelectSeed", "ExportMemory", "ImportMemory"),
+        Role.OPERATOR: ("Analyze", "SelectSeed", "ReplayRun", "ExportMemory", "ImportMemory"),
         Role.SERVICE: ("SubmitFieldReport",),
     },
     "Karn": {

@@ -9,7 +9,7 @@ import logging
 import zlib
 from typing import Any, ClassVar, TypeVar
 
-from sqlalchemy import MetaData, select
+from sqlalchemy import MetaData, select, update
 
 from esper.contracts import wire
 from esper.contracts.errors import CorruptDataError, InvalidInputError, InvalidStateError
@@ -31,6 +31,8 @@ class WireStore:
     """Mapped class of the one row (id 1) that holds the tables' version."""
     schema_version: ClassVar[int]
     """Version of the tables."""
+    older_versions: ClassVar[tuple[int, ...]] = ()
+    """Versions that lack nothing but whole tables; they are made, and the rows that are there stay as they are."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -42,7 +44,7 @@ class WireStore:
         return self._database
 
     async def prepare(self) -> None:
-        """Create the tables that are not there.
+        """Create the tables that are not there, and take over those of an older version.
 
         Raises:
             InvalidStateError: The tables are those of another version.
@@ -55,6 +57,9 @@ class WireStore:
             version = await session.scalar(select(row.version).where(row.id == 1))
             if version is None:
                 session.add(row(id=1, version=self.schema_version))
+            elif version in self.older_versions:
+                await session.execute(update(row).where(row.id == 1).values(version=self.schema_version))
+                log.info("tables_migrated", extra={"owner": self.owner, "from": version, "to": self.schema_version})
             elif version != self.schema_version:
                 raise InvalidStateError(f"{self.owner}'s tables must have version {self.schema_version}, got {version}")
 

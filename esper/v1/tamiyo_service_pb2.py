@@ -24,54 +24,59 @@ _sym_db = _symbol_database.Default()
 
 from esper.v1 import blueprint_pb2 as esper_dot_v1_dot_blueprint__pb2
 from esper.v1 import decision_pb2 as esper_dot_v1_dot_decision__pb2
+from esper.v1 import replay_pb2 as esper_dot_v1_dot_replay__pb2
 from esper.v1 import telemetry_pb2 as esper_dot_v1_dot_telemetry__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65sper/v1/tamiyo_service.proto\x12\x08\x65sper.v1\x1a\x18\x65sper/v1/blueprint.proto\x1a\x17\x65sper/v1/decision.proto\x1a\x18\x65sper/v1/telemetry.proto\"<\n\x0e\x41nalyzeRequest\x12*\n\x05state\x18\x01 \x01(\x0b\x32\x1b.esper.v1.SystemStatePacket\"o\n\x0f\x41nalyzeResponse\x12.\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x1c.esper.v1.AdaptationDecision\x12,\n\x06rivals\x18\x02 \x03(\x0b\x32\x1c.esper.v1.AdaptationDecision\"\x83\x01\n\x0fSeedPerformance\x12\x12\n\nseed_index\x18\x01 \x01(\r\x12\x0f\n\x07rewards\x18\x02 \x03(\x01\x12 \n\x13steps_since_attempt\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x11\n\tavailable\x18\x04 \x01(\x08\x42\x16\n\x14_steps_since_attempt\"x\n\x11SelectSeedRequest\x12\r\n\x05layer\x18\x01 \x01(\t\x12(\n\x05seeds\x18\x02 \x03(\x0b\x32\x19.esper.v1.SeedPerformance\x12!\n\x04site\x18\x03 \x01(\x0b\x32\x0e.esper.v1.SiteH\x00\x88\x01\x01\x42\x07\n\x05_site\"q\n\x12SelectSeedResponse\x12\x12\n\nseed_index\x18\x01 \x01(\r\x12\x17\n\x0f\x65xpected_reward\x18\x02 \x01(\x01\x12\x19\n\x11\x65xploration_bonus\x18\x03 \x01(\x01\x12\x13\n\x0b\x65xplanation\x18\x04 \x01(\t\"A\n\x18SubmitFieldReportRequest\x12%\n\x06report\x18\x01 \x01(\x0b\x32\x15.esper.v1.FieldReport\",\n\x19SubmitFieldReportResponse\x12\x0f\n\x07learned\x18\x01 \x01(\x08\"M\n\x14ListDecisionsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"a\n\x15ListDecisionsResponse\x12/\n\tdecisions\x18\x01 \x03(\x0b\x32\x1c.esper.v1.AdaptationDecision\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x0e\x45xplainRequest\x12\x15\n\radaptation_id\x18\x01 \x01(\t\"\xa6\x01\n\x0f\x45xplainResponse\x12.\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x1c.esper.v1.AdaptationDecision\x12,\n\x06rivals\x18\x02 \x03(\x0b\x32\x1c.esper.v1.AdaptationDecision\x12&\n\x07reports\x18\x03 \x03(\x0b\x32\x15.esper.v1.FieldReport\x12\r\n\x05lines\x18\x04 \x03(\t\"\x9e\x01\n\x0cPosteriorArm\x12%\n\tsite_kind\x18\x01 \x01(\x0e\x32\x12.esper.v1.SiteKind\x12\x14\n\x0c\x62lueprint_id\x18\x02 \x01(\t\x12\x16\n\x0e\x62lueprint_name\x18\x03 \x01(\t\x12\x0c\n\x04mean\x18\x04 \x01(\x01\x12\x1a\n\x12standard_deviation\x18\x05 \x01(\x01\x12\x0f\n\x07reports\x18\x06 \x01(\x03\"<\n\x13GetPosteriorRequest\x12%\n\tsite_kind\x18\x01 \x01(\x0e\x32\x12.esper.v1.SiteKind\"<\n\x14GetPosteriorResponse\x12$\n\x04\x61rms\x18\x01 \x03(\x0b\x32\x16.esper.v1.PosteriorArm\"\x81\x01\n\x06Lesson\x12%\n\x06report\x18\x01 \x01(\x0b\x32\x15.esper.v1.FieldReport\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x33\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0b\x32\x1c.esper.v1.AdaptationDecisionH\x00\x88\x01\x01\x42\x0b\n\t_decision\"L\n\x13\x45xportMemoryRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06run_id\x18\x03 \x01(\t\"\x9a\x01\n\x14\x45xportMemoryResponse\x12!\n\x07lessons\x18\x01 \x03(\x0b\x32\x10.esper.v1.Lesson\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\r\x12\x1b\n\x13\x63\x61libration_version\x18\x04 \x01(\r\x12\x12\n\nunreadable\x18\x05 \x01(\r\"8\n\x13ImportMemoryRequest\x12!\n\x07lessons\x18\x01 \x03(\x0b\x32\x10.esper.v1.Lesson\"I\n\x14ImportMemoryResponse\x12\x0f\n\x07learned\x18\x01 \x01(\r\x12\r\n\x05known\x18\x02 \x01(\r\x12\x11\n\tdiffering\x18\x03 \x01(\r2\xf5\x04\n\rTamiyoService\x12>\n\x07\x41nalyze\x12\x18.esper.v1.AnalyzeRequest\x1a\x19.esper.v1.AnalyzeResponse\x12G\n\nSelectSeed\x12\x1b.esper.v1.SelectSeedRequest\x1a\x1c.esper.v1.SelectSeedResponse\x12\\\n\x11SubmitFieldReport\x12\".esper.v1.SubmitFieldReportRequest\x1a#.esper.v1.SubmitFieldReportResponse\x12P\n\rListDecisions\x12\x1e.esper.v1.ListDecisionsRequest\x1a\x1f.esper.v1.ListDecisionsResponse\x12>\n\x07\x45xplain\x12\x18.esper.v1.ExplainRequest\x1a\x19.esper.v1.ExplainResponse\x12M\n\x0cGetPosterior\x12\x1d.esper.v1.GetPosteriorRequest\x1a\x1e.esper.v1.GetPosteriorResponse\x12M\n\x0c\x45xportMemory\x12\x1d.esper.v1.ExportMemoryRequest\x1a\x1e.esper.v1.ExportMemoryResponse\x12M\n\x0cImportMemory\x12\x1d.esper.v1.ImportMemoryRequest\x1a\x1e.esper.v1.ImportMemoryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65sper/v1/tamiyo_service.proto\x12\x08\x65sper.v1\x1a\x18\x65sper/v1/blueprint.proto\x1a\x17\x65sper/v1/decision.proto\x1a\x15\x65sper/v1/replay.proto\x1a\x18\x65sper/v1/telemetry.proto\"<\n\x0e\x41nalyzeRequest\x12*\n\x05state\x18\x01 \x01(\x0b\x32\x1b.esper.v1.SystemStatePacket\"o\n\x0f\x41nalyzeResponse\x12.\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x1c.esper.v1.AdaptationDecision\x12,\n\x06rivals\x18\x02 \x03(\x0b\x32\x1c.esper.v1.AdaptationDecision\"\x83\x01\n\x0fSeedPerformance\x12\x12\n\nseed_index\x18\x01 \x01(\r\x12\x0f\n\x07rewards\x18\x02 \x03(\x01\x12 \n\x13steps_since_attempt\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x11\n\tavailable\x18\x04 \x01(\x08\x42\x16\n\x14_steps_since_attempt\"x\n\x11SelectSeedRequest\x12\r\n\x05layer\x18\x01 \x01(\t\x12(\n\x05seeds\x18\x02 \x03(\x0b\x32\x19.esper.v1.SeedPerformance\x12!\n\x04site\x18\x03 \x01(\x0b\x32\x0e.esper.v1.SiteH\x00\x88\x01\x01\x42\x07\n\x05_site\"q\n\x12SelectSeedResponse\x12\x12\n\nseed_index\x18\x01 \x01(\r\x12\x17\n\x0f\x65xpected_reward\x18\x02 \x01(\x01\x12\x19\n\x11\x65xploration_bonus\x18\x03 \x01(\x01\x12\x13\n\x0b\x65xplanation\x18\x04 \x01(\t\"A\n\x18SubmitFieldReportRequest\x12%\n\x06report\x18\x01 \x01(\x0b\x32\x15.esper.v1.FieldReport\",\n\x19SubmitFieldReportResponse\x12\x0f\n\x07learned\x18\x01 \x01(\x08\"M\n\x14ListDecisionsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"a\n\x15ListDecisionsResponse\x12/\n\tdecisions\x18\x01 \x03(\x0b\x32\x1c.esper.v1.AdaptationDecision\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x0e\x45xplainRequest\x12\x15\n\radaptation_id\x18\x01 \x01(\t\"\xa6\x01\n\x0f\x45xplainResponse\x12.\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x1c.esper.v1.AdaptationDecision\x12,\n\x06rivals\x18\x02 \x03(\x0b\x32\x1c.esper.v1.AdaptationDecision\x12&\n\x07reports\x18\x03 \x03(\x0b\x32\x15.esper.v1.FieldReport\x12\r\n\x05lines\x18\x04 \x03(\t\"<\n\x10ReplayRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x18\n\x10present_settings\x18\x02 \x01(\x08\"=\n\x11ReplayRunResponse\x12(\n\x06packet\x18\x01 \x01(\x0b\x32\x18.esper.v1.ReplayedPacket\"\x9e\x01\n\x0cPosteriorArm\x12%\n\tsite_kind\x18\x01 \x01(\x0e\x32\x12.esper.v1.SiteKind\x12\x14\n\x0c\x62lueprint_id\x18\x02 \x01(\t\x12\x16\n\x0e\x62lueprint_name\x18\x03 \x01(\t\x12\x0c\n\x04mean\x18\x04 \x01(\x01\x12\x1a\n\x12standard_deviation\x18\x05 \x01(\x01\x12\x0f\n\x07reports\x18\x06 \x01(\x03\"<\n\x13GetPosteriorRequest\x12%\n\tsite_kind\x18\x01 \x01(\x0e\x32\x12.esper.v1.SiteKind\"<\n\x14GetPosteriorResponse\x12$\n\x04\x61rms\x18\x01 \x03(\x0b\x32\x16.esper.v1.PosteriorArm\"\x81\x01\n\x06Lesson\x12%\n\x06report\x18\x01 \x01(\x0b\x32\x15.esper.v1.FieldReport\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x33\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0b\x32\x1c.esper.v1.AdaptationDecisionH\x00\x88\x01\x01\x42\x0b\n\t_decision\"L\n\x13\x45xportMemoryRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06run_id\x18\x03 \x01(\t\"\x9a\x01\n\x14\x45xportMemoryResponse\x12!\n\x07lessons\x18\x01 \x03(\x0b\x32\x10.esper.v1.Lesson\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\r\x12\x1b\n\x13\x63\x61libration_version\x18\x04 \x01(\r\x12\x12\n\nunreadable\x18\x05 \x01(\r\"8\n\x13ImportMemoryRequest\x12!\n\x07lessons\x18\x01 \x03(\x0b\x32\x10.esper.v1.Lesson\"I\n\x14ImportMemoryResponse\x12\x0f\n\x07learned\x18\x01 \x01(\r\x12\r\n\x05known\x18\x02 \x01(\r\x12\x11\n\tdiffering\x18\x03 \x01(\r2\xbd\x05\n\rTamiyoService\x12>\n\x07\x41nalyze\x12\x18.esper.v1.AnalyzeRequest\x1a\x19.esper.v1.AnalyzeResponse\x12G\n\nSelectSeed\x12\x1b.esper.v1.SelectSeedRequest\x1a\x1c.esper.v1.SelectSeedResponse\x12\\\n\x11SubmitFieldReport\x12\".esper.v1.SubmitFieldReportRequest\x1a#.esper.v1.SubmitFieldReportResponse\x12P\n\rListDecisions\x12\x1e.esper.v1.ListDecisionsRequest\x1a\x1f.esper.v1.ListDecisionsResponse\x12>\n\x07\x45xplain\x12\x18.esper.v1.ExplainRequest\x1a\x19.esper.v1.ExplainResponse\x12\x46\n\tReplayRun\x12\x1a.esper.v1.ReplayRunRequest\x1a\x1b.esper.v1.ReplayRunResponse0\x01\x12M\n\x0cGetPosterior\x12\x1d.esper.v1.GetPosteriorRequest\x1a\x1e.esper.v1.GetPosteriorResponse\x12M\n\x0c\x45xportMemory\x12\x1d.esper.v1.ExportMemoryRequest\x1a\x1e.esper.v1.ExportMemoryResponse\x12M\n\x0cImportMemory\x12\x1d.esper.v1.ImportMemoryRequest\x1a\x1e.esper.v1.ImportMemoryResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'esper.v1.tamiyo_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ANALYZEREQUEST']._serialized_start=120
-  _globals['_ANALYZEREQUEST']._serialized_end=180
-  _globals['_ANALYZERESPONSE']._serialized_start=182
-  _globals['_ANALYZERESPONSE']._serialized_end=293
-  _globals['_SEEDPERFORMANCE']._serialized_start=296
-  _globals['_SEEDPERFORMANCE']._serialized_end=427
-  _globals['_SELECTSEEDREQUEST']._serialized_start=429
-  _globals['_SELECTSEEDREQUEST']._serialized_end=549
-  _globals['_SELECTSEEDRESPONSE']._serialized_start=551
-  _globals['_SELECTSEEDRESPONSE']._serialized_end=664
-  _globals['_SUBMITFIELDREPORTREQUEST']._serialized_start=666
-  _globals['_SUBMITFIELDREPORTREQUEST']._serialized_end=731
-  _globals['_SUBMITFIELDREPORTRESPONSE']._serialized_start=733
-  _globals['_SUBMITFIELDREPORTRESPONSE']._serialized_end=777
-  _globals['_LISTDECISIONSREQUEST']._serialized_start=779
-  _globals['_LISTDECISIONSREQUEST']._serialized_end=856
-  _globals['_LISTDECISIONSRESPONSE']._serialized_start=858
-  _globals['_LISTDECISIONSRESPONSE']._serialized_end=955
-  _globals['_EXPLAINREQUEST']._serialized_start=957
-  _globals['_EXPLAINREQUEST']._serialized_end=996
-  _globals['_EXPLAINRESPONSE']._serialized_start=999
-  _globals['_EXPLAINRESPONSE']._serialized_end=1165
-  _globals['_POSTERIORARM']._serialized_start=1168
-  _globals['_POSTERIORARM']._serialized_end=1326
-  _globals['_GETPOSTERIORREQUEST']._serialized_start=1328
-  _globals['_GETPOSTERIORREQUEST']._serialized_end=1388
-  _globals['_GETPOSTERIORRESPONSE']._serialized_start=1390
-  _globals['_GETPOSTERIORRESPONSE']._serialized_end=1450
-  _globals['_LESSON']._serialized_start=1453
-  _globals['_LESSON']._serialized_end=1582
-  _globals['_EXPORTMEMORYREQUEST']._serialized_start=1584
-  _globals['_EXPORTMEMORYREQUEST']._serialized_end=1660
-  _globals['_EXPORTMEMORYRESPONSE']._serialized_start=1663
-  _globals['_EXPORTMEMORYRESPONSE']._serialized_end=1817
-  _globals['_IMPORTMEMORYREQUEST']._serialized_start=1819
-  _globals['_IMPORTMEMORYREQUEST']._serialized_end=1875
-  _globals['_IMPORTMEMORYRESPONSE']._serialized_start=1877
-  _globals['_IMPORTMEMORYRESPONSE']._serialized_end=1950
-  _globals['_TAMIYOSERVICE']._serialized_start=1953
-  _globals['_TAMIYOSERVICE']._serialized_end=2582
+  _globals['_ANALYZEREQUEST']._serialized_start=143
+  _globals['_ANALYZEREQUEST']._serialized_end=203
+  _globals['_ANALYZERESPONSE']._serialized_start=205
+  _globals['_ANALYZERESPONSE']._serialized_end=316
+  _globals['_SEEDPERFORMANCE']._serialized_start=319
+  _globals['_SEEDPERFORMANCE']._serialized_end=450
+  _globals['_SELECTSEEDREQUEST']._serialized_start=452
+  _globals['_SELECTSEEDREQUEST']._serialized_end=572
+  _globals['_SELECTSEEDRESPONSE']._serialized_start=574
+  _globals['_SELECTSEEDRESPONSE']._serialized_end=687
+  _globals['_SUBMITFIELDREPORTREQUEST']._serialized_start=689
+  _globals['_SUBMITFIELDREPORTREQUEST']._serialized_end=754
+  _globals['_SUBMITFIELDREPORTRESPONSE']._serialized_start=756
+  _globals['_SUBMITFIELDREPORTRESPONSE']._serialized_end=800
+  _globals['_LISTDECISIONSREQUEST']._serialized_start=802
+  _globals['_LISTDECISIONSREQUEST']._serialized_end=879
+  _globals['_LISTDECISIONSRESPONSE']._serialized_start=881
+  _globals['_LISTDECISIONSRESPONSE']._serialized_end=978
+  _globals['_EXPLAINREQUEST']._serialized_start=980
+  _globals['_EXPLAINREQUEST']._serialized_end=1019
+  _globals['_EXPLAINRESPONSE']._serialized_start=1022
+  _globals['_EXPLAINRESPONSE']._serialized_end=1188
+  _globals['_REPLAYRUNREQUEST']._serialized_start=1190
+  _globals['_REPLAYRUNREQUEST']._serialized_end=1250
+  _globals['_REPLAYRUNRESPONSE']._serialized_start=1252
+  _globals['_REPLAYRUNRESPONSE']._serialized_end=1313
+  _globals['_POSTERIORARM']._serialized_start=1316
+  _globals['_POSTERIORARM']._serialized_end=1474
+  _globals['_GETPOSTERIORREQUEST']._serialized_start=1476
+  _globals['_GETPOSTERIORREQUEST']._serialized_end=1536
+  _globals['_GETPOSTERIORRESPONSE']._serialized_start=1538
+  _globals['_GETPOSTERIORRESPONSE']._serialized_end=1598
+  _globals['_LESSON']._serialized_start=1601
+  _globals['_LESSON']._serialized_end=1730
+  _globals['_EXPORTMEMORYREQUEST']._serialized_start=1732
+  _globals['_EXPORTMEMORYREQUEST']._serialized_end=1808
+  _globals['_EXPORTMEMORYRESPONSE']._serialized_start=1811
+  _globals['_EXPORTMEMORYRESPONSE']._serialized_end=1965
+  _globals['_IMPORTMEMORYREQUEST']._serialized_start=1967
+  _globals['_IMPORTMEMORYREQUEST']._serialized_end=2023
+  _globals['_IMPORTMEMORYRESPONSE']._serialized_start=2025
+  _globals['_IMPORTMEMORYRESPONSE']._serialized_end=2098
+  _globals['_TAMIYOSERVICE']._serialized_start=2101
+  _globals['_TAMIYOSERVICE']._serialized_end=2802
 # @@protoc_insertion_point(module_scope)

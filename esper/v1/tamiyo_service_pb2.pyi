@@ -6,6 +6,7 @@ Tamiyo: decides whether, where and what to grow or remove."""
 from collections import abc as _abc
 from esper.v1 import blueprint_pb2 as _blueprint_pb2
 from esper.v1 import decision_pb2 as _decision_pb2
+from esper.v1 import replay_pb2 as _replay_pb2
 from esper.v1 import telemetry_pb2 as _telemetry_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -350,6 +351,56 @@ class ExplainResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class ReplayRunRequest(_message.Message):
+    """Request of ReplayRun."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    PRESENT_SETTINGS_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """Run."""
+    present_settings: _builtins.bool
+    """Whether to decide with the settings that the service has now, in place of those that were recorded."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        present_settings: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["present_settings", b"present_settings", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplayRunRequest: _TypeAlias = ReplayRunRequest  # noqa: Y015
+
+@_typing.final
+class ReplayRunResponse(_message.Message):
+    """Response of ReplayRun: one packet."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PACKET_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def packet(self) -> _replay_pb2.ReplayedPacket:
+        """The packet's decisions."""
+
+    def __init__(
+        self,
+        *,
+        packet: _replay_pb2.ReplayedPacket | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["packet", b"packet"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["packet", b"packet"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplayRunResponse: _TypeAlias = ReplayRunResponse  # noqa: Y015
 
 @_typing.final
 class PosteriorArm(_message.Message):

@@ -61,6 +61,11 @@ class TamiyoServiceStub:
                 request_serializer=esper_dot_v1_dot_tamiyo__service__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=esper_dot_v1_dot_tamiyo__service__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.ReplayRun = channel.unary_stream(
+                '/esper.v1.TamiyoService/ReplayRun',
+                request_serializer=esper_dot_v1_dot_tamiyo__service__pb2.ReplayRunRequest.SerializeToString,
+                response_deserializer=esper_dot_v1_dot_tamiyo__service__pb2.ReplayRunResponse.FromString,
+                _registered_method=True)
         self.GetPosterior = channel.unary_unary(
                 '/esper.v1.TamiyoService/GetPosterior',
                 request_serializer=esper_dot_v1_dot_tamiyo__service__pb2.GetPosteriorRequest.SerializeToString,
@@ -118,6 +123,16 @@ class TamiyoServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReplayRun(self, request, context):
+        """Take the decisions of a run again, packet by packet in their order, from what was recorded, and compare; ends with
+        the newest packet there was when it began. Changes nothing. Nobody else is asked. NOT_FOUND: the run is unknown.
+        FAILED_PRECONDITION: too little of it is recorded, or what it was decided with is not known here. DATA_LOSS: a part
+        of what is recorded no longer reads. RESOURCE_EXHAUSTED: too many are under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetPosterior(self, request, context):
         """Give the posterior by arm, best mean first.
         """
@@ -168,6 +183,11 @@ def add_TamiyoServiceServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=esper_dot_v1_dot_tamiyo__service__pb2.ExplainRequest.FromString,
                     response_serializer=esper_dot_v1_dot_tamiyo__service__pb2.ExplainResponse.SerializeToString,
+            ),
+            'ReplayRun': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReplayRun,
+                    request_deserializer=esper_dot_v1_dot_tamiyo__service__pb2.ReplayRunRequest.FromString,
+                    response_serializer=esper_dot_v1_dot_tamiyo__service__pb2.ReplayRunResponse.SerializeToString,
             ),
             'GetPosterior': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPosterior,
@@ -322,6 +342,33 @@ class TamiyoService:
             '/esper.v1.TamiyoService/Explain',
             esper_dot_v1_dot_tamiyo__service__pb2.ExplainRequest.SerializeToString,
             esper_dot_v1_dot_tamiyo__service__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplayRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/esper.v1.TamiyoService/ReplayRun',
+            esper_dot_v1_dot_tamiyo__service__pb2.ReplayRunRequest.SerializeToString,
+            esper_dot_v1_dot_tamiyo__service__pb2.ReplayRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,12 @@ class TamiyoServiceStub:
     """Give decisions of a run, newest first, page by page."""
     Explain: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ExplainRequest, _tamiyo_service_pb2.ExplainResponse]
     """Explain one decision in words and figures: what was seen, who raced, what came of it. NOT_FOUND: it is not ours."""
+    ReplayRun: _grpc.UnaryStreamMultiCallable[_tamiyo_service_pb2.ReplayRunRequest, _tamiyo_service_pb2.ReplayRunResponse]
+    """Take the decisions of a run again, packet by packet in their order, from what was recorded, and compare; ends with
+    the newest packet there was when it began. Changes nothing. Nobody else is asked. NOT_FOUND: the run is unknown.
+    FAILED_PRECONDITION: too little of it is recorded, or what it was decided with is not known here. DATA_LOSS: a part
+    of what is recorded no longer reads. RESOURCE_EXHAUSTED: too many are under way.
+    """
     GetPosterior: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.GetPosteriorRequest, _tamiyo_service_pb2.GetPosteriorResponse]
     """Give the posterior by arm, best mean first."""
     ExportMemory: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ExportMemoryRequest, _tamiyo_service_pb2.ExportMemoryResponse]
@@ -73,6 +79,12 @@ class TamiyoServiceAsyncStub(TamiyoServiceStub):
     """Give decisions of a run, newest first, page by page."""
     Explain: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ExplainRequest, _tamiyo_service_pb2.ExplainResponse]  # type: ignore[assignment]
     """Explain one decision in words and figures: what was seen, who raced, what came of it. NOT_FOUND: it is not ours."""
+    ReplayRun: _aio.UnaryStreamMultiCallable[_tamiyo_service_pb2.ReplayRunRequest, _tamiyo_service_pb2.ReplayRunResponse]  # type: ignore[assignment]
+    """Take the decisions of a run again, packet by packet in their order, from what was recorded, and compare; ends with
+    the newest packet there was when it began. Changes nothing. Nobody else is asked. NOT_FOUND: the run is unknown.
+    FAILED_PRECONDITION: too little of it is recorded, or what it was decided with is not known here. DATA_LOSS: a part
+    of what is recorded no longer reads. RESOURCE_EXHAUSTED: too many are under way.
+    """
     GetPosterior: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.GetPosteriorRequest, _tamiyo_service_pb2.GetPosteriorResponse]  # type: ignore[assignment]
     """Give the posterior by arm, best mean first."""
     ExportMemory: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ExportMemoryRequest, _tamiyo_service_pb2.ExportMemoryResponse]  # type: ignore[assignment]
@@ -128,6 +140,18 @@ class TamiyoServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tamiyo_service_pb2.ExplainResponse, _abc.Awaitable[_tamiyo_service_pb2.ExplainResponse]]:
         """Explain one decision in words and figures: what was seen, who raced, what came of it. NOT_FOUND: it is not ours."""
+
+    @_abc_1.abstractmethod
+    def ReplayRun(
+        self,
+        request: _tamiyo_service_pb2.ReplayRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_tamiyo_service_pb2.ReplayRunResponse], _abc.AsyncIterator[_tamiyo_service_pb2.ReplayRunResponse]]:
+        """Take the decisions of a run again, packet by packet in their order, from what was recorded, and compare; ends with
+        the newest packet there was when it began. Changes nothing. Nobody else is asked. NOT_FOUND: the run is unknown.
+        FAILED_PRECONDITION: too little of it is recorded, or what it was decided with is not known here. DATA_LOSS: a part
+        of what is recorded no longer reads. RESOURCE_EXHAUSTED: too many are under way.
+        """
 
     @_abc_1.abstractmethod
     def GetPosterior(

@@ -142,11 +142,21 @@ class Policy:
         known = memory.decisions.get(packet.sequence)
         if known is not None:
             return known
-        reading = self._take_in(packet, memory)
-        draft = self._decide(packet, reading, memory, candidates)
-        for decision, choice in self._decisions(packet, reading, draft, memory):
+        for decision, choice in self._drawn(packet, memory, candidates):
             memory.remember(decision, choice.candidate.cost if choice else None)
         return memory.decisions[packet.sequence]
+
+    def reconsider(
+        self, packet: SystemStatePacket, candidates: Sequence[Candidate], decided: Sequence[AdaptationDecision]
+    ) -> tuple[AdaptationDecision, ...]:
+        """Give what `analyze` would decide on a packet, and remember what was ``decided`` on it, as `restore` does.
+
+        Raises:
+            InvalidStateError: See `analyze`.
+        """
+        found = self._drawn(packet, self._memory(packet.run_id), candidates)
+        self.restore(packet, decided)
+        return tuple(decision for decision, _ in found)
 
     def begin(self, packet: SystemStatePacket) -> frozenset[str]:
         """Take a packet in and give the layers for which `analyze` will want candidates; none where it will not grow.
@@ -167,9 +177,13 @@ class Policy:
         memory = self._runs.get(run_id)
         return () if memory is None else memory.decisions.get(sequence, ())
 
+    def last_sequence(self, run_id: str) -> int:
+        """Give the sequence of the newest packet of a run that is in memory; 0 where none is."""
+        return self._runs[run_id].last_sequence if run_id in self._runs else 0
+
     def remembers(self, run_id: str) -> bool:
         """Say whether packets of a run are in memory."""
-        return run_id in self._runs and self._runs[run_id].last_sequence > 0
+        return self.last_sequence(run_id) > 0
 
     def forget(self, run_id: str) -> None:
         """Let go of what is remembered of a run; what was learned from it stays."""
@@ -211,9 +225,9 @@ class Policy:
         observation = observation_of(report, family=family, config=self.config.posterior)
         return observation is not None and self.posterior.learn(observation)
 
-    def note_plan(self, plan: AdaptationPlan) -> None:
-        """Take in what a run made of a decision."""
-        self._memory(plan.run_id).note_plan(plan)
+    def note_plan(self, plan: AdaptationPlan) -> bool:
+        """Take in what a run made of a decision; false where that changes nothing."""
+        return self._memory(plan.run_id).note_plan(plan)
 
     def reliability(self) -> tuple[float, int] | None:
         """Give the Brier score of past confidences (0 is perfect, 0.25 a coin) and their number, if there are any."""
@@ -241,6 +255,14 @@ class Policy:
         if packet.sequence > memory.last_sequence:
             memory.observe(packet)
         return read_curve(memory.curve, self.config.curve)
+
+    def _drawn(
+        self, packet: SystemStatePacket, memory: RunMemory, candidates: Sequence[Candidate]
+    ) -> list[tuple[AdaptationDecision, _Choice | None]]:
+        """Take a packet in and give the decisions on it."""
+        reading = self._take_in(packet, memory)
+        draft = self._decide(packet, reading, memory, candidates)
+        return list(self._decisions(packet, reading, draft, memory))
 
     def _decide(
         self, packet: SystemStatePacket, reading: CurveReading, memory: RunMemory, candidates: Sequence[Candidate]

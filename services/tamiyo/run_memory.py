@@ -171,10 +171,10 @@ class RunMemory:
             self.has_tried = True
             self._pending[decision.adaptation_id] = Pending(decision.layer, decision.epoch, cost, decision.group)
 
-    def note_plan(self, plan: AdaptationPlan) -> None:
-        """Take in that the run refused or gave up a decision."""
-        if plan.status in (PlanStatus.REJECTED, PlanStatus.FAILED):
-            self._pending.pop(plan.adaptation_id, None)
+    def note_plan(self, plan: AdaptationPlan) -> bool:
+        """Take in that the run refused or gave up a decision; false where it was not to be taken up any more."""
+        refused = plan.status in (PlanStatus.REJECTED, PlanStatus.FAILED)
+        return refused and self._pending.pop(plan.adaptation_id, None) is not None
 
     def note_report(self, report: FieldReport) -> None:
         """Take in what came of an adaptation."""

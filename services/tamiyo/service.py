@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Final
 
@@ -12,17 +13,21 @@ import numpy as np
 
 from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.decision import AdaptationDecision, AdaptationPlan
-from esper.contracts.errors import InvalidInputError, NotFoundError
+from esper.contracts.errors import CapacityExceededError, InvalidInputError, NotFoundError
 from esper.contracts.lesson import ImportedMemory, Lesson
+from esper.contracts.replay import ReplayedPacket
 from esper.contracts.run import FieldReport, SystemStatePacket
 from esper.contracts.tag_expression import parse_tags
 from esper.mesh.validation import TAG_PATTERN, require_id, require_name, require_range
 from esper.services.tamiyo.calibration import MAX_CASES, check_evidence
 from esper.services.tamiyo.candidates import CandidateSource
+from esper.services.tamiyo.choices import CandidatePacker, Choice, part_of, settings_of
 from esper.services.tamiyo.explanation import Explanation, explain
+from esper.services.tamiyo.past import restore_run
 from esper.services.tamiyo.performance_tracker import PerformanceTracker
 from esper.services.tamiyo.policy import Policy
 from esper.services.tamiyo.posterior import Arm, family_of, features_of
+from esper.services.tamiyo.replay import replay_run
 from esper.services.tamiyo.seed_selection import SeedHistory, SeedSelection, SeedSelector
 from esper.services.tamiyo.store import LessonKey, TamiyoStore
 from esper.telemetry.subjects import check_run_id
@@ -30,6 +35,8 @@ from esper.telemetry.subjects import check_run_id
 log = logging.getLogger(__name__)
 
 _MAX_FAMILY: Final = 32
+_MAX_REPLAYS: Final = 2
+"""Replays at once: each takes about the time that its decisions took."""
 
 
 class Tamiyo:
@@ -55,6 +62,10 @@ class Tamiyo:
         self.candidates = candidates
         self._gate = asyncio.Lock()
         self._random = np.random.default_rng(random_seed)
+        self._packer = CandidatePacker()
+        self._settings = part_of(settings_of(policy.config))
+        self._num_lessons = 0
+        self._num_replays = 0
 
     async def start(self) -> None:
         """Learn from every report that is kept, from here or from elsewhere.
@@ -68,6 +79,7 @@ class Tamiyo:
         for stored in reports:
             decision = begun.get(stored.report.adaptation_id) if stored.is_own else stored.begun
             self.policy.recall(stored.report, family=stored.family, begun=decision)
+        self._num_lessons = len(reports)
         log.info(
             "posterior_loaded",
             extra={"rewards": self.policy.posterior.num_observations, "unreadable": self.store.num_unreadable},
@@ -107,6 +119,7 @@ class Tamiyo:
             if not await self.store.add_report(report, family):
                 return False
             self.policy.learn(report, family=family, begun=begun)
+            self._num_lessons += 1
         self.tracker.observe_report(report)
         self.candidates.note_report(report)
         log.info(
@@ -146,16 +159,28 @@ class Tamiyo:
             added, num_differing = await self.store.add_lessons(lessons)
             for lesson in added:
                 self.policy.recall(lesson.report, family=lesson.family, begun=lesson.decision)
+            self._num_lessons += len(added)
         known = len(lessons) - len(added) - num_differing
         log.info("lessons_imported", extra={"learned": len(added), "known": known, "differing": num_differing})
         return ImportedMemory(learned=len(added), known=known, differing=num_differing)
 
     async def note_plan(self, plan: AdaptationPlan) -> None:
-        """Take in what a run made of a decision."""
+        """Take in what a run made of a decision, and keep what gives one up.
+
+        Raises:
+            InvalidInputError: The run id is not legal.
+            UnavailableError: The store cannot be reached.
+        """
         check_run_id(plan.run_id)
         async with self._gate:
             await self._restore(plan.run_id)
-            self.policy.note_plan(plan)
+            if not self.policy.note_plan(plan):
+                return
+            try:
+                await self.store.add_plan(plan)
+            except BaseException:
+                self.policy.forget(plan.run_id)
+                raise
 
     async def select_seed(self, layer: str, seeds: Sequence[SeedHistory], site: Site | None) -> SeedSelection:
         """Draw a seed of a layer; with a site, the best blueprint known for it is the prior of seeds never tried.
@@ -199,17 +224,46 @@ class Tamiyo:
         reports = await self.store.reports_of(decision.run_id)
         return explain(decision, together, [one.report for one in reports])
 
+    async def replay(self, run_id: str, *, present_settings: bool = False) -> AsyncGenerator[ReplayedPacket, None]:
+        """Take the decisions of a run again, packet by packet, beside the work at hand; see `replay.replay_run`.
+
+        Raises:
+            CapacityExceededError: Too many replays are under way.
+        """
+        check_run_id(run_id)
+        if self._num_replays >= _MAX_REPLAYS:
+            raise CapacityExceededError(f"replays under way must be at most {_MAX_REPLAYS}, got one more")
+        self._num_replays += 1
+        try:
+            async with aclosing(
+                replay_run(self.store, run_id, self.policy.config, present_settings=present_settings)
+            ) as replayed:
+                async for packet in replayed:
+                    yield packet
+        finally:
+            self._num_replays -= 1
+
     def posterior(self, site_kind: SiteKind | None) -> list[tuple[Arm, str]]:
         """Give every arm with the name of its blueprint (empty where it is not known), best mean first."""
         return [(arm, self.candidates.name_of(arm.blueprint_id)) for arm in self.policy.posterior.arms(site_kind)]
 
     async def _decide(self, packet: SystemStatePacket) -> tuple[AdaptationDecision, ...]:
         """Decide and store; when that fails the run is forgotten, so that it is read back before the next try."""
+        previous_sequence = self.policy.last_sequence(packet.run_id)
         wanted = self.policy.begin(packet)
         try:
             candidates = await self.candidates.candidates(packet, wanted) if wanted else []
             decisions = self.policy.analyze(packet, candidates)
-            await self.store.keep(packet, decisions)
+            listed, parts = self._packer.pack(candidates, wanted) if wanted else ("", {})
+            settings, payload = self._settings
+            choice = Choice(
+                previous_sequence=previous_sequence,
+                moment_us=self.store.moment_us,
+                num_lessons=self._num_lessons,
+                candidates=listed,
+                settings=settings,
+            )
+            await self.store.keep(packet, decisions, choice, {settings: payload, **parts})
         except BaseException:
             self.policy.forget(packet.run_id)
             raise
@@ -217,22 +271,8 @@ class Tamiyo:
 
     async def _restore(self, run_id: str) -> None:
         """Read a run back that is in the store and not in memory."""
-        if self.policy.remembers(run_id):
-            return
-        stored = await self.store.run(run_id)
-        if not stored.packets:
-            return
-        reports = sorted((one.report for one in await self.store.reports_of(run_id)), key=lambda one: one.created_at)
-        self.policy.forget(run_id)
-        noted = 0
-        for packet in stored.packets:
-            while noted < len(reports) and reports[noted].created_at <= packet.created_at:
-                self.policy.note_report(reports[noted])  # rests and embargoes count from the epoch at which it came
-                noted += 1
-            self.policy.restore(packet, stored.decisions.get(packet.sequence, ()))
-        for report in reports[noted:]:
-            self.policy.note_report(report)
-        log.info("run_restored", extra={"run_id": run_id, "packets": len(stored.packets), "reports": len(reports)})
+        if not self.policy.remembers(run_id):
+            await restore_run(self.store, self.policy, run_id)
 
 
 def check_packet(packet: SystemStatePacket) -> None:

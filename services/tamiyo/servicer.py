@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.errors import InvalidInputError
 from esper.contracts.lesson import Lesson
 from esper.contracts.run import FieldReport, SystemStatePacket
-from esper.contracts.wire import enum_from_wire, enum_to_wire, from_wire, to_wire
+from esper.contracts.wire import enum_from_wire, enum_to_wire, from_wire, to_message, to_wire
 from esper.mesh.page_token import decode_page_token, encode_page_token
 from esper.mesh.validation import require_page_size, require_size
 from esper.services.tamiyo.calibration import CALIBRATION_VERSION
@@ -16,7 +18,7 @@ from esper.services.tamiyo.posterior import MODEL_VERSION
 from esper.services.tamiyo.seed_selection import SeedHistory
 from esper.services.tamiyo.service import Tamiyo
 from esper.telemetry.subjects import check_run_id
-from esper.v1 import blueprint_pb2, tamiyo_service_pb2
+from esper.v1 import blueprint_pb2, replay_pb2, tamiyo_service_pb2
 from esper.v1.tamiyo_service_pb2_grpc import TamiyoServiceServicer
 
 _SITE_KIND = blueprint_pb2.SiteKind.DESCRIPTOR
@@ -112,6 +114,15 @@ class TamiyoServicer(TamiyoServiceServicer):
         for report in found.reports.values():
             response.reports.add().CopyFrom(to_wire(report))  # type: ignore[arg-type]
         return response
+
+    async def ReplayRun(  # noqa: N802
+        self, request: tamiyo_service_pb2.ReplayRunRequest, context: Any
+    ) -> AsyncIterator[tamiyo_service_pb2.ReplayRunResponse]:
+        """Take the decisions of a run again, packet by packet."""
+        del context
+        async with aclosing(self._tamiyo.replay(request.run_id, present_settings=request.present_settings)) as replayed:
+            async for packet in replayed:
+                yield tamiyo_service_pb2.ReplayRunResponse(packet=to_message(packet, replay_pb2.ReplayedPacket))
 
     async def GetPosterior(  # noqa: N802
         self, request: tamiyo_service_pb2.GetPosteriorRequest, context: Any

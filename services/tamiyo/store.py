@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -20,14 +20,12 @@ from typing import Any, Final
 from sqlalchemy import (
     BigInteger,
     CompoundSelect,
-    Index,
     LargeBinary,
-    MetaData,
     Row,
     Select,
-    String,
     cast,
     delete,
+    exists,
     func,
     literal,
     null,
@@ -35,116 +33,42 @@ from sqlalchemy import (
     tuple_,
     union_all,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from esper.contracts import wire
-from esper.contracts.decision import AdaptationDecision
+from esper.contracts.decision import AdaptationDecision, AdaptationPlan
 from esper.contracts.errors import CorruptDataError, EsperError
 from esper.contracts.lesson import Lesson
 from esper.contracts.run import FieldReport, SystemStatePacket
 from esper.mesh.database import Database
 from esper.mesh.wire_store import WireStore
+from esper.services.tamiyo.choices import Choice, digest_of
+from esper.services.tamiyo.tables import (
+    Base,
+    ChoiceRow,
+    DecisionRow,
+    LessonRow,
+    PacketRow,
+    PartRow,
+    PlanRow,
+    ReportRow,
+    RivalRow,
+    SchemaRow,
+)
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION: Final = 1
-"""Version of the tables."""
+SCHEMA_VERSION: Final = 2
+"""Version of the tables. Version 1 kept no choices, parts and plans: what was decided then cannot be taken again."""
 
 PACKETS_KEPT: Final = 2_000
 """Newest packets of one run that are kept."""
 
 _MAX_IDS: Final = 500
+_MAX_PARTS_REMEMBERED: Final = 20_000
 _LessonColumns = tuple[int, str, str, bytes, int, bytes | None, int | None, int]
 _SQLITE_PREFIX: Final = "sqlite:///"
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-class Base(DeclarativeBase):
-    """Base of Tamiyo's tables."""
-
-    metadata = MetaData()
-
-
-class SchemaRow(Base):
-    """The version of the tables; one row."""
-
-    __tablename__ = "tamiyo_schema"
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    version: Mapped[int] = mapped_column()
-
-
-class PacketRow(Base):
-    """One state packet."""
-
-    __tablename__ = "tamiyo_packets"
-
-    run_id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    sequence: Mapped[int] = mapped_column(BigInteger, primary_key=True)
-    payload: Mapped[bytes] = mapped_column(LargeBinary)
-    crc32: Mapped[int] = mapped_column(BigInteger)
-
-
-class DecisionRow(Base):
-    """One decision."""
-
-    __tablename__ = "tamiyo_decisions"
-    __table_args__ = (Index("ix_tamiyo_decisions_newest", "created_us", "adaptation_id"),)
-
-    run_id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    sequence: Mapped[int] = mapped_column(BigInteger, primary_key=True)
-    adaptation_id: Mapped[str] = mapped_column(String(33), unique=True)
-    created_us: Mapped[int] = mapped_column(BigInteger)
-    payload: Mapped[bytes] = mapped_column(LargeBinary)
-    crc32: Mapped[int] = mapped_column(BigInteger)
-
-
-class RivalRow(Base):
-    """A decision of a race beyond its first."""
-
-    __tablename__ = "tamiyo_rivals"
-    __table_args__ = (
-        Index("ix_tamiyo_rivals_newest", "created_us", "adaptation_id"),
-        Index("ix_tamiyo_rivals_packet", "run_id", "sequence", "place"),
-    )
-
-    adaptation_id: Mapped[str] = mapped_column(String(33), primary_key=True)
-    run_id: Mapped[str] = mapped_column(String(64))
-    sequence: Mapped[int] = mapped_column(BigInteger)
-    place: Mapped[int] = mapped_column()
-    created_us: Mapped[int] = mapped_column(BigInteger)
-    payload: Mapped[bytes] = mapped_column(LargeBinary)
-    crc32: Mapped[int] = mapped_column(BigInteger)
-
-
-class ReportRow(Base):
-    """One field report, as it came."""
-
-    __tablename__ = "tamiyo_reports"
-    __table_args__ = (Index("ix_tamiyo_reports_order", "received_us", "report_id"),)
-
-    report_id: Mapped[str] = mapped_column(String(128), primary_key=True)
-    run_id: Mapped[str] = mapped_column(String(64), index=True)
-    received_us: Mapped[int] = mapped_column(BigInteger)
-    family: Mapped[str] = mapped_column(String(32))
-    payload: Mapped[bytes] = mapped_column(LargeBinary)
-    crc32: Mapped[int] = mapped_column(BigInteger)
-
-
-class LessonRow(Base):
-    """One adaptation that another policy learned from, as it came."""
-
-    __tablename__ = "tamiyo_lessons"
-    __table_args__ = (Index("ix_tamiyo_lessons_order", "received_us", "report_id"),)
-
-    report_id: Mapped[str] = mapped_column(String(128), primary_key=True)
-    run_id: Mapped[str] = mapped_column(String(64), index=True)
-    received_us: Mapped[int] = mapped_column(BigInteger)
-    family: Mapped[str] = mapped_column(String(32))
-    payload: Mapped[bytes] = mapped_column(LargeBinary)
-    crc32: Mapped[int] = mapped_column(BigInteger)
-    decision: Mapped[bytes | None] = mapped_column(LargeBinary)
-    decision_crc32: Mapped[int | None] = mapped_column(BigInteger)
 
 
 LessonKey = tuple[int, str]
@@ -164,7 +88,17 @@ class StoredReport:
     is_own: bool = True
     """Whether it was reported here; the decision behind it is in this store, if anywhere."""
     begun: AdaptationDecision | None = None
-    """Where it is not our own: the decision that began it, if it is known."""
+    """The decision that began it, if it is known and was asked for; that of one from elsewhere always is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredPlan:
+    """A plan with which a run gave up a decision that was pending."""
+
+    received_us: int
+    """When it came, in microseconds; in one order with reports and lessons."""
+    plan: AdaptationPlan
+    """The plan."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,6 +109,22 @@ class StoredRun:
     """Packets by sequence."""
     decisions: dict[int, tuple[AdaptationDecision, ...]]
     """Decisions by the sequence of their packet; those of a race in order."""
+    choices: dict[int, Choice] = field(default_factory=dict)
+    """What they hung on, where that is kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredPacket:
+    """One packet with all that is kept of the decision on it."""
+
+    sequence: int
+    """Its sequence."""
+    packet: SystemStatePacket | None
+    """The packet; ``None`` where it no longer reads."""
+    decisions: tuple[AdaptationDecision, ...]
+    """What was decided on it, as far as it reads."""
+    choice: Choice | None
+    """What that hung on; ``None`` where it was not kept."""
 
 
 class TamiyoStore(WireStore):
@@ -184,9 +134,42 @@ class TamiyoStore(WireStore):
     metadata = Base.metadata
     schema_row = SchemaRow
     schema_version = SCHEMA_VERSION
+    older_versions = (1,)
 
-    async def keep(self, packet: SystemStatePacket, decisions: Sequence[AdaptationDecision]) -> None:
-        """Keep a packet with the decisions on it, at least one; the first of equal ones stands."""
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self._moment_us = 0
+        self._kept_parts: set[str] = set()
+
+    async def prepare(self) -> None:
+        """See `WireStore.prepare`; moments go on from the newest one that is kept."""
+        await super().prepare()
+        columns = (ReportRow.received_us, LessonRow.received_us, PlanRow.received_us)
+        async with self._database.reading() as session:
+            newest = [await session.scalar(select(func.max(column))) for column in columns]
+        self._moment_us = max(moment or 0 for moment in newest)
+
+    @property
+    def moment_us(self) -> int:
+        """The newest moment at which a report, a lesson or a plan came, in microseconds; 0 before the first."""
+        return self._moment_us
+
+    def _next_moment(self) -> int:
+        """Give the present moment, after every one before it even where the clock was set back."""
+        self._moment_us = max(_microseconds(datetime.now(UTC)), self._moment_us + 1)
+        return self._moment_us
+
+    async def keep(
+        self,
+        packet: SystemStatePacket,
+        decisions: Sequence[AdaptationDecision],
+        choice: Choice,
+        parts: Mapping[str, bytes],
+    ) -> None:
+        """Keep a packet with the decisions on it, at least one; the first of equal ones stands.
+
+        ``parts`` holds all that ``choice`` names; what is kept already is not written again.
+        """
         packet_bytes = wire.serialize(packet)
         key = {"run_id": packet.run_id, "sequence": packet.sequence}
         rows = [
@@ -196,16 +179,118 @@ class TamiyoStore(WireStore):
                 self._database.insert(RivalRow).values(**key, place=place, **_columns(rival))
                 for place, rival in enumerate(decisions[1:], start=1)
             ),
+            self._database.insert(ChoiceRow).values(**key, **asdict(choice)),
+        ]
+        missing = parts.keys() - self._kept_parts
+        new = [{"digest": digest, "payload": parts[digest]} for digest in missing]
+        rows += [
+            self._database.insert(PartRow).values(new[start : start + _MAX_IDS])
+            for start in range(0, len(new), _MAX_IDS)
         ]
         async with self._database.session() as session:
             for row in rows:
                 await session.execute(row.on_conflict_do_nothing())
-            old = PacketRow.sequence <= packet.sequence - PACKETS_KEPT
-            await session.execute(delete(PacketRow).where(PacketRow.run_id == packet.run_id, old))
+            if packet.sequence > PACKETS_KEPT:
+                await self._drop(session, packet.run_id, packet.sequence - PACKETS_KEPT)
+        if len(self._kept_parts) > _MAX_PARTS_REMEMBERED:
+            self._kept_parts.clear()
+        self._kept_parts.update(missing)
+
+    async def _drop(self, session: AsyncSession, run_id: str, up_to: int) -> None:
+        """Let a run's oldest packets go, and the lists of places that no packet names any more."""
+        old = (ChoiceRow.run_id == run_id, ChoiceRow.sequence <= up_to)
+        lists = (await session.scalars(select(ChoiceRow.candidates).where(*old).distinct())).all()
+        await session.execute(delete(ChoiceRow).where(*old))
+        await session.execute(delete(PacketRow).where(PacketRow.run_id == run_id, PacketRow.sequence <= up_to))
+        unnamed = ~exists().where(ChoiceRow.candidates == PartRow.digest)
+        await session.execute(delete(PartRow).where(PartRow.digest.in_(lists), unnamed))
+        self._kept_parts.difference_update(lists)
+
+    async def parts(self, digests: Iterable[str]) -> dict[str, bytes]:
+        """Give parts by their digests.
+
+        Raises:
+            CorruptDataError: One is missing, or is not what its digest says.
+        """
+        wanted = list(dict.fromkeys(digests))
+        found: dict[str, bytes] = {}
+        for start in range(0, len(wanted), _MAX_IDS):
+            query = select(PartRow).where(PartRow.digest.in_(wanted[start : start + _MAX_IDS]))
+            async with self._database.reading() as session:
+                found.update((row.digest, row.payload) for row in (await session.scalars(query)).all())
+        for digest in wanted:
+            if digest not in found or digest_of(found[digest]) != digest:
+                got = "nothing" if digest not in found else digest_of(found[digest])
+                raise CorruptDataError(f"part {digest} of a recorded decision must read, got {got}")
+        return found
+
+    async def newest_sequence(self, run_id: str) -> int:
+        """Give the sequence of a run's newest packet; 0 where nothing is known of it."""
+        async with self._database.reading() as session:
+            newest = await session.scalar(select(func.max(PacketRow.sequence)).where(PacketRow.run_id == run_id))
+        return newest or 0
+
+    async def packets(self, run_id: str, limit: int, after: int) -> list[StoredPacket]:
+        """Give a run's packets past one sequence, in order, each with all that is kept of the decision on it."""
+        mine = (PacketRow.run_id == run_id, PacketRow.sequence > after)
+        async with self._database.reading() as session:
+            query = select(PacketRow).where(*mine).order_by(PacketRow.sequence).limit(limit)
+            rows = (await session.scalars(query)).all()
+        if not rows:
+            return []
+        bounds = rows[0].sequence, rows[-1].sequence
+        decided, choices = await self._decided(run_id, bounds), await self._choices(run_id, bounds)
+        return [
+            StoredPacket(
+                sequence=row.sequence,
+                packet=self.read(row.payload, row.crc32, SystemStatePacket, f"{run_id}/{row.sequence}"),
+                decisions=decided.get(row.sequence, ()),
+                choice=choices.get(row.sequence),
+            )
+            for row in rows
+        ]
+
+    async def _choices(self, run_id: str, bounds: tuple[int, int] | None = None) -> dict[int, Choice]:
+        query = select(ChoiceRow).where(ChoiceRow.run_id == run_id)
+        if bounds is not None:
+            query = query.where(ChoiceRow.sequence.between(*bounds))
+        async with self._database.reading() as session:
+            rows = (await session.scalars(query)).all()
+        return {
+            row.sequence: Choice(
+                previous_sequence=row.previous_sequence,
+                moment_us=row.moment_us,
+                num_lessons=row.num_lessons,
+                candidates=row.candidates,
+                settings=row.settings,
+            )
+            for row in rows
+        }
+
+    async def add_plan(self, plan: AdaptationPlan) -> None:
+        """Keep a plan with which a run gave up a decision that was pending; the first of one adaptation stands."""
+        payload = wire.serialize(plan)
+        row = self._database.insert(PlanRow).values(
+            run_id=plan.run_id,
+            adaptation_id=plan.adaptation_id,
+            received_us=self._next_moment(),
+            payload=payload,
+            crc32=zlib.crc32(payload),
+        )
+        async with self._database.session() as session:
+            await session.execute(row.on_conflict_do_nothing())
+
+    async def plans_of(self, run_id: str) -> list[StoredPlan]:
+        """Give the plans of a run that gave up what was pending, in the order in which they came."""
+        query = select(PlanRow).where(PlanRow.run_id == run_id).order_by(PlanRow.received_us)
+        async with self._database.reading() as session:
+            rows = (await session.scalars(query)).all()
+        read = [(row.received_us, self.read(row.payload, row.crc32, AdaptationPlan, row.adaptation_id)) for row in rows]
+        return [StoredPlan(received_us=moment, plan=plan) for moment, plan in read if plan is not None]
 
     async def decisions(self, run_id: str, sequence: int) -> tuple[AdaptationDecision, ...]:
         """Give the decisions taken on one packet; empty when there are none."""
-        return (await self._decided(run_id, sequence)).get(sequence, ())
+        return (await self._decided(run_id, (sequence, sequence))).get(sequence, ())
 
     async def decision_of(self, adaptation_id: str) -> AdaptationDecision | None:
         """Give the decision that began an adaptation; ``None`` when it was not ours."""
@@ -235,19 +320,23 @@ class TamiyoStore(WireStore):
     async def run(self, run_id: str) -> StoredRun:
         """Give a run's packets and decisions; empty when nothing is known of it."""
         async with self._database.reading() as session:
-            packets = (
+            rows = (
                 await session.scalars(select(PacketRow).where(PacketRow.run_id == run_id).order_by(PacketRow.sequence))
             ).all()
-        read = [self.read(row.payload, row.crc32, SystemStatePacket, f"{run_id}/{row.sequence}") for row in packets]
+        read = [self.read(row.payload, row.crc32, SystemStatePacket, f"{run_id}/{row.sequence}") for row in rows]
         decided = await self._decided(run_id)
-        return StoredRun(packets=tuple(packet for packet in read if packet is not None), decisions=decided)
+        packets = tuple(packet for packet in read if packet is not None)
+        return StoredRun(packets=packets, decisions=decided, choices=await self._choices(run_id))
 
-    async def _decided(self, run_id: str, sequence: int | None = None) -> dict[int, tuple[AdaptationDecision, ...]]:
-        """Give the decisions of a run, or those on one of its packets, by sequence."""
+    async def _decided(
+        self, run_id: str, bounds: tuple[int, int] | None = None
+    ) -> dict[int, tuple[AdaptationDecision, ...]]:
+        """Give the decisions of a run, or those on its packets from one to another, by sequence."""
         first, rivals = select(DecisionRow).where(DecisionRow.run_id == run_id), select(RivalRow)
         rivals = rivals.where(RivalRow.run_id == run_id).order_by(RivalRow.sequence, RivalRow.place)
-        if sequence is not None:
-            first, rivals = first.where(DecisionRow.sequence == sequence), rivals.where(RivalRow.sequence == sequence)
+        if bounds is not None:
+            first = first.where(DecisionRow.sequence.between(*bounds))
+            rivals = rivals.where(RivalRow.sequence.between(*bounds))
         async with self._database.reading() as session:
             rows: list[DecisionRow | RivalRow] = [
                 *(await session.scalars(first)).all(),
@@ -296,12 +385,25 @@ class TamiyoStore(WireStore):
 
         ``None`` stands for one whose report no longer reads.
         """
+        found = await self.learned(run_id, limit, after)
+        return [
+            (key, None if one is None else Lesson(report=one.report, family=one.family, decision=one.begun))
+            for key, one in found
+        ]
+
+    async def learned(
+        self, run_id: str, limit: int, after: LessonKey | None
+    ) -> Sequence[tuple[LessonKey, StoredReport | None]]:
+        """Give what was learned as `lessons` does, each with whether it is our own; the decisions that began it too."""
         query = _in_order(_taught(run_id), after).limit(limit)
         async with self._database.reading() as session:
             rows = (await session.execute(query)).all()
         read = [((row.received_us, row.report_id), self._read_report(row)) for row in rows]
         begun = await self.decisions_of([one.report.adaptation_id for _, one in read if one is not None and one.is_own])
-        return [(key, None if one is None else _lesson(one, begun)) for key, one in read]
+        return [
+            (key, replace(one, begun=begun.get(one.report.adaptation_id)) if one is not None and one.is_own else one)
+            for key, one in read
+        ]
 
     async def add_lessons(self, lessons: Sequence[Lesson]) -> tuple[Sequence[Lesson], int]:
         """Keep the lessons that are new; give them, and how many others are known with another content.
@@ -309,15 +411,15 @@ class TamiyoStore(WireStore):
         One that is known and no longer reads is new, and takes its place.
         """
         known = await self._known([lesson.report.report_id for lesson in lessons])
-        moment, num_differing = _microseconds(datetime.now(UTC)), 0
+        num_differing = 0
         added: list[Lesson] = []
         async with self._database.session() as session:
-            for place, lesson in enumerate(lessons):
+            for lesson in lessons:
                 name, columns = lesson.report.report_id, _lesson_columns(lesson)
                 if name in known:
                     num_differing += known[name] != columns["payload"]
                     continue
-                columns["received_us"] = moment + place  # read back, they come in this order
+                columns["received_us"] = self._next_moment()  # read back, they come in this order
                 row = self._database.insert(LessonRow).values(report_id=name, **columns)
                 await session.execute(row.on_conflict_do_update(index_elements=[LessonRow.report_id], set_=columns))
                 known[name] = columns["payload"]
@@ -342,7 +444,7 @@ class TamiyoStore(WireStore):
         row = self._database.insert(ReportRow).values(
             report_id=report.report_id,
             run_id=report.run_id,
-            received_us=_microseconds(datetime.now(UTC)),
+            received_us=self._next_moment(),
             family=family,
             payload=payload,
             crc32=zlib.crc32(payload),
@@ -396,12 +498,6 @@ def _lesson_columns(lesson: Lesson) -> dict[str, Any]:
         "decision": decision,
         "decision_crc32": None if decision is None else zlib.crc32(decision),
     }
-
-
-def _lesson(stored: StoredReport, begun: Mapping[str, AdaptationDecision]) -> Lesson:
-    """Give a lesson; ``begun`` holds our own decisions by adaptation."""
-    decision = begun.get(stored.report.adaptation_id) if stored.is_own else stored.begun
-    return Lesson(report=stored.report, family=stored.family, decision=decision)
 
 
 def _reported(run_id: str) -> Select[*_LessonColumns]:

@@ -106,10 +106,15 @@ def told(decision: AdaptationDecision) -> tuple[Any, ...]:
 def test_a_run_repeats_to_the_bit_however_late_karn_hears_of_reports() -> None:
     with esper.Mesh.embedded() as mesh:
         first = grow(mesh)
+        replayed = list(mesh.client().tamiyo.replay_run("equal-runs"))
     with esper.Mesh(DeafKarnBackend()) as mesh:
         second = grow(mesh)
     races = {one.group: one.epoch for one in first.decisions if one.actionable and one.blueprint is not None}
     assert len(races) > 1, "Karn is asked again after reports"
+    taken_again = [one for packet in replayed for one in packet.replayed]
+    assert [one for one in taken_again if one.actionable] == [one for one in first.decisions if one.actionable]
+    assert [packet.differences for packet in replayed] == [()] * len(replayed), "to the bit"
+    assert max(packet.num_lessons for packet in replayed) > 0
     assert [told(one) for one in second.decisions] == [told(one) for one in first.decisions]
     assert second.outcomes == first.outcomes
     assert second.losses == first.losses

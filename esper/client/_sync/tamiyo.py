@@ -12,6 +12,7 @@ from esper.client.transport import Transport
 from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.decision import AdaptationDecision
 from esper.contracts.lesson import ImportedMemory, Lesson, Memory
+from esper.contracts.replay import ReplayedPacket
 from esper.contracts.run import FieldReport, SystemStatePacket
 from esper.contracts.wire import enum_to_wire, from_wire, to_message
 from esper.v1 import blueprint_pb2, tamiyo_service_pb2, telemetry_pb2
@@ -111,6 +112,23 @@ class TamiyoClient:
             reports=tuple(from_wire(one, FieldReport) for one in response.reports),
             lines=tuple(response.lines),
         )
+
+    def replay_run(self, run_id: str, *, present_settings: bool = False) -> Iterator[ReplayedPacket]:
+        """Take the decisions of a run again from what was recorded, packet by packet, and compare them.
+
+        Args:
+            run_id: Run.
+            present_settings: Whether to decide with the settings that the service has now, in place of the recorded.
+
+        Raises:
+            NotFoundError: The run is unknown.
+            InvalidStateError: Too little of it is recorded, or it was decided with what is not known any more.
+            CorruptDataError: Something that is recorded no longer reads.
+            CapacityExceededError: Too many replays are under way.
+        """
+        request = tamiyo_service_pb2.ReplayRunRequest(run_id=run_id, present_settings=present_settings)
+        for response in self._transport.stream("tamiyo", "ReplayRun", request):
+            yield from_wire(response.packet, ReplayedPacket)
 
     def get_posterior(self, site_kind: SiteKind | None = None) -> Sequence[tamiyo_service_pb2.PosteriorArm]:
         """Give the posterior by arm, best mean first."""

@@ -64,6 +64,7 @@ SURFACE = {
     "runs resume": "RUN_ID --timeout",
     "runs decisions": "RUN_ID --acted-on --json",
     "runs explain": "ADAPTATION_ID --json --timeout",
+    "runs replay": "RUN_ID --json --present-settings",
     "runs rollback": "RUN_ID --timeout --to",
     "runs show": "RUN_ID --timeout",
     "runs stop": "RUN_ID --timeout",

@@ -244,11 +244,11 @@ async def test_while_the_store_is_away_nothing_is_lost(mesh, flattening, monkeyp
     store, failures = mesh.node.tamiyo.store, []
     keep = store.keep
 
-    async def away_twice(packet, decision):
+    async def away_twice(packet, *rest):
         if len(failures) < 2:
             failures.append(packet.sequence)
             raise UnavailableError("the store is away")
-        await keep(packet, decision)
+        await keep(packet, *rest)
 
     monkeypatch.setattr(store, "keep", away_twice)
     await mesh.send(flattening[0])

@@ -167,7 +167,7 @@ async def test_tables_of_another_version_are_refused(tmp_path):
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE tamiyo_schema SET version = 99")
     connection.close()
-    with pytest.raises(InvalidStateError, match="tables must have version 1, got 99"):
+    with pytest.raises(InvalidStateError, match="tables must have version 2, got 99"):
         await open_store(f"sqlite:///{path}")
 
 
