@@ -20,6 +20,7 @@ from esper.core.capture import cloned
 from esper.core.growth import GrowthConfig, IncubationChoice
 from esper.core.losses import LossFunction, grows_in_proportion
 from esper.core.morphable import MorphableModel
+from esper.execution.birth import fit_to_site, seen_at_site
 from esper.execution.bulkhead import has_finite_gradients
 from esper.execution.circuit_breaker import FailureKind, KernelFaultError
 from esper.execution.incubation import (
@@ -133,7 +134,9 @@ class Incubator:
         seed_index: int,
         learning_rate: float,
         way: LearningWay = LearningWay(kind="trial"),
+        fitting_seed: int | None = None,
     ) -> None:
+        """With a ``fitting_seed`` the seed's weights are fitted to the first batch that it learns from."""
         self._model = model
         self._loss_fn = loss_fn
         self._ref = SeedRef(layer, seed_index)
@@ -143,6 +146,7 @@ class Incubator:
         self._way = way
         self._reach = way.reach
         self._steps = 0
+        self._fitting_seed = fitting_seed
         self._takes_damping: bool | None = None
         source = self._layer.require_seed(seed_index).source
         self._capture = SiteCapture(self._layer, reads_own_input=not source)
@@ -168,6 +172,8 @@ class Incubator:
     def learn(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Take one step down the run's own loss, on a trial branch with the seed fully blended in."""
         self._learns_locally = False
+        if self._fitting_seed is not None:
+            self._fit_to(self._seen_with(inputs))
         inputs, targets = self._part(inputs), self._part(targets)
         with self._precision(inputs.device):
             off = (1.0 - self._way.host_share) * self._host_output(inputs) if self._takes_damping else None
@@ -196,6 +202,8 @@ class Incubator:
         sample, seed = self._capture.seen, self._layer.find_seed(self._ref.seed_index)
         if sample is None or seed is None:
             return False  # the first step after germination: the hook was not there yet
+        if self._fitting_seed is not None:
+            self._fit_to((sample.x, sample.h))
         try:
             with frozen_streams():
                 loss = local_regression_loss(seed.kernel, sample, reach=self._reach)
@@ -222,6 +230,7 @@ class Incubator:
             "takes_damping": self._takes_damping,
             "reach": self._reach,
             "steps": self._steps,
+            "awaits_fitting": self._fitting_seed is not None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -230,6 +239,24 @@ class Incubator:
         self._learns_locally = bool(state["learns_locally"])
         self._takes_damping = state.get("takes_damping")
         self._reach, self._steps = float(state["reach"]), int(state["steps"])
+        if not state.get("awaits_fitting", False):  # states of earlier versions do not say: theirs were never fitted
+            self._fitting_seed = None
+
+    def _seen_with(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Give what the kernel reads of a whole batch, a forward pass of which is the price."""
+        with self._precision(inputs.device):
+            return seen_at_site(self._model, self._ref, lambda: self._model(inputs), norms=self._way.norms)
+
+    def _fit_to(self, seen: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        """Fit the seed's weights to the x and h of a batch, once; where it did not come by they stay as drawn."""
+        fitting_seed, self._fitting_seed = self._fitting_seed, None
+        if seen is None or fitting_seed is None:
+            return
+        try:
+            with frozen_streams():
+                fit_to_site(self._layer.require_seed(self._ref.seed_index), *seen, random_seed=fitting_seed)
+        except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the run goes on
+            self._drop(FailureKind.RAISED, f"while it was fitted to data: {type(error).__name__}: {error}")
 
     def _part(self, value: torch.Tensor) -> torch.Tensor:
         """Give the part of a batch whose turn it is: taking turns, no place in the batch is never seen."""

@@ -231,7 +231,7 @@ def local_regression_loss(kernel: nn.Module, sample: SiteSample, *, reach: float
         raise InvalidInputError.of("reach", "be > 0", reach)
     # The entries of J's gradient are about 1 / |h|: too small for float16, so autocast stays out of it.
     with torch.autocast(sample.h.device.type, enabled=False):
-        x, h = (_as_weights(kernel, readable(value)) for value in (sample.x, sample.h))
+        x, h = (as_weights(kernel, readable(value)) for value in (sample.x, sample.h))
         d = kernel(x, h)
         if (fault := fault_of(d, h)) is not None:
             raise fault
@@ -287,7 +287,7 @@ def _seen_at(
     return seen[-1].detach().float(), gradient.float()
 
 
-def _as_weights(kernel: nn.Module, value: Tensor) -> Tensor:
+def as_weights(kernel: nn.Module, value: Tensor) -> Tensor:
     """Give a floating value in the kernel's own type; autocast hands h over in a shorter one."""
     own = next((item.dtype for item in kernel.parameters() if item.is_floating_point()), None)
     return value if own is None or not value.is_floating_point() else value.to(own)

@@ -99,7 +99,9 @@ class Trace:
         return found
 
 
-def run(way: LearningWay | None, *, site: str = "0", amp: bool = False) -> tuple[Trace, Any]:
+def run(
+    way: LearningWay | None, *, site: str = "0", amp: bool = False, fitting_seed: int | None = None
+) -> tuple[Trace, Any]:
     """Train the host, with a seed beside it or without; gives what the host was, and the model."""
     model = esper.wrap(host())
     model.eval()(BATCHES[0][0])
@@ -109,7 +111,9 @@ def run(way: LearningWay | None, *, site: str = "0", amp: bool = False) -> tuple
     if way is not None:
         ir = default_registry().create_blueprint(SITES[site]).ir
         model.kasmina_layer(site).germinate(1, ir, random_seed=3)
-        incubator = Incubator(model, loss_fn, layer=site, seed_index=1, learning_rate=1e-2, way=way)
+        incubator = Incubator(
+            model, loss_fn, layer=site, seed_index=1, learning_rate=1e-2, way=way, fitting_seed=fitting_seed
+        )
     for stream in (random.seed, np.random.seed, torch.manual_seed):
         stream(11)
     scaler = torch.amp.GradScaler("cpu", enabled=amp, init_scale=2.0**40, growth_interval=3)
@@ -157,10 +161,23 @@ def test_the_host_is_to_the_bit_that_of_a_run_without_seed(way: LearningWay, sit
     assert learnt(model, site) > 0.01
 
 
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_so_it_is_where_first_weights_are_fitted_to_a_batch(way: LearningWay, site: str) -> None:
+    alone, _ = run(None)
+    beside, fitted = run(way, site=site, fitting_seed=3)
+    assert beside.differences(alone) == []
+    _, again = run(way, site=site, fitting_seed=3)
+    _, drawn = run(way, site=site)
+    found, same, other = (dict(model.kasmina_layer(site).named_parameters()) for model in (fitted, again, drawn))
+    assert all(torch.equal(value, same[name]) for name, value in found.items()), "equal runs are equal"
+    assert any(not torch.equal(value, other[name]) for name, value in found.items())
+
+
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_so_it_is_under_autocast_with_a_scaler_that_overflows(way: LearningWay) -> None:
     alone, _ = run(None, amp=True)
-    beside, model = run(way, amp=True)
+    beside, model = run(way, amp=True, fitting_seed=3)
     assert beside.differences(alone) == []
     assert learnt(model, "0") > 0.01
     assert all(torch.isfinite(value).all() for value in model.kasmina_layer("0").require_seed(1).parameters())
