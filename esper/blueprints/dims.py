@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Final
 
+from esper.blueprints.syntax import parse_syntax
 from esper.blueprints.types import Layout, site_types, stride_between
 from esper.contracts.blueprint import Expression, Site
 from esper.contracts.errors import InvalidBlueprintError
@@ -75,7 +76,7 @@ def check_expression(expression: Expression, parameter: str) -> ast.expr:
 def _parse(text: str) -> ast.expr | None:
     """Give the syntax tree of an expression; ``None`` outside the grammar. Designs share a few dozen expressions."""
     try:
-        tree = ast.parse(text, mode="eval").body
+        tree = parse_syntax(text, "eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return None
     return tree if _allowed(tree) else None

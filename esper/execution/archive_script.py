@@ -21,6 +21,7 @@ import ast
 import re
 from typing import Final
 
+from esper.blueprints.syntax import parse_syntax
 from esper.execution.archive_errors import refuse, shown
 
 OPERATORS: Final = frozenset(
@@ -66,7 +67,7 @@ def inspect_source(data: bytes, name: str) -> ast.Module:
     if not re.fullmatch(rb"[ -~\n]*", data) or re.search(rb"[\\#']|\"\"\"", data):
         raise refuse('be printable ASCII without backslashes, comments and quotes but "', "other", record=name)
     try:
-        tree = ast.parse(data)
+        tree = parse_syntax(data, "exec")
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise refuse("be source", error, record=name) from error
     waiting: list[ast.AST] = [tree]

@@ -16,10 +16,12 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 import psutil
+import torch
 from sqlalchemy import func, select
 
 from esper.blueprints import default_registry
@@ -28,6 +30,7 @@ from esper.contracts.errors import CapacityExceededError, DeadlineExceededError,
 from esper.contracts.kernel import ENDED_PHASES, CompileJob, CompileSpec, JobPhase, KernelReady
 from esper.contracts.wire import from_wire, parse, to_message
 from esper.execution.artifact import verify
+from esper.execution.executor import Placement, build_kernel, load_weights
 from esper.execution.keys import SigningKey
 from esper.execution.tier_urza import UrzaTier
 from esper.mesh import ChannelConfig, MeshServer, ServerConfig, free_port, open_channel
@@ -59,6 +62,7 @@ QUICK = TezzeretConfig(
 )
 """Times as short as the tests need; what they are held to is otherwise the default."""
 SITE = Site(kind=SiteKind.LINEAR, input_shape=(8,), output_shape=(6,))
+_PLACEMENT = Placement(device=torch.device("cpu"), dtype=torch.float32)
 TEMPLATES = ("lora", "bottleneck_adapter", "gated_mlp")
 
 
@@ -117,13 +121,17 @@ class Service:
 class Plane:
     """NATS, library and compiler, and clients of them. Belongs to one event loop; an async context manager."""
 
-    def __init__(self, directory: Path, database_url: str = "") -> None:
+    def __init__(
+        self, directory: Path, database_url: str = "", *, config: TezzeretConfig = QUICK, num_workers: int = 1
+    ) -> None:
         self.directory = directory
+        self._compiling = {"config": asdict(config), "num_workers": num_workers}
         self.database_url = database_url or f"sqlite:///{directory}/tezzeret.db"
         self.key = SigningKey.load_or_create(directory / "keys")
         self.nats = NatsServer(NatsServerConfig(store_dir=directory / "nats", port=free_port()))
         self._open = AsyncExitStack()
-        self._warmed = 0
+        self.warmed: list[str] = []
+        """Jobs that the plane asked for itself, to see that it works."""
 
     async def __aenter__(self) -> Self:
         try:
@@ -147,6 +155,7 @@ class Plane:
             nats_url=self.nats.url,
             urza_port=self.urza.port,
             database_url=self.database_url,
+            **self._compiling,
         )
         for service in (self.urza, self.tezzeret):
             self._open.callback(service.kill)
@@ -162,8 +171,8 @@ class Plane:
 
     async def ready(self) -> None:
         """Return when the compiler has made a kernel: its workers are warm."""
-        self._warmed += 1
-        [job] = await self.ended([await self.ask(*specs(900_000 + self._warmed, 1))])
+        self.warmed.append(await self.ask(*specs(900_000 + len(self.warmed), 1)))
+        [job] = await self.ended(self.warmed[-1:])
         assert job.phase is JobPhase.SUCCEEDED, job
 
     def workers(self) -> list[psutil.Process]:
@@ -254,6 +263,7 @@ class Plane:
         data = await UrzaTier(self.library).read(job.artifact_id)
         kernel = verify(data, self.key.ring(), artifact_id=job.artifact_id)
         assert (kernel.ir, kernel.manifest.content_key) == (spec.ir, job.content_key)
+        load_weights(build_kernel(kernel.ir, kernel.manifest.site, _PLACEMENT), kernel.weights)
         found = await self.library.GetKernel(urza_pb.GetKernelRequest(content_key=job.content_key), timeout=10)
         assert found.manifest.artifact_id == job.artifact_id
 
@@ -299,10 +309,11 @@ async def _tezzeret(settings: dict[str, Any]) -> None:
         channel = open_channel(f"127.0.0.1:{settings['urza_port']}")
         urza = UrzaServiceStub(await leaving.enter_async_context(channel))
         database = await leaving.enter_async_context(Database.open(settings["database_url"]))
-        pool = WorkerPool(WorkerPoolConfig(scratch_dir=directory))
+        pool = WorkerPool(WorkerPoolConfig(scratch_dir=directory, num_workers=settings["num_workers"]))
         leaving.push_async_callback(pool.close)
         key = SigningKey.load_or_create(directory / "keys")
-        service = TezzeretService(JobStore(database), bus, pool, urza, key, QUICK)
+        config = TezzeretConfig(**settings["config"])
+        service = TezzeretService(JobStore(database), bus, pool, urza, key, config)
         await service.start()
         leaving.push_async_callback(service.close)
         server = MeshServer(ServerConfig(port=settings["port"]))
