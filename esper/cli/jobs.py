@@ -117,11 +117,14 @@ def requeue(
     """
     if bool(job_ids) == everything:
         raise InvalidInputError.of("job_ids", "be given, or --all in their place", list(job_ids or []))
-    found = job_ids or [job.job_id for job in _first("ListDeadLetters", pb.ListDeadLettersRequest(), None)]
+    requests = [pb.RequeueDeadLetterRequest(job_id=job_id) for job_id in job_ids or []]
+    if everything:
+        dead = _first("ListDeadLetters", pb.ListDeadLettersRequest(), None)
+        requests = [pb.RequeueDeadLetterRequest(job_id=job.job_id, generation=job.generation) for job in dead]
     done: list[CompileJob] = []
     try:
-        for job_id in found:
-            response = call("tezzeret", "RequeueDeadLetter", pb.RequeueDeadLetterRequest(job_id=job_id), timeout)
+        for request in requests:
+            response = call("tezzeret", "RequeueDeadLetter", request, timeout)
             done.append(from_wire(response.job, CompileJob))
     finally:
         rows = [(job.job_id, job.phase.name.lower()) for job in done]

@@ -237,3 +237,5 @@ class CompileJob:
     """Size of the artefact; 0 until SUCCEEDED."""
     priority: JobPriority | None = None
     """How urgent it is; ``None``, of before there were priorities, counts as NORMAL."""
+    generation: int = 0
+    """Times it was put on the queue anew; tells one end of it from the next."""

@@ -186,6 +186,7 @@ class CompileJob(_message.Message):
     PHASE_TIMES_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Id, "j" + 32 hex digits, from the content key."""
     content_key: _builtins.str
@@ -210,6 +211,8 @@ class CompileJob(_message.Message):
     """Size of the artefact, in bytes; 0 until SUCCEEDED."""
     priority: Global___JobPriority.ValueType
     """How urgent it is: the highest of all who asked while it waited. Absent in jobs of before there were priorities, which count as NORMAL."""
+    generation: _builtins.int
+    """Times it was put on the queue anew; it begins at 0. In jobs that rest or travel the queue it may be out of date."""
     @_builtins.property
     def spec(self) -> Global___CompileSpec:
         """What is to be compiled."""
@@ -245,10 +248,11 @@ class CompileJob(_message.Message):
         phase_times: _abc.Mapping[_builtins.str, _duration_pb2.Duration] | None = ...,
         size_bytes: _builtins.int = ...,
         priority: Global___JobPriority.ValueType | None = ...,
+        generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "created_at", b"created_at", "finished_at", b"finished_at", "priority", b"priority", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "adaptation_id", b"adaptation_id", "artifact_id", b"artifact_id", "blueprint_id", b"blueprint_id", "content_key", b"content_key", "created_at", b"created_at", "deliveries", b"deliveries", "error", b"error", "error_reason", b"error_reason", "finished_at", b"finished_at", "job_id", b"job_id", "phase", b"phase", "phase_times", b"phase_times", "priority", b"priority", "run_id", b"run_id", "size_bytes", b"size_bytes", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "adaptation_id", b"adaptation_id", "artifact_id", b"artifact_id", "blueprint_id", b"blueprint_id", "content_key", b"content_key", "created_at", b"created_at", "deliveries", b"deliveries", "error", b"error", "error_reason", b"error_reason", "finished_at", b"finished_at", "generation", b"generation", "job_id", b"job_id", "phase", b"phase", "phase_times", b"phase_times", "priority", b"priority", "run_id", b"run_id", "size_bytes", b"size_bytes", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
@@ -537,18 +541,24 @@ class RequeueDeadLetterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Id of the job, DEAD, FAILED or CANCELLED."""
+    generation: _builtins.int
+    """Generation that the caller saw end. Absent means the one there is when the request comes."""
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
+        generation: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_generation", b"_generation", "generation", b"generation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_generation", b"_generation", "generation", b"generation", "job_id", b"job_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__generation: _TypeAlias = _typing.Literal["generation"]  # noqa: Y015
+    _WhichOneofArgType__generation: _TypeAlias = _typing.Literal["_generation", b"_generation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__generation) -> _WhichOneofReturnType__generation | None: ...
 
 Global___RequeueDeadLetterRequest: _TypeAlias = RequeueDeadLetterRequest  # noqa: Y015
 

@@ -115,7 +115,7 @@ class TezzeretServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RequeueDeadLetter(self, request, context):
-        """Put a DEAD, FAILED or CANCELLED job back on the queue, to be compiled anew. NOT_FOUND when it is none of them.
+        """Put a DEAD, FAILED or CANCELLED job back on the queue, to be compiled anew. NOT_FOUND when it is none of them; FAILED_PRECONDITION when somebody else put it back since the caller looked at it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -48,7 +48,7 @@ class TezzeretServiceStub:
     ListDeadLetters: _grpc.UnaryUnaryMultiCallable[_tezzeret_service_pb2.ListDeadLettersRequest, _tezzeret_service_pb2.ListDeadLettersResponse]
     """Give the jobs that are DEAD, oldest first. A FAILED one is found by ListJobs."""
     RequeueDeadLetter: _grpc.UnaryUnaryMultiCallable[_tezzeret_service_pb2.RequeueDeadLetterRequest, _tezzeret_service_pb2.RequeueDeadLetterResponse]
-    """Put a DEAD, FAILED or CANCELLED job back on the queue, to be compiled anew. NOT_FOUND when it is none of them."""
+    """Put a DEAD, FAILED or CANCELLED job back on the queue, to be compiled anew. NOT_FOUND when it is none of them; FAILED_PRECONDITION when somebody else put it back since the caller looked at it."""
     CancelJob: _grpc.UnaryUnaryMultiCallable[_tezzeret_service_pb2.CancelJobRequest, _tezzeret_service_pb2.CancelJobResponse]
     """Stop a job for all who asked: a queued one never starts, the worker of a running one is ended, a kernel on its way to the library is dropped. Idempotent.
     NOT_FOUND when there is none; FAILED_PRECONDITION when it is SUCCEEDED, FAILED or DEAD.
@@ -74,7 +74,7 @@ class TezzeretServiceAsyncStub(TezzeretServiceStub):
     ListDeadLetters: _aio.UnaryUnaryMultiCallable[_tezzeret_service_pb2.ListDeadLettersRequest, _tezzeret_service_pb2.ListDeadLettersResponse]  # type: ignore[assignment]
     """Give the jobs that are DEAD, oldest first. A FAILED one is found by ListJobs."""
     RequeueDeadLetter: _aio.UnaryUnaryMultiCallable[_tezzeret_service_pb2.RequeueDeadLetterRequest, _tezzeret_service_pb2.RequeueDeadLetterResponse]  # type: ignore[assignment]
-    """Put a DEAD, FAILED or CANCELLED job back on the queue, to be compiled anew. NOT_FOUND when it is none of them."""
+    """Put a DEAD, FAILED or CANCELLED job back on the queue, to be compiled anew. NOT_FOUND when it is none of them; FAILED_PRECONDITION when somebody else put it back since the caller looked at it."""
     CancelJob: _aio.UnaryUnaryMultiCallable[_tezzeret_service_pb2.CancelJobRequest, _tezzeret_service_pb2.CancelJobResponse]  # type: ignore[assignment]
     """Stop a job for all who asked: a queued one never starts, the worker of a running one is ended, a kernel on its way to the library is dropped. Idempotent.
     NOT_FOUND when there is none; FAILED_PRECONDITION when it is SUCCEEDED, FAILED or DEAD.
@@ -133,7 +133,7 @@ class TezzeretServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tezzeret_service_pb2.RequeueDeadLetterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tezzeret_service_pb2.RequeueDeadLetterResponse, _abc.Awaitable[_tezzeret_service_pb2.RequeueDeadLetterResponse]]:
-        """Put a DEAD, FAILED or CANCELLED job back on the queue, to be compiled anew. NOT_FOUND when it is none of them."""
+        """Put a DEAD, FAILED or CANCELLED job back on the queue, to be compiled anew. NOT_FOUND when it is none of them; FAILED_PRECONDITION when somebody else put it back since the caller looked at it."""
 
     @_abc_1.abstractmethod
     def CancelJob(

@@ -25,6 +25,7 @@ from esper.services.tezzeret.job_rows import (
     job_of,
     job_row,
     now_us,
+    put_anew,
     put_job,
     queued,
 )
@@ -207,11 +208,11 @@ class AttemptStore:
         async with self._database.reading() as session:
             return list((await session.scalars(query)).all())
 
-    async def put_again(self, job_id: str, quiet_since_us: int, *, max_deliver: int) -> tuple[CompileJob, int] | None:
+    async def put_again(self, job_id: str, quiet_since_us: int, *, max_deliver: int) -> CompileJob | None:
         """Give up a lost job that was attempted ``max_deliver`` times, else make it wait anew.
 
         Returns:
-            The job, DEAD or QUEUED, and its generation; ``None`` when it is not lost any more.
+            The job, DEAD, or QUEUED in a new generation; ``None`` when it is not lost any more.
 
         Raises:
             NotFoundError: There is none of this id.
@@ -224,11 +225,10 @@ class AttemptStore:
             if await _seen_since(session, job_id, quiet_since_us):
                 return None
             if job.deliveries >= max_deliver:
-                return await self._give_up(session, row, job), row.generation
-            row.generation += 1
-            job = queued(job)
+                return await self._give_up(session, row, job)
+            job = put_anew(row, queued(job))
             await put_job(self._database, session, row, job)
-            return job, row.generation
+            return job
 
     async def _give_up(self, session: AsyncSession, row: JobRow, job: CompileJob) -> CompileJob:
         reason = UnavailableError.reason

@@ -40,8 +40,8 @@ async def job_row(session: AsyncSession, job_id: str, *, lock: bool = False) -> 
 
 
 def job_of(row: JobRow) -> CompileJob:
-    """Give the job of a row."""
-    return parse(row.body, CompileJob)
+    """Give the job of a row; its generation is that of the column, which every version of Tezzeret keeps."""
+    return replace(parse(row.body, CompileJob), generation=row.generation)
 
 
 async def put_job(
@@ -109,6 +109,12 @@ def queued(job: CompileJob) -> CompileJob:
     return replace(
         job, phase=JobPhase.QUEUED, error="", error_reason="", finished_at=None, artifact_id="", size_bytes=0
     )
+
+
+def put_anew(row: JobRow, job: CompileJob) -> CompileJob:
+    """Begin another generation of a job; messages and attempts of the one before are void from now on."""
+    row.generation += 1
+    return replace(job, generation=row.generation)
 
 
 def at_phase(job: CompileJob, row: PhaseRow) -> CompileJob:

@@ -26,6 +26,7 @@ from esper.services.tezzeret.job_rows import (
     job_row,
     mark_seen,
     microseconds,
+    put_anew,
     put_job,
     queued,
     record_phases,
@@ -106,11 +107,6 @@ class JobStore:
         async with self._database.reading() as session:
             row = await session.get(JobRow, job_id)
             return None if row is None else job_of(row)
-
-    async def generation(self, job_id: str) -> int:
-        """Give how often an the job was put on the queue anew."""
-        async with self._database.reading() as session:
-            return (await job_row(session, job_id)).generation
 
     async def page(
         self, phases: Sequence[JobPhase], limit: int, after: tuple[int, str] | None, *, oldest_first: bool = False
@@ -221,30 +217,39 @@ class JobStore:
                 await put_job(self._database, session, row, job)
             return job
 
-    async def requeue(self, job_id: str, *, given_up_only: bool = True) -> tuple[CompileJob, int]:
-        """Put an ended job back to QUEUED; give it with its new generation.
+    async def requeue(self, job_id: str, generation: int, *, given_up_only: bool = True) -> CompileJob:
+        """Put an ended job back to QUEUED, in a new generation.
+
+        Args:
+            job_id: The job.
+            generation: Generation that the caller saw end: of callers who saw the same end, one starts the job.
+            given_up_only: Whether it must be dead, failed or cancelled.
 
         Raises:
             NotFoundError: There is none of this id, or it is neither dead nor failed nor cancelled.
-            InvalidStateError: It has not ended.
+            InvalidStateError: It has not ended, or is of another generation: somebody else has put it back.
         """
         async with self._database.session() as session:
             row = await job_row(session, job_id, lock=True)
             job = job_of(row)
+            if job.generation != generation:
+                raise InvalidStateError(
+                    f"job {job_id} must be of generation {generation} to be requeued, it is {job.phase.name} of "
+                    f"generation {job.generation}: somebody else has put it back"
+                )
             if given_up_only and job.phase not in _GIVEN_UP:
                 raise NotFoundError(
                     f"job {job_id} must be dead, failed or cancelled to be requeued, it is {job.phase.name}"
                 )
             if job.phase not in ENDED_PHASES:
                 raise InvalidStateError(f"job {job_id} must have ended to be requeued, it is {job.phase.name}")
-            row.generation += 1
-            job = replace(queued(job), deliveries=0)
+            job = put_anew(row, replace(queued(job), deliveries=0))
             await put_job(self._database, session, row, job)
             await session.execute(update(AskerRow).where(AskerRow.job_id == job_id).values(announced=False))
-            return job, row.generation
+            return job
 
-    async def hurry(self, job_id: str, priority: JobPriority) -> tuple[CompileJob, int] | None:
-        """Raise the priority of a job that waits; give it with its new generation, ``None`` where that changes nothing.
+    async def hurry(self, job_id: str, priority: JobPriority) -> CompileJob | None:
+        """Raise the priority of a job that waits, in a new generation; ``None`` where that changes nothing.
 
         Raises:
             NotFoundError: There is none of this id.
@@ -254,10 +259,9 @@ class JobStore:
             job = job_of(row)
             if job.phase is not JobPhase.QUEUED or priority_of(job) >= priority:
                 return None
-            row.generation += 1
-            job = replace(job, priority=priority)
+            job = put_anew(row, replace(job, priority=priority))
             await put_job(self._database, session, row, job)
-            return job, row.generation
+            return job
 
     async def cancel(self, job_id: str, why: str) -> CompileJob:
         """End a job that has not ended, and let the kernel go that is kept for it; one cancelled before stays as it is.

@@ -105,7 +105,9 @@ class TezzeretServicer(TezzeretServiceServicer):
     ) -> pb.RequeueDeadLetterResponse:
         """Put a job that was given up back on the queue."""
         del context
-        return pb.RequeueDeadLetterResponse(job=_wire(await self._service.requeue(_job_id(request.job_id))))
+        generation = request.generation if request.HasField("generation") else None
+        job = await self._service.requeue(_job_id(request.job_id), generation)
+        return pb.RequeueDeadLetterResponse(job=_wire(job))
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Any) -> pb.CancelJobResponse:  # noqa: N802
         """Stop a job."""

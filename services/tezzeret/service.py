@@ -99,7 +99,7 @@ class TezzeretService:
         await self._store.open()
         self._outbox.start()
         for job in await self._store.unfinished():
-            await self._enqueue(job)
+            await self._publish(job)
         self._sweeping.start()
         self._starting = asyncio.create_task(self._start_workers())
 
@@ -238,17 +238,23 @@ class TezzeretService:
         """Give the dead jobs, oldest first, after a place."""
         return await self._store.page([JobPhase.DEAD], limit, after, oldest_first=True)
 
-    async def requeue(self, job_id: str) -> CompileJob:
+    async def requeue(self, job_id: str, generation: int | None = None) -> CompileJob:
         """Put a dead, failed or cancelled job back on the queue; all who asked for it are told again how it ends.
+
+        Args:
+            job_id: The job.
+            generation: Generation that the caller saw end; ``None`` means the one there is now.
 
         Raises:
             NotFoundError: It is unknown, or none of these.
+            InvalidStateError: Somebody else has put it back since the caller looked at it.
             UnavailableError: The queue cannot be reached; the job goes there once it can.
         """
-        job, generation = await self._store.requeue(job_id)
+        seen = (await self._store.get(job_id)).generation if generation is None else generation
+        job = await self._store.requeue(job_id, seen)
         self._changed(job)
-        await self._publish(job, generation)
-        log.info("job_requeued", extra={"job_id": job_id, "generation": generation})
+        await self._publish(job)
+        log.info("job_requeued", extra={"job_id": job_id, "generation": job.generation})
         return job
 
     async def cancel(self, job_id: str) -> CompileJob:
@@ -297,7 +303,7 @@ class TezzeretService:
             self._remember(job)
             return job, True
         if created:
-            await self._publish(job, 0)
+            await self._publish(job)
         elif job.phase is JobPhase.QUEUED:
             job = await self._hurried(job, fresh)
         return job, job.phase is JobPhase.SUCCEEDED
@@ -316,9 +322,11 @@ class TezzeretService:
     async def _begin_anew(self, ended: CompileJob, asked: CompileJob, asker: Asker | None) -> CompileJob:
         """Put an ended job back on the queue; only then is it noted who asks, who would be told of the old end else."""
         log.warning("job_started_anew", extra={"job_id": ended.job_id, "phase": ended.phase.name})
+        self._done.pop(ended.job_id, None)
+        given_up = ended.phase is not JobPhase.SUCCEEDED
         try:
-            job, _ = await self._store.requeue(ended.job_id, given_up_only=ended.phase is not JobPhase.SUCCEEDED)
-        except (NotFoundError, InvalidStateError) as error:  # an equal request was faster
+            job = await self._store.requeue(ended.job_id, ended.generation, given_up_only=given_up)
+        except (NotFoundError, InvalidStateError) as error:  # an equal request was faster, here or at a replica
             log.info("job_started_already", extra={"job_id": ended.job_id, "reason": str(error)})
             job = await self._store.get(ended.job_id)
         if asker is not None:
@@ -328,12 +336,8 @@ class TezzeretService:
     async def _hurried(self, job: CompileJob, asked: CompileJob) -> CompileJob:
         """See that a job that waits is on the queue, no less urgent than it is asked for now."""
         if priority_of(asked) > priority_of(job):
-            hurried = await self._store.hurry(job.job_id, priority_of(asked))
-            if hurried is not None:
-                job, generation = hurried
-                await self._publish(job, generation)
-                return job
-        await self._enqueue(job)
+            job = await self._store.hurry(job.job_id, priority_of(asked)) or job
+        await self._publish(job)
         return job
 
     async def _in_library(self, asked: CompileJob) -> StoredKernel | _Lost | None:
@@ -360,17 +364,14 @@ class TezzeretService:
             log.warning("library_not_asked", extra={"content_key": key, "error": str(error)})
             return None
 
-    async def _enqueue(self, job: CompileJob) -> None:
-        await self._publish(job, await self._store.generation(job.job_id))
-
-    async def _publish(self, job: CompileJob, generation: int) -> None:
-        """Put a job on the queue; one that is there already is not doubled."""
-        headers = inject_headers({GENERATION_HEADER: str(generation)})
+    async def _publish(self, job: CompileJob) -> None:
+        """Put a job on the queue; one that is there already is not doubled, and one of an old generation is void."""
+        headers = inject_headers({GENERATION_HEADER: str(job.generation)})
         await self._bus.publish(
             compile_job_subject(lane_of(job)),
             serialize(job),
             headers=headers,
-            msg_id=f"{job.job_id}.{generation}",
+            msg_id=f"{job.job_id}.{job.generation}",
             durable=True,
         )
 

@@ -31,7 +31,7 @@ class Sweeper:
         store: AttemptStore,
         config: TezzeretConfig,
         reached_us: Callable[[], Mapping[str, int]],
-        publish: Callable[[CompileJob, int], Awaitable[None]],
+        publish: Callable[[CompileJob], Awaitable[None]],
         on_change: Callable[[CompileJob], None],
     ) -> None:
         """Join the parts.
@@ -40,7 +40,7 @@ class Sweeper:
             store: Where the attempts rest.
             config: How jobs are treated.
             reached_us: Gives, by lane, until when everything that was put there has been given out.
-            publish: Puts a job of a generation on the queue.
+            publish: Puts a job on the queue.
             on_change: Told of every job that was moved.
         """
         self._store = store
@@ -61,15 +61,15 @@ class Sweeper:
         found: list[CompileJob] = []
         for job_id in await self._store.lost(reached_us, quiet_since_us, MAX_SWEPT):
             try:
-                moved = await self._store.put_again(job_id, quiet_since_us, max_deliver=self._config.max_deliver)
+                job = await self._store.put_again(job_id, quiet_since_us, max_deliver=self._config.max_deliver)
             except NotFoundError:  # forgotten since
                 continue
-            if moved is None:
+            if job is None:
                 continue
-            job, generation = moved
-            log.warning("compile_job_lost", extra={"job_id": job_id, "phase": job.phase.name, "generation": generation})
+            extra = {"job_id": job_id, "phase": job.phase.name, "generation": job.generation}
+            log.warning("compile_job_lost", extra=extra)
             found.append(job)
             self._on_change(job)
             if job.phase is JobPhase.QUEUED:
-                await self._publish(job, generation)
+                await self._publish(job)
         return found

@@ -173,7 +173,7 @@ async def test_a_job_of_the_new_version_is_left_to_it_by_the_old(plane: Plane) -
         assert found.manifest.artifact_id == done.artifact_id
         again, cached = await service.compile(spec, run_id="run-2")
         assert (again.artifact_id, cached) == (done.artifact_id, True)
-        assert await plane.store.generation(job.job_id) == 0, "nobody began it anew"
+        assert (await plane.store.get(job.job_id)).generation == 0, "nobody began it anew"
 
 
 async def test_a_job_of_a_version_that_nobody_runs_any_more_is_done_by_who_is_there(plane: Plane) -> None:
@@ -205,7 +205,8 @@ async def test_a_service_that_lost_the_bus_keeps_the_job_that_it_works_on(plane:
         while bus.stats().received < 4:
             assert not waiting.begun.is_set()
             await asyncio.sleep(0.02)
-    assert ((await plane.store.get(job.job_id)).deliveries, await plane.store.generation(job.job_id)) == (1, 0)
+    kept = await plane.store.get(job.job_id)
+    assert (kept.deliveries, kept.generation) == (1, 0)
     holding.gate.set()
     done = await plane.ended(job.job_id)
     assert (done.phase, done.deliveries) == (JobPhase.SUCCEEDED, 1), done.error

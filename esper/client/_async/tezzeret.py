@@ -69,9 +69,19 @@ class AsyncTezzeretClient:
             for job in decoded(page.jobs, CompileJob):
                 yield job
 
-    async def requeue_dead_letter(self, job_id: str) -> CompileJob:
-        """Put a dead, failed or cancelled job back on the queue."""
-        request = tezzeret_service_pb2.RequeueDeadLetterRequest(job_id=job_id)
+    async def requeue_dead_letter(self, job_id: str, *, generation: int | None = None) -> CompileJob:
+        """Put a dead, failed or cancelled job back on the queue.
+
+        Args:
+            job_id: The job.
+            generation: That of the job as you saw it, so that it is not started twice where somebody else puts it back
+                too; ``None`` means the one there is now.
+
+        Raises:
+            NotFoundError: There is none of this id, or it is none of these.
+            InvalidStateError: Somebody else has put it back.
+        """
+        request = tezzeret_service_pb2.RequeueDeadLetterRequest(job_id=job_id, generation=generation)
         return from_wire((await self._transport.call("tezzeret", "RequeueDeadLetter", request)).job, CompileJob)
 
     async def cancel_job(self, job_id: str) -> CompileJob:

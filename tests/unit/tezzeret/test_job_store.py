@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -83,7 +84,7 @@ async def die(store: JobStore, job_id: str, phase: JobPhase = JobPhase.DEAD) -> 
 async def test_an_unknown_job_is_named(store: JobStore) -> None:
     assert await store.find("j1") is None
     begin = store.attempts.begin("j1", 0, max_deliver=3, lease_s=1.0)
-    for call in (store.get("j1"), begin, store.requeue("j1"), store.cancel("j1", "why"), store.history("j1", 0)):
+    for call in (store.get("j1"), begin, store.requeue("j1", 0), store.cancel("j1", "why"), store.history("j1", 0)):
         with pytest.raises(NotFoundError, match="no compile job has id j1"):
             await call
 
@@ -149,7 +150,7 @@ async def test_a_job_that_is_attempted_too_often_without_a_word_is_dead(store: J
 async def test_a_message_of_an_earlier_generation_is_void(store: JobStore, spec: CompileSpec) -> None:
     job, _ = await store.add(job_of(spec), None)
     await die(store, job.job_id)
-    await store.requeue(job.job_id)
+    await store.requeue(job.job_id, 0)
     stale = await store.attempts.begin(job.job_id, 0, max_deliver=3, lease_s=0.0)
     assert (stale.attempt, stale.busy, stale.job.phase) == (None, False, JobPhase.QUEUED)
     await begun(store, job.job_id, generation=1)
@@ -202,7 +203,7 @@ async def test_a_long_history_loses_its_oldest_phases_alone(store: JobStore, spe
     job, _ = await store.add(job_of(spec), None)
     for generation in range(30):
         await store.cancel(job.job_id, "cancelled on request")
-        await store.requeue(job.job_id)
+        await store.requeue(job.job_id, generation)
         await begun(store, job.job_id, generation=generation + 1)
     entered, place = await store.history(job.job_id, 0)
     assert ([one.phase for one in entered], place) == ([JobPhase.QUEUED, JobPhase.COMPILING], 91)
@@ -217,8 +218,8 @@ async def test_a_cancelled_job_stays_so_until_it_is_requeued(store: JobStore, sp
     assert await store.cancel(job.job_id, "again") == cancelled
     assert await store.attempts.keep_artifact(attempt, (), b"kernel", {}) is None
     assert [asker for _, asker in await store.unannounced()] == [ASKER]
-    again, generation = await store.requeue(job.job_id)
-    assert (again.phase, again.error, again.deliveries, generation) == (JobPhase.QUEUED, "", 0, 1)
+    again = await store.requeue(job.job_id, 0)
+    assert (again.phase, again.error, again.deliveries, again.generation) == (JobPhase.QUEUED, "", 0, 1)
 
 
 async def test_a_kernel_on_its_way_is_dropped_with_its_cancelled_job(store: JobStore, spec: CompileSpec) -> None:
@@ -244,7 +245,7 @@ async def test_priority_is_raised_while_a_job_waits_and_never_lowered(store: Job
     job, _ = await store.add(replace(job_of(spec), priority=JobPriority.BULK), None)
     assert await store.hurry(job.job_id, JobPriority.BULK) is None
     raised = await store.hurry(job.job_id, JobPriority.INTERACTIVE)
-    assert raised == (replace(job, priority=JobPriority.INTERACTIVE), 1)
+    assert raised == replace(job, priority=JobPriority.INTERACTIVE, generation=1)
     assert await store.hurry(job.job_id, JobPriority.NORMAL) is None
     await begun(store, job.job_id, generation=1)
     assert (await store.get(job.job_id)).priority is JobPriority.INTERACTIVE
@@ -263,7 +264,7 @@ async def test_a_job_that_is_worked_on_is_lost_once_nobody_gives_a_sign(store: J
     assert await store.attempts.put_again(job.job_id, 0, max_deliver=3) is None
     assert await store.attempts.lost({}, FAR_US, 10) == [job.job_id]
     again = await store.attempts.put_again(job.job_id, FAR_US, max_deliver=3)
-    assert again == (replace(job, deliveries=1), 1)
+    assert again == replace(job, deliveries=1, generation=1)
     assert await store.attempts.keep_artifact(attempt, (), b"kernel", {}) is None
     assert (await begun(store, job.job_id, generation=1)).number == 2
 
@@ -290,7 +291,7 @@ async def test_a_lost_job_without_attempts_left_is_dead(store: JobStore, spec: C
         await begun(store, job.job_id, lease_s=0.0)
     found = await store.attempts.put_again(job.job_id, FAR_US, max_deliver=3)
     assert found is not None
-    assert found[0].phase is JobPhase.DEAD
+    assert (found.phase, found.generation) == (JobPhase.DEAD, 0)
     assert [dead.job_id for dead in await store.page([JobPhase.DEAD], 9, None)] == [job.job_id]
 
 
@@ -325,7 +326,7 @@ async def test_refusals_are_counted_anew_for_another_kernel(store: JobStore, spe
         await keep(store, job.job_id, generation=generation)
         assert (await store.refuse_upload(job.job_id, ("", ""), max_refusals=2)).phase is JobPhase.PACKAGING
         assert (await store.refuse_upload(job.job_id, ("", ""), max_refusals=2)).phase is JobPhase.DEAD
-        await store.requeue(job.job_id)
+        await store.requeue(job.job_id, generation)
 
 
 async def test_a_late_refusal_changes_nothing(store: JobStore, spec: CompileSpec) -> None:
@@ -354,19 +355,48 @@ async def test_a_job_that_the_queue_buried_stays_dead_when_its_kernel_is_refused
 async def test_a_job_that_was_given_up_is_requeued(store: JobStore, spec: CompileSpec, phase: JobPhase) -> None:
     job, _ = await store.add(job_of(spec), None)
     with pytest.raises(InvalidStateError, match="must have ended to be requeued, it is QUEUED"):
-        await store.requeue(job.job_id, given_up_only=False)
+        await store.requeue(job.job_id, 0, given_up_only=False)
     await die(store, job.job_id, phase)
-    again, generation = await store.requeue(job.job_id)
-    assert (again.phase, again.deliveries, again.error, generation) == (JobPhase.QUEUED, 0, "", 1)
-    assert await store.generation(job.job_id) == 1
+    again = await store.requeue(job.job_id, 0)
+    assert (again.phase, again.deliveries, again.error, again.generation) == (JobPhase.QUEUED, 0, "", 1)
+    assert await store.get(job.job_id) == again
+
+
+async def test_of_callers_that_requeue_one_end_at_once_one_starts_the_job(store: JobStore, spec: CompileSpec) -> None:
+    job, _ = await store.add(job_of(spec), None)
+    dead = await die(store, job.job_id)
+    calls = (store.requeue(job.job_id, dead.generation) for _ in range(4))
+    found = await asyncio.gather(*calls, return_exceptions=True)
+    [again] = [one for one in found if isinstance(one, CompileJob)]
+    assert again == await store.get(job.job_id)
+    assert again.generation == 1
+    losers = [one for one in found if one is not again]
+    assert {type(one) for one in losers} == {InvalidStateError}
+    rule = f"job {job.job_id} must be of generation 0 to be requeued, it is QUEUED of generation 1"
+    assert {str(one) for one in losers} == {f"{rule}: somebody else has put it back"}
+
+
+@pytest.mark.parametrize("given_up_only", [True, False])
+async def test_an_end_that_another_has_renewed_is_not_started_again(
+    store: JobStore, spec: CompileSpec, given_up_only: bool
+) -> None:
+    """The caller is late: the job was put back, worked on and given up once more since it looked."""
+    job, _ = await store.add(job_of(spec), None)
+    seen = await die(store, job.job_id)
+    await store.requeue(job.job_id, seen.generation)
+    ended = await store.attempts.end(await begun(store, job.job_id, generation=1), JobPhase.DEAD, ("", ""), {})
+    with pytest.raises(InvalidStateError, match="must be of generation 0 to be requeued, it is DEAD of generation 1"):
+        await store.requeue(job.job_id, seen.generation, given_up_only=given_up_only)
+    assert await store.get(job.job_id) == ended
+    assert (await store.requeue(job.job_id, 1, given_up_only=given_up_only)).generation == 2
 
 
 async def test_a_job_that_succeeded_is_requeued_only_where_that_is_said(store: JobStore, spec: CompileSpec) -> None:
     job, _ = await store.add(job_of(spec), None)
     await store.succeed(job.job_id, "k" + "0" * 32, 6)
     with pytest.raises(NotFoundError, match="must be dead, failed or cancelled to be requeued, it is SUCCEEDED"):
-        await store.requeue(job.job_id)
-    again, _ = await store.requeue(job.job_id, given_up_only=False)
+        await store.requeue(job.job_id, 0)
+    again = await store.requeue(job.job_id, 0, given_up_only=False)
     assert (again.phase, again.artifact_id, again.size_bytes) == (JobPhase.QUEUED, "", 0)
 
 
@@ -381,7 +411,7 @@ async def test_each_asker_is_told_once_of_each_end(store: JobStore, spec: Compil
     assert {asker.run_id for _, asker in waiting} == {"run-1", "run-2"}
     await store.mark_announced(job.job_id, ASKER)
     assert [asker for _, asker in await store.unannounced()] == [other]
-    await store.requeue(job.job_id, given_up_only=False)
+    await store.requeue(job.job_id, 0, given_up_only=False)
     await store.succeed(job.job_id, "k" + "0" * 32, 6)
     assert len(await store.unannounced()) == 2
 
