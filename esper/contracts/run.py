@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import Final
 
 from esper.contracts.blueprint import BlueprintCost, Site
+from esper.contracts.kernel import CompileFallback
 from esper.contracts.lifecycle import SeedLifecycleState
 
 
@@ -318,6 +319,8 @@ class FieldReport:
     """Layer whose input the seed read; empty for its own."""
     race_id: str = ""
     """Race it belonged to; empty where it stood alone."""
+    fallbacks: tuple[CompileFallback, ...] = ()
+    """Targets that the compile of its kernel gave up, in the order they were tried."""
 
     @property
     def group(self) -> str:

@@ -15,6 +15,7 @@ from opentelemetry.trace import Span
 from esper.contracts.blueprint import BlueprintCost
 from esper.contracts.decision import AdaptationDecision
 from esper.contracts.errors import CorruptDataError
+from esper.contracts.kernel import CompileFallback
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import RECHECK, AdaptationOutcome, Contribution, FieldReport
 from esper.contracts.wire import parse, serialize
@@ -44,6 +45,8 @@ class Adaptation:
     """Last measured effect."""
     artifact_id: str = ""
     """Kernel; empty until it was loaded."""
+    fallbacks: tuple[CompileFallback, ...] = ()
+    """Targets that the compile of its kernel gave up, in the order they were tried."""
     begun_step: int = 0
     """Step at which it was accepted."""
     begun_epoch: int = 0
@@ -140,6 +143,7 @@ class Adaptation:
             adaptation_type=self.decision.adaptation_type.value,
             source=self.decision.source,
             race_id=self.decision.race_id,
+            fallbacks=self.fallbacks,
         )
 
     def recheck_report(
@@ -156,6 +160,7 @@ class Adaptation:
             adaptation_type=RECHECK,
             blueprint_id="",
             artifact_id="",
+            fallbacks=(),
             contribution=contribution,
             price=price,
             reason=reason[:500],
@@ -194,6 +199,7 @@ class Adaptation:
             "state": None if self.state is None else int(self.state),
             "outcome": None if self.outcome is None else int(self.outcome),
             "contribution": None if self.contribution is None else serialize(self.contribution).hex(),
+            "fallbacks": [serialize(fallback).hex() for fallback in self.fallbacks],
             **{name: getattr(self, name) for name in _PLAIN},
         }
 
@@ -206,7 +212,7 @@ class Adaptation:
         """
         data = {**_LATER, **data}
         cost, contribution = data["cost"], data["contribution"]
-        for name, kinds in _PLAIN.items():
+        for name, kinds in _KINDS.items():
             if type(data[name]) not in kinds:
                 rule = " or ".join(kind.__name__ for kind in kinds)
                 raise CorruptDataError(f"adaptation.{name} must be {rule}, got {type(data[name]).__name__}")
@@ -216,6 +222,7 @@ class Adaptation:
             state=None if data["state"] is None else SeedLifecycleState(data["state"]),
             outcome=None if data["outcome"] is None else AdaptationOutcome(data["outcome"]),
             contribution=None if contribution is None else parse(bytes.fromhex(contribution), Contribution),
+            fallbacks=tuple(parse(bytes.fromhex(fallback), CompileFallback) for fallback in data["fallbacks"]),
             begun_monotonic_s=monotonic_s,
             **{name: data[name] for name in _PLAIN},
         )
@@ -240,5 +247,7 @@ _PLAIN: Final = {
 }
 """Fields that a checkpoint holds as they are, with their types."""
 
-_LATER: Final = {"awaits_turn": False, "slowdown": None}
+_KINDS: Final = {**_PLAIN, "fallbacks": (list,)}
+
+_LATER: Final[Mapping[str, Any]] = {"awaits_turn": False, "slowdown": None, "fallbacks": []}
 """Fields that older checkpoints lack, with what they stood for."""

@@ -412,6 +412,7 @@ class SeedOrchestrator:
                     random_seed=context.birth_seed(index),
                 )
             adaptation.artifact_id = arrival.ready.artifact_id
+            adaptation.fallbacks = arrival.kernel.manifest.fallbacks
         self._incubate(adaptation)
 
     def _incubate(self, adaptation: Adaptation) -> None:

@@ -5,6 +5,7 @@ What the training side tells the mesh: health batches, state packets, seed event
 
 from collections import abc as _abc
 from esper.v1 import blueprint_pb2 as _blueprint_pb2
+from esper.v1 import kernel_pb2 as _kernel_pb2
 from esper.v1 import lifecycle_pb2 as _lifecycle_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -888,6 +889,7 @@ class FieldReport(_message.Message):
     ADAPTATION_TYPE_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     RACE_ID_FIELD_NUMBER: _builtins.int
+    FALLBACKS_FIELD_NUMBER: _builtins.int
     report_id: _builtins.str
     """Id of the report; a second one with the same id is ignored."""
     adaptation_id: _builtins.str
@@ -942,6 +944,10 @@ class FieldReport(_message.Message):
     def created_at(self) -> _timestamp_pb2.Timestamp:
         """When."""
 
+    @_builtins.property
+    def fallbacks(self) -> _containers.RepeatedCompositeFieldContainer[_kernel_pb2.CompileFallback]:
+        """Targets that the compile of its kernel gave up, in the order they were tried; empty where the kernel is of the target wanted, or none was loaded."""
+
     def __init__(
         self,
         *,
@@ -967,10 +973,11 @@ class FieldReport(_message.Message):
         adaptation_type: _builtins.str = ...,
         source: _builtins.str = ...,
         race_id: _builtins.str = ...,
+        fallbacks: _abc.Iterable[_kernel_pb2.CompileFallback] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_contribution", b"_contribution", "_cost", b"_cost", "_price", b"_price", "_run_progress", b"_run_progress", "contribution", b"contribution", "cost", b"cost", "created_at", b"created_at", "price", b"price", "run_progress", b"run_progress", "site", b"site"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_contribution", b"_contribution", "_cost", b"_cost", "_price", b"_price", "_run_progress", b"_run_progress", "adaptation_id", b"adaptation_id", "adaptation_type", b"adaptation_type", "artifact_id", b"artifact_id", "begun_epoch", b"begun_epoch", "blueprint_id", b"blueprint_id", "contribution", b"contribution", "cost", b"cost", "created_at", b"created_at", "decision_confidence", b"decision_confidence", "graft_steps", b"graft_steps", "isolated_steps", b"isolated_steps", "layer", b"layer", "outcome", b"outcome", "price", b"price", "race_id", b"race_id", "reason", b"reason", "report_id", b"report_id", "run_id", b"run_id", "run_progress", b"run_progress", "seed_index", b"seed_index", "site", b"site", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_contribution", b"_contribution", "_cost", b"_cost", "_price", b"_price", "_run_progress", b"_run_progress", "adaptation_id", b"adaptation_id", "adaptation_type", b"adaptation_type", "artifact_id", b"artifact_id", "begun_epoch", b"begun_epoch", "blueprint_id", b"blueprint_id", "contribution", b"contribution", "cost", b"cost", "created_at", b"created_at", "decision_confidence", b"decision_confidence", "fallbacks", b"fallbacks", "graft_steps", b"graft_steps", "isolated_steps", b"isolated_steps", "layer", b"layer", "outcome", b"outcome", "price", b"price", "race_id", b"race_id", "reason", b"reason", "report_id", b"report_id", "run_id", b"run_id", "run_progress", b"run_progress", "seed_index", b"seed_index", "site", b"site", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__contribution: _TypeAlias = _typing.Literal["contribution"]  # noqa: Y015
     _WhichOneofArgType__contribution: _TypeAlias = _typing.Literal["_contribution", b"_contribution"]  # noqa: Y015

@@ -16,9 +16,10 @@ from esper.contracts import wire
 from esper.contracts.blueprint import AttributeValue, BlueprintIR, Expression, IRNode, Site, SiteKind
 from esper.contracts.decision import ParameterChange
 from esper.contracts.errors import CorruptDataError, InvalidInputError
+from esper.contracts.kernel import CompileFallback, CompileTarget
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.contracts.run import SeedStatus, SystemStatePacket
-from esper.v1 import blueprint_pb2, lifecycle_pb2, telemetry_pb2
+from esper.contracts.run import FieldReport, SeedStatus, SystemStatePacket
+from esper.v1 import blueprint_pb2, kernel_pb2, lifecycle_pb2, telemetry_pb2
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=8)
 FLOAT32 = st.floats(width=32, allow_nan=False)
@@ -137,6 +138,15 @@ def test_a_change_of_a_version_without_groups_is_one_of_every_group() -> None:
 def test_a_change_of_one_group_survives_the_wire(group: int | None, resets_state: bool) -> None:
     change = ParameterChange(weight_decay_factor=2.0, group=group, resets_state=resets_state)
     assert wire.parse(wire.serialize(change), ParameterChange) == change
+
+
+def test_a_field_report_of_a_version_without_fall_backs_is_read() -> None:
+    message = telemetry_pb2.FieldReport(report_id="r1", outcome=telemetry_pb2.ADAPTATION_OUTCOME_KEPT)
+    message.created_at.GetCurrentTime()
+    assert wire.parse(message.SerializeToString(), FieldReport).fallbacks == ()
+    message.fallbacks.add(target=kernel_pb2.COMPILE_TARGET_TORCHSCRIPT, reason="no operator")
+    given_up = (CompileFallback(target=CompileTarget.TORCHSCRIPT, reason="no operator"),)
+    assert wire.parse(message.SerializeToString(), FieldReport).fallbacks == given_up
 
 
 def test_empty_attribute_is_refused() -> None:

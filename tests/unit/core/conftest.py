@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -104,7 +104,7 @@ def decide() -> Callable[..., AdaptationDecision]:
 def kernel_for() -> Callable[[AdaptationDecision], KernelArrival]:
     """Make the arrival of the kernel that a decision asks for: packed, signed and verified."""
 
-    def make(decision: AdaptationDecision) -> KernelArrival:
+    def make(decision: AdaptationDecision, **changes: Any) -> KernelArrival:
         assert decision.blueprint is not None
         assert decision.site is not None
         ir, site = decision.blueprint.ir, decision.site
@@ -120,7 +120,7 @@ def kernel_for() -> Callable[[AdaptationDecision], KernelArrival]:
             checks=(ValidationCheck(name="packed", passed=True),),
             compilation_time=timedelta(0),
         )
-        kernel = verify(artifact_bytes(pack(content, KEY)), KEY.ring())
+        kernel = verify(artifact_bytes(pack(replace(content, **changes), KEY)), KEY.ring())
         ready = KernelReady(
             adaptation_id=decision.adaptation_id,
             run_id="r",
