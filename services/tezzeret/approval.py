@@ -8,7 +8,8 @@ nothing that it made is run here:
                 tensor are equal
     binary      of a target that the request may end at, and harmless (``esper.execution.archives``): no operator, no
                 pickle and no record that a kernel does not need
-    checks      every row that the target must have is there and passed
+    checks      every row that the target must have is there and passed, that of a second process among them unless
+                the worker was a thread
 
 What stays the worker's word are the figures in the rows, and that harmless bytes compute what the graph says. Neither
 reaches training: a run builds the trainable form from graph and weights, and compiled bytes run only where somebody
@@ -39,8 +40,16 @@ _WEIGHT_TOLERANCE: Final = 1e-5
 """Largest difference of a weight drawn here and there: an orthogonal one depends on the number of threads a little."""
 
 
-def approve(artifact: KernelArtifact, spec: CompileSpec, signer: SigningKey) -> tuple[KernelManifest, bytes]:
+def approve(
+    artifact: KernelArtifact, spec: CompileSpec, signer: SigningKey, *, processes: bool
+) -> tuple[KernelManifest, bytes]:
     """Sign a worker's kernel once it answers the request; give manifest and serialised artefact.
+
+    Args:
+        artifact: What the worker made.
+        spec: What was asked for.
+        signer: Key to sign with.
+        processes: Whether the worker is a process, which must have held itself against a second one.
 
     Raises:
         CompilationError: The kernel is not what was asked for, could do harm, or has a check that failed.
@@ -66,7 +75,7 @@ def approve(artifact: KernelArtifact, spec: CompileSpec, signer: SigningKey) -> 
     if manifest.target not in _targets(spec):
         wrong.append("target")
     rows = {row.name for row in manifest.checks}
-    missing = required_rows(manifest.target, spec.device) - rows
+    missing = required_rows(manifest.target, spec.device, processes=processes) - rows
     if missing or not manifest.validated:
         wrong.append(f"checks ({', '.join(sorted(missing)) or 'one failed'})")
     if wrong:

@@ -42,7 +42,7 @@ class CompilerConfig:
     cuda: bool = False
     """Whether worker processes reach this machine's CUDA devices, where it has any, to try and time forms for them."""
     check_processes: bool = False
-    """Whether determinism is checked in a forked process too; worker processes always do, threads must not."""
+    """Whether determinism is checked in a forked process too; worker processes must, threads must not."""
 
     def __post_init__(self) -> None:
         _positive(self, "max_parameters", "max_memory_bytes", "max_latency_ms")

@@ -274,7 +274,7 @@ class JobRunner:
         approved: list[_Signed] = []
 
         def check(artifact: KernelArtifact) -> None:
-            approved.append(approve(artifact, job.spec, self._signer))
+            approved.append(approve(artifact, job.spec, self._signer, processes=self._pool.processes))
 
         await self._pool.compile(job.spec, on_phase, check)
         return approved[0]

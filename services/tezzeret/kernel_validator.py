@@ -5,8 +5,8 @@
                   results on random, zero and large inputs in float32 and bfloat16
     compiled_*    the compiled form against the module: shapes for several batches, equal results, equal gradients,
                   equal bits over repeated runs, finite on extreme inputs in both kinds
-    processes     a second process builds, loads the compiled form, and computes the same bits with either (only where
-                  the worker may fork)
+    processes     a second process builds, loads the compiled form, and computes the same bits with either (of worker
+                  processes alone, and of each of them: a thread must not fork)
     latency       best forward pass of one example, in milliseconds
     memory        bytes of parameters, and of what autograd keeps of one example, measured on the trainable form
 
@@ -53,6 +53,7 @@ _COMPILED_ROWS: Final = frozenset(
 _FORM_ROWS: Final = frozenset({"compiled_equality"})
 _TRAINED_ROWS: Final = frozenset({"compiled_gradients"})
 _OPTIMIZED_ROWS: Final = frozenset({"optimized_equality", "optimized_latency"})
+_PROCESS_ROWS: Final = frozenset({"determinism_processes"})
 _ROW_NAMES: Final = {"identity": "identity_at_birth", "gradients": "gradient_flow"}
 _RUNS: Final = 5
 _EXTREME: Final = 1e4
@@ -83,11 +84,18 @@ class Candidate:
         return _stirred_pair(module, spec, self.form.target, self.form.binary)
 
 
-def required_rows(target: CompileTarget, device: DeviceKind) -> frozenset[str]:
-    """Give the names of the rows that a kernel of a target and a device must carry."""
+def required_rows(target: CompileTarget, device: DeviceKind, *, processes: bool) -> frozenset[str]:
+    """Give the names of the rows that a kernel must carry.
+
+    Args:
+        target: Target that it reached.
+        device: Device that it is for.
+        processes: Whether a worker process made it, and so had a second one to compare itself with.
+    """
     rows = _CONTRACT_ROWS | _COMPILED_ROWS
     rows |= _FORM_ROWS if target is not CompileTarget.EAGER else frozenset()
     rows |= _TRAINED_ROWS if target in _TRAINABLE else frozenset()
+    rows |= _PROCESS_ROWS if processes else frozenset()
     return rows | (frozenset() if device is DeviceKind.CPU else _OPTIMIZED_ROWS)
 
 

@@ -60,6 +60,11 @@ class WorkerPool:
         return self.config.num_workers
 
     @property
+    def processes(self) -> bool:
+        """Whether the workers are processes; else they are threads of this one."""
+        return self.config.mode == "process"
+
+    @property
     def sandbox(self) -> tuple[ValidationCheck, ...]:
         """One row per protection of the workers, as the newest worker reported them."""
         return self._sandbox

@@ -63,6 +63,13 @@ async def test_a_hostile_archive_of_a_compromised_worker_reaches_nobody_and_ends
         os.kill(liar, 0)
 
 
+async def test_a_kernel_that_no_second_process_vouches_for_is_not_signed(mesh: CompileMesh) -> None:
+    job = await mesh.compile(replace(SPEC, random_seed=3))
+    assert (job.phase, job.deliveries) == (pb.JOB_PHASE_DEAD, 3), job.error
+    assert job.error.endswith("it differs in checks (determinism_processes)")
+    assert (await mesh.compile(SPEC)).phase == pb.JOB_PHASE_SUCCEEDED, "an honest worker has the row"
+
+
 async def test_a_worker_that_names_no_phase_there_is_is_ended_and_its_job_dies(mesh: CompileMesh) -> None:
     job = await mesh.compile(replace(SPEC, random_seed=2))
     assert job.phase == pb.JOB_PHASE_DEAD, job.error

@@ -60,9 +60,10 @@ async def test_a_process_compiles_without_network_or_keys(pool: WorkerPool) -> N
     artifact = await pool.compile(SPEC, phases.append)
     assert phases == [JobPhase.COMPILING, JobPhase.VALIDATING, JobPhase.PACKAGING]
     assert artifact.signature == b""
-    manifest, data = approve(artifact, SPEC, KEY)
+    manifest, data = approve(artifact, SPEC, KEY, processes=pool.processes)
     assert verify(data, KEY.ring()).artifact_id == manifest.artifact_id
     assert "determinism_processes" in {check.name for check in manifest.checks}
+    assert pool.processes
     assert {row.name for row in pool.sandbox} == {"parent", "limits", "files", "scope", "network"}
     exported = await pool.compile(replace(SPEC, target=CompileTarget.EXPORTED_PROGRAM))
     assert exported.binary

@@ -18,7 +18,14 @@ from esper.blueprints import BlueprintRegistry, parse_text, to_module
 from esper.blueprints.ir import MAX_NODES
 from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.errors import CompilationError, CorruptDataError
-from esper.contracts.kernel import CompileSpec, CompileTarget, DeviceKind, KernelArtifact, KernelManifest
+from esper.contracts.kernel import (
+    CompileSpec,
+    CompileTarget,
+    DeviceKind,
+    KernelArtifact,
+    KernelManifest,
+    ValidationCheck,
+)
 from esper.contracts.wire import parse
 from esper.execution.archive_calls import MAX_EXPANDED_OPERATIONS
 from esper.execution.archives import inspect_binary
@@ -30,7 +37,7 @@ from esper.services.tezzeret.compiler import compile_module, load_torchscript
 from esper.services.tezzeret.config import CompilerConfig
 from esper.services.tezzeret.default_sites import DEFAULT_SITES, default_site
 from esper.services.tezzeret.kernel_optimizer import _RECIPES
-from esper.services.tezzeret.kernel_validator import stir
+from esper.services.tezzeret.kernel_validator import required_rows, stir
 from esper.services.tezzeret.worker import TezzeretWorker
 from tests import hostile_archives as hostile
 
@@ -223,7 +230,7 @@ def test_machine_code_cannot_be_looked_through_and_eager_has_no_bytes() -> None:
 
 def test_an_honest_kernel_is_approved(kernel: KernelArtifact) -> None:
     for artifact in (kernel, remade(kernel)):
-        manifest, data = approve(artifact, hostile.SPEC, KEY)
+        manifest, data = approve(artifact, hostile.SPEC, KEY, processes=False)
         assert verify(data, KEY.ring()).artifact_id == manifest.artifact_id
 
 
@@ -266,17 +273,33 @@ LIES: dict[str, tuple[Callable[[KernelArtifact], dict[str, Any]], str]] = {
 def test_a_worker_that_lies_gets_no_signature(kernel: KernelArtifact, name: str) -> None:
     change, said = LIES[name]
     with pytest.raises(CompilationError, match=said):
-        approve(remade(kernel, **change(kernel)), hostile.SPEC, KEY)
+        approve(remade(kernel, **change(kernel)), hostile.SPEC, KEY, processes=False)
 
 
 def test_a_failed_or_missing_row_gets_no_signature(kernel: KernelArtifact) -> None:
     checks = parse(kernel.manifest, KernelManifest).checks
     without = tuple(row for row in checks if row.name != "compiled_equality")
     with pytest.raises(CompilationError, match=r"differs in checks \(compiled_equality\)"):
-        approve(remade(kernel, checks=without), hostile.SPEC, KEY)
+        approve(remade(kernel, checks=without), hostile.SPEC, KEY, processes=False)
     failed = tuple(replace(row, passed=row.name != "latency") for row in checks)
     with pytest.raises(CompilationError, match=r"differs in checks \(one failed\)"):
-        approve(remade(kernel, checks=failed), hostile.SPEC, KEY)
+        approve(remade(kernel, checks=failed), hostile.SPEC, KEY, processes=False)
+
+
+@pytest.mark.parametrize("device", DeviceKind)
+@pytest.mark.parametrize("target", CompileTarget)
+def test_a_worker_process_must_have_asked_a_second_one(target: CompileTarget, device: DeviceKind) -> None:
+    more = required_rows(target, device, processes=True) - required_rows(target, device, processes=False)
+    assert more == {"determinism_processes"}
+
+
+def test_a_kernel_that_only_a_thread_may_give_gets_no_signature_from_a_process(kernel: KernelArtifact) -> None:
+    with pytest.raises(CompilationError, match=r"differs in checks \(determinism_processes\)"):
+        approve(kernel, hostile.SPEC, KEY, processes=True)
+    row = ValidationCheck(name="determinism_processes", passed=True)
+    checks = (*parse(kernel.manifest, KernelManifest).checks, row)
+    manifest, _ = approve(remade(kernel, checks=checks), hostile.SPEC, KEY, processes=True)
+    assert manifest.checks == checks
 
 
 def test_weights_written_in_another_way_get_no_signature(kernel: KernelArtifact) -> None:
@@ -293,7 +316,7 @@ def test_orthogonal_weights_are_approved_from_a_process_with_other_threads() -> 
     spec = CompileSpec(ir=parse_text(text), site=DEFAULT_SITES[0])
     artifact = TezzeretWorker().compile_spec(spec).artifact
     weights = {name: value * (1 + 1e-7) for name, value in load_weights(artifact.weights).items()}
-    approve(remade(artifact, weights=weights), spec, KEY)
+    approve(remade(artifact, weights=weights), spec, KEY, processes=False)
 
 
 def test_the_trainer_loads_no_hostile_archive_though_it_is_signed(kernel: KernelArtifact, tmp_path: Path) -> None:
