@@ -56,14 +56,17 @@ def sweep(
 
 def set_state(
     reference: Reference,
-    state: Annotated[StateName, typer.Argument(help=f"State to reach, the one after its own: {_STATES}.")],
+    state: Annotated[
+        StateName, typer.Argument(help=f"State to reach, the one after its own: {_STATES}; or active again.")
+    ],
     reason: Reason,
     as_json: Json = False,
     timeout: Timeout = 10.0,
 ) -> None:
     """Take the next step of a blueprint's life cycle: draft, validated, active, deprecated, retired.
 
-    Asking for the state it is in changes nothing. Exit code 1 when the life cycle does not lead there from its own.
+    One that is deprecated can be made active again; one that is retired stays so. Asking for the state it is in changes
+    nothing. Exit code 1 when the life cycle does not lead there from its own.
     """
     asked = urza_service_pb2.GetBlueprintRequest(reference=reference)
     found = call("urza", "GetBlueprint", asked, timeout).blueprint

@@ -250,10 +250,33 @@ class BlueprintStoreContract(_StoreSuite):
         for place, state in enumerate(BlueprintState):
             if place:
                 await store.blueprints.set_state(blueprint.id, state, actor="ann", reason="")
-            for wrong in set(BlueprintState) - set(list(BlueprintState)[place : place + 2]):
-                with pytest.raises(InvalidTransitionError, match=rf"{state.name} leads to \w+\), got {wrong.name}"):
+            back = {BlueprintState.ACTIVE} if state is BlueprintState.DEPRECATED else set()
+            for wrong in set(BlueprintState) - set(list(BlueprintState)[place : place + 2]) - back:
+                with pytest.raises(InvalidTransitionError, match=rf"{state.name} leads to .+\), got {wrong.name}"):
                     await store.blueprints.set_state(blueprint.id, wrong, actor="ann", reason="")
         assert len(await store.blueprints.history(blueprint.id)) == len(BlueprintState)
+
+    async def test_what_is_deprecated_can_be_offered_again_but_not_what_is_retired(self, store: UrzaStore) -> None:
+        draft = BlueprintDraft(name="b", ir=graph(1), state=BlueprintState.ACTIVE)
+        blueprint, _ = await store.blueprints.create(draft)
+        for state in (BlueprintState.DEPRECATED, BlueprintState.ACTIVE):
+            await store.blueprints.set_state(blueprint.id, state, actor="ann", reason=f"to {state.name}")
+        assert await names(store, states=(BlueprintState.ACTIVE,)) == ["b"]
+        back = (await store.blueprints.history(blueprint.id))[-1]
+        assert (back.from_state, back.to_state) == (BlueprintState.DEPRECATED, BlueprintState.ACTIVE)
+        assert (back.actor, back.reason) == ("ann", "to ACTIVE")
+        for state in (BlueprintState.DEPRECATED, BlueprintState.RETIRED):
+            await store.blueprints.set_state(blueprint.id, state, actor="ann", reason="")
+        with pytest.raises(InvalidTransitionError, match="RETIRED leads to nothing"):
+            await store.blueprints.set_state(blueprint.id, BlueprintState.ACTIVE, actor="ann", reason="")
+
+    async def test_a_step_that_is_meant_from_one_state_is_not_taken_from_another(self, store: UrzaStore) -> None:
+        active, deprecated, validated = BlueprintState.ACTIVE, BlueprintState.DEPRECATED, BlueprintState.VALIDATED
+        blueprint, _ = await store.blueprints.create(BlueprintDraft(name="b", ir=graph(1), state=active))
+        await store.blueprints.set_state(blueprint.id, deprecated, actor="ann", reason="")
+        with pytest.raises(InvalidTransitionError, match="state must be VALIDATED for this step to ACTIVE, got DEPREC"):
+            await store.blueprints.set_state(blueprint.id, active, actor="ann", reason="", before=validated)
+        assert (await store.blueprints.get("b")).state is deprecated
 
     async def test_a_repeated_step_changes_nothing(self, store: UrzaStore) -> None:
         blueprint = await put(store, 1)

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 import pytest
 
+from esper import __version__
 from esper.blueprints.ir import content_id
 from esper.blueprints.registry import BlueprintRegistry
 from esper.contracts.blueprint import Blueprint, BlueprintState, Lineage
 from esper.execution.keys import SigningKey
 from esper.mesh.database import Database
+from esper.services.urza.blueprint_records import BlueprintRecord
 from esper.services.urza.blueprint_store import BlueprintStore, LineageDirection
 from esper.services.urza.rules import BlueprintDraft, BlueprintQuery, PageRequest
 from esper.services.urza.seeding import seed_library
 from esper.services.urza.store import UrzaStore
+from esper.services.urza.template_releases import TemplateReleases
 from esper.testing.urza_samples import field_report, graph, kernel_bytes
 
 ACTIVE, DEPRECATED = BlueprintState.ACTIVE, BlueprintState.DEPRECATED
@@ -30,6 +34,14 @@ def release(number: int) -> BlueprintRegistry:
     registry = BlueprintRegistry()
     registry.register_template("moving", lambda: graph(number))
     registry.register_template("resting", lambda: graph(1000))
+    return registry
+
+
+def shipping(**numbers: int) -> BlueprintRegistry:
+    """Give the templates of a release by their names and the numbers of their graphs."""
+    registry = BlueprintRegistry()
+    for name, number in numbers.items():
+        registry.register_template(name, lambda number=number: graph(number))  # type: ignore[misc]
     return registry
 
 
@@ -132,3 +144,89 @@ class SeedingContract:
         assert await offered(store) == [("moving", 2), ("resting", 1)]
         history = await store.blueprints.history(content_id(graph(2)))
         assert [step.to_state.name for step in history] == ["DRAFT", "VALIDATED", "ACTIVE"]
+
+    async def test_what_was_offered_again_by_hand_stays_so(self, store: UrzaStore) -> None:
+        first = shipping(moving=1, gone=5)
+        for registry in (first, shipping(moving=2), first):
+            await seed_library(store.blueprints, registry)
+        assert await offered(store) == [("moving", 2)]
+        for number in (1, 5):
+            await store.blueprints.set_state(content_id(graph(number)), ACTIVE, actor="ann", reason="better here")
+        for number in (2, 3, 3):
+            await seed_library(store.blueprints, shipping(moving=number))
+        assert await offered(store) == [("gone", 1), ("moving", 1), ("moving", 3)]
+
+    async def test_an_older_replica_that_is_overtaken_does_not_offer_its_template_again(
+        self, database: Database, store: UrzaStore
+    ) -> None:
+        class Overtaken(BlueprintStore):
+            async def set_state(self, blueprint_id: str, state: BlueprintState, **said: Any) -> Blueprint:
+                if state is ACTIVE:
+                    for number in (1, 2):
+                        await seed_library(store.blueprints, release(number))
+                return await super().set_state(blueprint_id, state, **said)
+
+        await seed_library(Overtaken(database, max_blueprints=100), release(1))
+        assert await offered(store) == [("moving", 2), ("resting", 1)]
+
+
+class UnshippedContract:
+    """What a release no longer ships is no longer offered, whoever starts when."""
+
+    @pytest.fixture
+    async def store(self, database: Database) -> UrzaStore:
+        """Give a store."""
+        return UrzaStore(database)
+
+    async def test_a_template_that_is_no_longer_shipped_is_no_longer_offered(
+        self, store: UrzaStore, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        await seed_library(store.blueprints, shipping(stays=1, goes=2))
+        by_hand = (Lineage(operator="manual", author="registry"), Lineage(operator="template", author="ann"))
+        for number, lineage in enumerate(by_hand, 50):
+            draft = BlueprintDraft(name=f"mine-{number}", ir=graph(number), lineage=lineage, state=ACTIVE)
+            await store.blueprints.create(draft)
+        with caplog.at_level(logging.INFO):
+            for _ in range(2):
+                await seed_library(store.blueprints, shipping(stays=1))
+        assert await offered(store) == [("mine-50", 1), ("mine-51", 1), ("stays", 1)]
+        history = await store.blueprints.history(content_id(graph(2)))
+        assert [step.to_state.name for step in history] == ["DRAFT", "VALIDATED", "ACTIVE", "DEPRECATED"]
+        assert (history[-1].actor, history[-1].reason) == ("registry", f"no longer shipped with Esper {__version__}")
+        assert caplog.messages.count("template_no_longer_shipped") == 1
+
+    async def test_releases_that_start_in_turns_take_nothing_back(self, store: UrzaStore) -> None:
+        older, newer = shipping(stays=1, goes=2), shipping(stays=1, comes=3)
+        for registry in (older, newer):
+            await seed_library(store.blueprints, registry)
+        taken = [await store.blueprints.history(content_id(graph(number))) for number in (1, 2, 3)]
+        for registry in (older, newer, older, older, newer):
+            await seed_library(store.blueprints, registry)
+            assert await offered(store) == [("comes", 1), ("stays", 1)]
+        assert taken == [await store.blueprints.history(content_id(graph(number))) for number in (1, 2, 3)]
+        assert [len(steps) for steps in taken] == [3, 4, 3]
+
+    async def test_a_newer_release_that_starts_meanwhile_keeps_its_templates(
+        self, database: Database, store: UrzaStore
+    ) -> None:
+        class Overtaken(TemplateReleases):
+            async def offered(self) -> tuple[BlueprintRecord, ...]:
+                await seed_library(store.blueprints, shipping(stays=1, comes=3))
+                return await super().offered()
+
+        slow = BlueprintStore(database, max_blueprints=100)
+        slow.templates = Overtaken(database)
+        await seed_library(slow, shipping(stays=1))
+        assert await offered(store) == [("comes", 1), ("stays", 1)]
+
+    async def test_a_template_that_was_renamed_stays_offered(self, store: UrzaStore) -> None:
+        await seed_library(store.blueprints, shipping(old=1))
+        await seed_library(store.blueprints, shipping(new=1))
+        assert await offered(store) == [("old", 1)]
+
+    async def test_a_library_of_a_release_that_kept_no_order_is_put_right(self, store: UrzaStore) -> None:
+        made = Lineage(operator="template", author="registry")
+        for number, name in enumerate(("goes", "stays"), 1):
+            await store.blueprints.create(BlueprintDraft(name=name, ir=graph(number), lineage=made, state=ACTIVE))
+        await seed_library(store.blueprints, shipping(stays=2))
+        assert await offered(store) == [("stays", 1)]

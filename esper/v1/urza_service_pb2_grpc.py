@@ -116,7 +116,7 @@ class UrzaServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetBlueprint(self, request, context):
-        """Give one blueprint. NOT_FOUND when there is none.
+        """Give one blueprint. NOT_FOUND when there is none, DATA_LOSS when it is damaged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,20 +124,22 @@ class UrzaServiceServicer:
 
     def SearchBlueprints(self, request, context):
         """Give the blueprints that match, ordered by name and version, page by page.
+        DATA_LOSS when one of the page is damaged; then it was set aside, and the page can be asked for again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetLineage(self, request, context):
-        """Give ancestors or descendants. NOT_FOUND when the blueprint is unknown.
+        """Give ancestors or descendants. NOT_FOUND when the blueprint is unknown, DATA_LOSS as of SearchBlueprints.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetBlueprintState(self, request, context):
-        """Move a blueprint through its life cycle. FAILED_PRECONDITION when the step is not allowed, NOT_FOUND when it is unknown.
+        """Move a blueprint through its life cycle: one state on, or from DEPRECATED back to ACTIVE.
+        FAILED_PRECONDITION when the step is not allowed, NOT_FOUND when it is unknown. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,13 +38,17 @@ class UrzaServiceStub:
     CreateBlueprint: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.CreateBlueprintRequest, _urza_service_pb2.CreateBlueprintResponse]
     """Store a blueprint as a new version of its name. Idempotent: the same IR under the same name answers the version that exists."""
     GetBlueprint: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.GetBlueprintRequest, _urza_service_pb2.GetBlueprintResponse]
-    """Give one blueprint. NOT_FOUND when there is none."""
+    """Give one blueprint. NOT_FOUND when there is none, DATA_LOSS when it is damaged."""
     SearchBlueprints: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.SearchBlueprintsRequest, _urza_service_pb2.SearchBlueprintsResponse]
-    """Give the blueprints that match, ordered by name and version, page by page."""
+    """Give the blueprints that match, ordered by name and version, page by page.
+    DATA_LOSS when one of the page is damaged; then it was set aside, and the page can be asked for again.
+    """
     GetLineage: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.GetLineageRequest, _urza_service_pb2.GetLineageResponse]
-    """Give ancestors or descendants. NOT_FOUND when the blueprint is unknown."""
+    """Give ancestors or descendants. NOT_FOUND when the blueprint is unknown, DATA_LOSS as of SearchBlueprints."""
     SetBlueprintState: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.SetBlueprintStateRequest, _urza_service_pb2.SetBlueprintStateResponse]
-    """Move a blueprint through its life cycle. FAILED_PRECONDITION when the step is not allowed, NOT_FOUND when it is unknown."""
+    """Move a blueprint through its life cycle: one state on, or from DEPRECATED back to ACTIVE.
+    FAILED_PRECONDITION when the step is not allowed, NOT_FOUND when it is unknown. Idempotent.
+    """
     UploadKernel: _grpc.StreamUnaryMultiCallable[_urza_service_pb2.UploadKernelRequest, _urza_service_pb2.UploadKernelResponse]
     """Store a kernel sent in chunks, in order. DATA_LOSS when the digest or signature does not hold; then nothing is stored. Idempotent.
     One that broke goes on from the offset that GetKernelUpload gives; FAILED_PRECONDITION when so much is not kept: ask again.
@@ -76,13 +80,17 @@ class UrzaServiceAsyncStub(UrzaServiceStub):
     CreateBlueprint: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.CreateBlueprintRequest, _urza_service_pb2.CreateBlueprintResponse]  # type: ignore[assignment]
     """Store a blueprint as a new version of its name. Idempotent: the same IR under the same name answers the version that exists."""
     GetBlueprint: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.GetBlueprintRequest, _urza_service_pb2.GetBlueprintResponse]  # type: ignore[assignment]
-    """Give one blueprint. NOT_FOUND when there is none."""
+    """Give one blueprint. NOT_FOUND when there is none, DATA_LOSS when it is damaged."""
     SearchBlueprints: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.SearchBlueprintsRequest, _urza_service_pb2.SearchBlueprintsResponse]  # type: ignore[assignment]
-    """Give the blueprints that match, ordered by name and version, page by page."""
+    """Give the blueprints that match, ordered by name and version, page by page.
+    DATA_LOSS when one of the page is damaged; then it was set aside, and the page can be asked for again.
+    """
     GetLineage: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.GetLineageRequest, _urza_service_pb2.GetLineageResponse]  # type: ignore[assignment]
-    """Give ancestors or descendants. NOT_FOUND when the blueprint is unknown."""
+    """Give ancestors or descendants. NOT_FOUND when the blueprint is unknown, DATA_LOSS as of SearchBlueprints."""
     SetBlueprintState: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.SetBlueprintStateRequest, _urza_service_pb2.SetBlueprintStateResponse]  # type: ignore[assignment]
-    """Move a blueprint through its life cycle. FAILED_PRECONDITION when the step is not allowed, NOT_FOUND when it is unknown."""
+    """Move a blueprint through its life cycle: one state on, or from DEPRECATED back to ACTIVE.
+    FAILED_PRECONDITION when the step is not allowed, NOT_FOUND when it is unknown. Idempotent.
+    """
     UploadKernel: _aio.StreamUnaryMultiCallable[_urza_service_pb2.UploadKernelRequest, _urza_service_pb2.UploadKernelResponse]  # type: ignore[assignment]
     """Store a kernel sent in chunks, in order. DATA_LOSS when the digest or signature does not hold; then nothing is stored. Idempotent.
     One that broke goes on from the offset that GetKernelUpload gives; FAILED_PRECONDITION when so much is not kept: ask again.
@@ -123,7 +131,7 @@ class UrzaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _urza_service_pb2.GetBlueprintRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_urza_service_pb2.GetBlueprintResponse, _abc.Awaitable[_urza_service_pb2.GetBlueprintResponse]]:
-        """Give one blueprint. NOT_FOUND when there is none."""
+        """Give one blueprint. NOT_FOUND when there is none, DATA_LOSS when it is damaged."""
 
     @_abc_1.abstractmethod
     def SearchBlueprints(
@@ -131,7 +139,9 @@ class UrzaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _urza_service_pb2.SearchBlueprintsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_urza_service_pb2.SearchBlueprintsResponse, _abc.Awaitable[_urza_service_pb2.SearchBlueprintsResponse]]:
-        """Give the blueprints that match, ordered by name and version, page by page."""
+        """Give the blueprints that match, ordered by name and version, page by page.
+        DATA_LOSS when one of the page is damaged; then it was set aside, and the page can be asked for again.
+        """
 
     @_abc_1.abstractmethod
     def GetLineage(
@@ -139,7 +149,7 @@ class UrzaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _urza_service_pb2.GetLineageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_urza_service_pb2.GetLineageResponse, _abc.Awaitable[_urza_service_pb2.GetLineageResponse]]:
-        """Give ancestors or descendants. NOT_FOUND when the blueprint is unknown."""
+        """Give ancestors or descendants. NOT_FOUND when the blueprint is unknown, DATA_LOSS as of SearchBlueprints."""
 
     @_abc_1.abstractmethod
     def SetBlueprintState(
@@ -147,7 +157,9 @@ class UrzaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _urza_service_pb2.SetBlueprintStateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_urza_service_pb2.SetBlueprintStateResponse, _abc.Awaitable[_urza_service_pb2.SetBlueprintStateResponse]]:
-        """Move a blueprint through its life cycle. FAILED_PRECONDITION when the step is not allowed, NOT_FOUND when it is unknown."""
+        """Move a blueprint through its life cycle: one state on, or from DEPRECATED back to ACTIVE.
+        FAILED_PRECONDITION when the step is not allowed, NOT_FOUND when it is unknown. Idempotent.
+        """
 
     @_abc_1.abstractmethod
     def UploadKernel(

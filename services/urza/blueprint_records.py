@@ -7,11 +7,11 @@ a millisecond, not twenty. The graph's bytes are held against the content id tha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from esper.contracts import wire
@@ -37,6 +37,10 @@ _PARTS: Final = tuple(
     (part, blueprint_pb2.Blueprint.DESCRIPTOR.fields_by_name[part].number) for part in ("ir", "metadata", "lineage")
 )
 """Parts that rest as their wire bytes, with the numbers of their fields."""
+_MESSAGES: Final[Mapping[str, type[Message]]] = {
+    "metadata": blueprint_pb2.BlueprintMetadata,
+    "lineage": blueprint_pb2.Lineage,
+}
 _BLUEPRINTS: Final = pb.SearchBlueprintsResponse.DESCRIPTOR.fields_by_name["blueprints"].number
 
 
@@ -69,6 +73,9 @@ FIELDS: Final = (
 SOURCE: Final = "urza_blueprints b LEFT JOIN urza_statistics s ON s.blueprint_id = b.id"
 """Tables in which `FIELDS` are found."""
 
+LISTED: Final = "b.set_aside_at_us IS NULL"
+"""Condition for those that a listing may hold: all that nobody has found to have rotted."""
+
 
 def blueprint_of(record: BlueprintRecord) -> Blueprint:
     """Give the blueprint of a record.
@@ -81,8 +88,8 @@ def blueprint_of(record: BlueprintRecord) -> Blueprint:
         name=record.name,
         version=record.version,
         ir=_ir_of(_sound(record).ir),
-        metadata=wire.parse(record.metadata, BlueprintMetadata),
-        lineage=wire.parse(record.lineage, Lineage),
+        metadata=wire.from_wire(readable_part(record, "metadata"), BlueprintMetadata),
+        lineage=wire.from_wire(readable_part(record, "lineage"), Lineage),
         state=BlueprintState(record.state),
         created_at=moment_of(record.created_at_us),
         statistics=_statistics_of(record),
@@ -113,6 +120,36 @@ def page_message(records: Sequence[BlueprintRecord], next_page_token: str) -> pb
         answer = pb.SearchBlueprintsResponse(blueprints=map(message_of, records))  # says which one is damaged
     answer.next_page_token = next_page_token
     return answer
+
+
+def rot_of(record: BlueprintRecord) -> CorruptDataError | None:
+    """Give what does not hold of a record; ``None`` for a sound one.
+
+    A part that parses and breaks a rule is no rot: a newer build, which knows more kinds, may have written it.
+    """
+    try:
+        _sound(record)
+        for part in ("metadata", "lineage"):
+            readable_part(record, part)
+    except CorruptDataError as error:
+        return error
+    return None
+
+
+def readable_part(record: BlueprintRecord, part: str) -> Message:
+    """Give the message of a record's ``metadata`` or ``lineage``.
+
+    Raises:
+        CorruptDataError: It does not parse.
+    """
+    message_type = _MESSAGES[part]
+    try:
+        return message_type.FromString(getattr(record, part))
+    except DecodeError as error:
+        raise CorruptDataError(
+            f"{part} of {record.name}@{record.version} must be as it was stored, it does not parse: {error}",
+            parameter=part,
+        ) from error
 
 
 def mean(total: float, count: int) -> float | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final, NamedTuple
@@ -19,7 +20,6 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from esper.blueprints.ir import canonical_bytes
-from esper.contracts import wire
 from esper.contracts.blueprint import (
     Blueprint,
     BlueprintCost,
@@ -30,6 +30,7 @@ from esper.contracts.blueprint import (
 from esper.contracts.errors import (
     AlreadyExistsError,
     CapacityExceededError,
+    CorruptDataError,
     InvalidInputError,
     InvalidTransitionError,
     NotFoundError,
@@ -38,17 +39,23 @@ from esper.mesh.database import Database
 from esper.mesh.driver_reads import ReadScript, Statement
 from esper.mesh.page_token import decode_page_token, encode_page_token
 from esper.services.urza import queries
-from esper.services.urza.blueprint_records import FIELDS, SOURCE, BlueprintRecord, blueprint_of
+from esper.services.urza.blueprint_records import (
+    FIELDS,
+    LISTED,
+    SOURCE,
+    BlueprintRecord,
+    blueprint_of,
+    rot_of,
+)
+from esper.services.urza.blueprint_rot import restore, set_aside
+from esper.services.urza.blueprint_rows import blueprint_row, find_record, finding_rows
 from esper.services.urza.clock import moment_of, now_us
 from esper.services.urza.models import (
     BLUEPRINTS,
     BlueprintNameRow,
     BlueprintRow,
-    CostRow,
     LineageRow,
     StateChangeRow,
-    StatisticsRow,
-    TagRow,
     TotalRow,
 )
 from esper.services.urza.reference_costs import reference_costs
@@ -57,7 +64,7 @@ from esper.services.urza.rules import (
     MAX_ACTOR_CHARS,
     MAX_LINEAGE_DEPTH,
     MAX_REASON_CHARS,
-    NEXT_STATE,
+    NEXT_STATES,
     BlueprintDraft,
     BlueprintQuery,
     Page,
@@ -67,19 +74,12 @@ from esper.services.urza.rules import (
     require_content_id,
     require_text,
 )
+from esper.services.urza.template_releases import TemplateReleases
 
 log = logging.getLogger(__name__)
 
 MAX_RELATIVES: Final = 1_000
 """Most relatives that one lineage answer holds."""
-
-_COLUMNS: Final = (
-    *(BlueprintRow.id, BlueprintRow.name, BlueprintRow.version, BlueprintRow.state, BlueprintRow.ir),
-    *(BlueprintRow.blueprint_metadata, BlueprintRow.lineage, BlueprintRow.created_at_us),
-    *(StatisticsRow.trials, StatisticsRow.kept, StatisticsRow.contribution_sum, StatisticsRow.contribution_count),
-    *(StatisticsRow.latency_ms_sum, StatisticsRow.latency_count),
-)
-"""What `FIELDS` says, for statements inside a transaction."""
 
 
 class LineageDirection(IntEnum):
@@ -117,11 +117,14 @@ class BlueprintStore:
         self._token_key = token_key
         self._counts = queries.RecentCounts()
         self._watch: Callable[[str, BlueprintState], Awaitable[None]] | None = None
+        self.templates = TemplateReleases(database)
+        """Releases whose templates are in the library, in their order."""
 
     async def create(self, draft: BlueprintDraft) -> tuple[Blueprint, bool]:
         """Store a new version, or give the one that is there; say which.
 
-        The same graph under the same name is the same blueprint, whatever is said of it the second time.
+        The same graph under the same name is the same blueprint, whatever is said of it the second time. If its row
+        has rotted, the draft puts right what cannot be read.
 
         Raises:
             InvalidBlueprintError: The graph is not legal; the message names the node at fault.
@@ -132,10 +135,12 @@ class BlueprintStore:
         ir_bytes = canonical_bytes(draft.ir)
         blueprint_id = hashlib.sha256(ir_bytes).hexdigest()
         known = await self._database.read(_by_id(blueprint_id))
-        if known is not None:
+        if known is not None and (known.name != draft.name or rot_of(known) is None):
             return _same_name(known, draft.name), False
         # Laying the graph out at every reference site takes milliseconds that would hold up every other call.
         costs = await asyncio.to_thread(reference_costs, draft.ir, draft.metadata)
+        if known is not None:
+            return await self._restore(draft, blueprint_id, ir_bytes, costs), False
         try:
             return await self._insert(draft, blueprint_id, ir_bytes, costs)
         except IntegrityError:
@@ -151,8 +156,11 @@ class BlueprintStore:
         Raises:
             InvalidInputError: The reference is none of the three.
             NotFoundError: There is no such blueprint.
+            CorruptDataError: Its row has rotted; it was set aside.
         """
-        return blueprint_of((await self.get_record(reference))[0])
+        record, _ = await self.get_record(reference)
+        async with self.watching_rot((record,)):
+            return blueprint_of(record)
 
     async def get_record(self, reference: str) -> tuple[BlueprintRecord, tuple[BlueprintStateChange, ...]]:
         """As `get`, at rest and with its life cycle so far, oldest first."""
@@ -178,9 +186,11 @@ class BlueprintStore:
 
         Raises:
             InvalidInputError: The page token is not one that the same query gave.
+            CorruptDataError: The row of one of them has rotted; it was set aside, and the page can be asked for again.
         """
         found = await self.search_records(query, page)
-        return Page(items=tuple(map(blueprint_of, found.items)), next_token=found.next_token)
+        async with self.watching_rot(found.items):
+            return Page(items=tuple(map(blueprint_of, found.items)), next_token=found.next_token)
 
     async def search_records(self, query: BlueprintQuery, page: PageRequest) -> Page[BlueprintRecord]:
         """As `search`, at rest."""
@@ -203,9 +213,11 @@ class BlueprintStore:
             InvalidInputError: The id is none, or the depth is out of range.
             NotFoundError: The blueprint is not stored.
             CapacityExceededError: There are more than 1,000 relatives, or more than one message holds.
+            CorruptDataError: As for `search`.
         """
         found = await self.lineage_records(blueprint_id, direction, max_depth=max_depth)
-        return tuple(Relative(blueprint=blueprint_of(record), depth=depth) for record, depth in found)
+        async with self.watching_rot([record for record, _ in found]):
+            return tuple(Relative(blueprint=blueprint_of(record), depth=depth) for record, depth in found)
 
     async def lineage_records(
         self, blueprint_id: str, direction: LineageDirection, *, max_depth: int = 0
@@ -224,42 +236,94 @@ class BlueprintStore:
             )
         return found
 
+    @asynccontextmanager
+    async def watching_rot(self, records: Sequence[BlueprintRecord]) -> AsyncIterator[None]:
+        """Set aside those of some records that turn out to have rotted while an answer is made of them."""
+        try:
+            yield
+        except CorruptDataError:
+            for record in records:
+                if rot_of(record) is not None:
+                    await self.set_aside(record.id)
+            raise
+
+    async def set_aside(self, blueprint_id: str) -> bool:
+        """Keep a blueprint whose row has rotted out of every listing; say whether it was listed until now.
+
+        What its row holds stays for people to look into, and whoever asks for it by name or id is told that it is
+        damaged, until `create` is given its graph again. A sound one is left alone.
+
+        Raises:
+            NotFoundError: The blueprint is not stored.
+        """
+        async with self._database.session() as session:
+            record = await _locked(session, blueprint_id)
+            rot = rot_of(record)
+            changed = rot is not None and await set_aside(session, record, rot)
+        if changed:
+            extra = {"blueprint_id": blueprint_id, "blueprint": f"{record.name}@{record.version}", "error": str(rot)}
+            log.error("blueprint_set_aside", extra=extra)
+        return changed
+
     def watch_state(self, watch: Callable[[str, BlueprintState], Awaitable[None]]) -> None:
         """Have somebody told of every change of state, by blueprint, once it is stored."""
         self._watch = watch
 
-    async def set_state(self, blueprint_id: str, state: BlueprintState, *, actor: str, reason: str) -> Blueprint:
-        """Take the next step of the life cycle; asking for the state that holds already changes nothing.
+    async def set_state(
+        self,
+        blueprint_id: str,
+        state: BlueprintState,
+        *,
+        actor: str,
+        reason: str,
+        before: BlueprintState | None = None,
+    ) -> Blueprint:
+        """Take a step of the life cycle, on or back to the offer; asking for the state that holds changes nothing.
+
+        With ``before``, only from that state: who decided by what was read is not overtaken by another's steps.
 
         Raises:
             InvalidInputError: The id, actor or reason breaks its rule.
             NotFoundError: The blueprint is not stored.
-            InvalidTransitionError: The life cycle does not lead there from where it stands.
+            InvalidTransitionError: The life cycle does not lead there from where it stands, or it stands elsewhere.
         """
         require_content_id("blueprint_id", blueprint_id)
         require_text("actor", actor, max_chars=MAX_ACTOR_CHARS)
         require_text("reason", reason, max_chars=MAX_REASON_CHARS)
         async with self._database.session() as session:
             record = await _locked(session, blueprint_id)
-            before = BlueprintState(record.state)
-            if state is not before:
-                _check_step(before, state)
+            held = BlueprintState(record.state)
+            if state is not held:
+                _check_step(held, state, before)
                 this = update(BlueprintRow).where(BlueprintRow.id == blueprint_id)
                 await session.execute(this.values(state=int(state)))
-                await _add_change(session, blueprint_id, before, state, actor=actor, reason=reason)
+                await _add_change(session, blueprint_id, held, state, actor=actor, reason=reason)
                 await session.flush()
-        if state is not before:
+        if state is not held:
             log.info("blueprint_state", extra={"blueprint_id": blueprint_id, "state": state.name, "actor": actor})
             if self._watch is not None:
                 await self._watch(blueprint_id, state)
         return blueprint_of(record._replace(state=int(state)))
+
+    async def _restore(
+        self, draft: BlueprintDraft, blueprint_id: str, ir_bytes: bytes, costs: Mapping[SiteKind, BlueprintCost]
+    ) -> Blueprint:
+        """Put a blueprint whose row has rotted right by a draft of its graph."""
+        await self.set_aside(blueprint_id)
+        async with self._database.session() as session:
+            record = await _locked(session, blueprint_id)
+            if rot_of(record) is not None:  # else another writer has done so in between
+                record = await restore(session, record, draft, ir_bytes, costs)
+        extra = {"blueprint_id": blueprint_id, "blueprint": f"{record.name}@{record.version}"}
+        log.warning("blueprint_restored", extra=extra)
+        return blueprint_of(record)
 
     async def _insert(
         self, draft: BlueprintDraft, blueprint_id: str, ir_bytes: bytes, costs: Mapping[SiteKind, BlueprintCost]
     ) -> tuple[Blueprint, bool]:
         async with self._database.session() as session:
             name_row = await self._lock_name(session, draft.name)
-            known = await _find(session, blueprint_id)
+            known = await find_record(session, blueprint_id)
             if known is not None:
                 return _same_name(known, draft.name), False
             await _check_parents(session, draft.lineage.parent_ids)
@@ -267,16 +331,14 @@ class BlueprintStore:
             await session.execute(
                 update(BlueprintNameRow).where(BlueprintNameRow.name == draft.name).values(newest_version=version)
             )
-            row = _row(draft, blueprint_id, ir_bytes, version)
-            session.add(row)
+            session.add(blueprint_row(draft, blueprint_id, ir_bytes, version))
             await session.flush()
-            session.add_all(TagRow(blueprint_id=blueprint_id, tag=tag) for tag in draft.metadata.tags)
             session.add_all(LineageRow(child_id=blueprint_id, parent_id=parent) for parent in draft.lineage.parent_ids)
-            session.add_all(_cost_row(blueprint_id, kind, cost) for kind, cost in costs.items())
+            session.add_all(finding_rows(blueprint_id, draft.metadata, costs))
             actor = draft.lineage.author or "unknown"
             await _add_change(session, blueprint_id, None, draft.state, actor=actor, reason="stored")
             await session.flush()
-            found = await _find(session, blueprint_id)
+            found = await find_record(session, blueprint_id)
             assert found is not None
             await self._take_room(session)
         log.info("blueprint_stored", extra={"blueprint_id": blueprint_id, "blueprint": f"{draft.name}@{version}"})
@@ -298,29 +360,6 @@ class BlueprintStore:
                 f"the library must hold at most {self._max_blueprints} blueprints, got one more",
                 parameter="max_blueprints",
             )
-
-
-def _row(draft: BlueprintDraft, blueprint_id: str, ir_bytes: bytes, version: int) -> BlueprintRow:
-    return BlueprintRow(
-        id=blueprint_id,
-        name=draft.name,
-        version=version,
-        state=int(draft.state),
-        ir=ir_bytes,
-        blueprint_metadata=wire.serialize(draft.metadata),
-        lineage=wire.serialize(draft.lineage),
-        searchable=f"{draft.name}\n{draft.metadata.description}".casefold(),
-        site_kinds=_mask(draft.metadata.site_kinds),
-        created_at_us=now_us(),
-    )
-
-
-def _cost_row(blueprint_id: str, kind: SiteKind, cost: BlueprintCost) -> CostRow:
-    return CostRow(blueprint_id=blueprint_id, site_kind=int(kind), parameters=cost.parameters, flops=cost.flops)
-
-
-def _mask(kinds: tuple[SiteKind, ...]) -> int:
-    return sum(1 << kind for kind in kinds)
 
 
 class _Condition(NamedTuple):
@@ -383,18 +422,8 @@ def _history(blueprint_id: str) -> ReadScript[tuple[BlueprintStateChange, ...]]:
     )
 
 
-async def _find(session: AsyncSession, blueprint_id: str, *, lock: bool = False) -> BlueprintRecord | None:
-    joined = select(*_COLUMNS).select_from(BlueprintRow)
-    statement = joined.outerjoin(StatisticsRow, StatisticsRow.blueprint_id == BlueprintRow.id)
-    statement = statement.where(BlueprintRow.id == blueprint_id)
-    if lock:
-        statement = statement.with_for_update(of=BlueprintRow)
-    row = (await session.execute(statement)).one_or_none()
-    return None if row is None else BlueprintRecord(*tuple(row))
-
-
 async def _locked(session: AsyncSession, blueprint_id: str) -> BlueprintRecord:
-    found = await _find(session, blueprint_id, lock=True)
+    found = await find_record(session, blueprint_id, lock=True)
     if found is None:
         raise _unknown(blueprint_id)
     return found
@@ -422,12 +451,16 @@ async def _check_parents(session: AsyncSession, parent_ids: tuple[str, ...]) -> 
         )
 
 
-def _check_step(before: BlueprintState, after: BlueprintState) -> None:
-    allowed = NEXT_STATE.get(before)
-    if after is not allowed:
-        then = "nothing" if allowed is None else allowed.name
+def _check_step(held: BlueprintState, after: BlueprintState, before: BlueprintState | None) -> None:
+    allowed = NEXT_STATES[held]
+    if after not in allowed:
+        then = " or ".join(state.name for state in allowed) or "nothing"
         raise InvalidTransitionError(
-            f"state must follow the life cycle ({before.name} leads to {then}), got {after.name}", parameter="state"
+            f"state must follow the life cycle ({held.name} leads to {then}), got {after.name}", parameter="state"
+        )
+    if before is not None and held is not before:
+        raise InvalidTransitionError(
+            f"state must be {before.name} for this step to {after.name}, got {held.name}", parameter="state"
         )
 
 
@@ -467,7 +500,7 @@ def _relatives(
         f"UNION SELECT p.{there}, w.depth + 1 FROM walk w JOIN urza_blueprint_parents p ON p.{here} = w.id "
         f"WHERE w.depth < {max_depth:d}) "
         f"SELECT {FIELDS}, n.depth FROM (SELECT id, min(depth) AS depth FROM walk GROUP BY id) n "
-        "JOIN urza_blueprints b ON b.id = n.id LEFT JOIN urza_statistics s ON s.blueprint_id = b.id "
+        f"JOIN urza_blueprints b ON b.id = n.id AND {LISTED} LEFT JOIN urza_statistics s ON s.blueprint_id = b.id "
         f"ORDER BY n.depth, b.name, b.version LIMIT {MAX_RELATIVES + 1}",
         (blueprint_id,),
     )

@@ -20,6 +20,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -84,6 +85,26 @@ class BlueprintRow(Base):
     site_kinds: Mapped[int] = mapped_column(Integer)
     """One bit per kind it is meant for; 0 means every kind."""
     created_at_us: Mapped[int] = mapped_column(BigInteger)
+    set_aside_at_us: Mapped[int | None] = mapped_column(BigInteger)
+    """When it was found to have rotted; no listing holds it from then on. Absent for a sound one."""
+
+
+class RottenBlueprintRow(Base):
+    """What a blueprint's row held when it was found to have rotted: for people to look into, never served."""
+
+    __tablename__ = "urza_rotten_blueprints"
+
+    blueprint_id: Mapped[str] = mapped_column(byte_ordered(64), primary_key=True)
+    found_at_us: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    found: Mapped[str] = mapped_column(Text)
+    """What did not hold, in words."""
+    name: Mapped[str] = mapped_column(byte_ordered(128))
+    version: Mapped[int] = mapped_column(Integer)
+    state: Mapped[int] = mapped_column(Integer)
+    ir: Mapped[bytes] = mapped_column(LargeBinary)
+    blueprint_metadata: Mapped[bytes] = mapped_column("metadata", LargeBinary)
+    lineage: Mapped[bytes] = mapped_column(LargeBinary)
+    created_at_us: Mapped[int] = mapped_column(BigInteger)
 
 
 class TagRow(Base):
@@ -123,6 +144,19 @@ class TotalRow(Base):
 
 BLUEPRINTS = "blueprints"
 """Name of the total of blueprints, all versions counted."""
+RELEASES = "template_releases"
+"""Name of the total of releases that have seeded the library; its row lock puts them in line."""
+
+
+class TemplateReleaseRow(Base):
+    """One release whose templates were put into the library."""
+
+    __tablename__ = "urza_template_releases"
+
+    digest: Mapped[str] = mapped_column(byte_ordered(64), primary_key=True)
+    """Digest over the release and its templates."""
+    sequence: Mapped[int] = mapped_column(BigInteger)
+    """Which one it was, from 1, by when it came first."""
 
 
 class LineageRow(Base):
@@ -137,10 +171,23 @@ class LineageRow(Base):
     parent_id: Mapped[str] = mapped_column(byte_ordered(64), ForeignKey("urza_blueprints.id"), primary_key=True)
 
 
+REGISTRY = "registry"
+"""Who stores the templates that ship with Esper."""
+_OF_REGISTRY = text(f"sequence = 1 AND actor = '{REGISTRY}'")
+
+
 class StateChangeRow(Base):
     """One step of a blueprint's life cycle."""
 
     __tablename__ = "urza_state_changes"
+    __table_args__ = (
+        Index(
+            "ix_urza_state_changes_of_registry",
+            "blueprint_id",
+            sqlite_where=_OF_REGISTRY,
+            postgresql_where=_OF_REGISTRY,
+        ),
+    )
 
     blueprint_id: Mapped[str] = mapped_column(
         byte_ordered(64), ForeignKey("urza_blueprints.id", ondelete="CASCADE"), primary_key=True

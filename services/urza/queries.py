@@ -23,7 +23,7 @@ from typing import Any, Final
 from esper.contracts.blueprint import BlueprintBounds
 from esper.contracts.tag_expression import AllOf, Not, Tag, TagExpression, covers
 from esper.mesh.driver_reads import ReadScript, Statement
-from esper.services.urza.blueprint_records import FIELDS, SOURCE, BlueprintRecord
+from esper.services.urza.blueprint_records import FIELDS, LISTED, SOURCE, BlueprintRecord
 from esper.services.urza.rules import BlueprintQuery
 
 FEW: Final = 10_000
@@ -104,8 +104,8 @@ def page(
     conditions += _conditions(query, sql)
     if after is not None:
         conditions.append(f"(b.name, b.version) > ({sql.put_all(after)})")
-    where = f"WHERE {' AND '.join(conditions)} " if conditions else ""
-    return sql.statement(f"SELECT {FIELDS} FROM {SOURCE} {where}ORDER BY b.name, b.version LIMIT {limit:d}")
+    where = " AND ".join([*conditions, LISTED])
+    return sql.statement(f"SELECT {FIELDS} FROM {SOURCE} WHERE {where} ORDER BY b.name, b.version LIMIT {limit:d}")
 
 
 def _tag_conditions(query: BlueprintQuery, sql: Parameters, key: str) -> Iterator[str]:

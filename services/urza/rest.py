@@ -164,7 +164,7 @@ def _writing_routes(store: UrzaStore) -> APIRouter:
 
     @router.post("/{reference}/state")
     async def set_state(reference: str, body: SetStateBody) -> BlueprintBody:
-        """Take the next step of the life cycle."""
+        """Take the next step of the life cycle, or the one from DEPRECATED back to ACTIVE."""
         blueprint = await store.blueprints.get(reference)
         state = BlueprintState[body.state.value]
         changed = await store.blueprints.set_state(blueprint.id, state, actor=body.actor, reason=body.reason)

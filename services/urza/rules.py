@@ -48,13 +48,14 @@ OPERATORS: Final = ("template", "mutation", "crossover", "simplification", "manu
 """Ways to make a blueprint."""
 FIRST_STATES: Final = (BlueprintState.DRAFT, BlueprintState.VALIDATED, BlueprintState.ACTIVE)
 """States in which a blueprint may be stored."""
-NEXT_STATE: Final = {
-    BlueprintState.DRAFT: BlueprintState.VALIDATED,
-    BlueprintState.VALIDATED: BlueprintState.ACTIVE,
-    BlueprintState.ACTIVE: BlueprintState.DEPRECATED,
-    BlueprintState.DEPRECATED: BlueprintState.RETIRED,
+NEXT_STATES: Final = {
+    BlueprintState.DRAFT: (BlueprintState.VALIDATED,),
+    BlueprintState.VALIDATED: (BlueprintState.ACTIVE,),
+    BlueprintState.ACTIVE: (BlueprintState.DEPRECATED,),
+    BlueprintState.DEPRECATED: (BlueprintState.RETIRED, BlueprintState.ACTIVE),
+    BlueprintState.RETIRED: (),
 }
-"""The one step that each state allows; RETIRED allows none."""
+"""Where each state leads; the way back from DEPRECATED is for people, the library itself never takes it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

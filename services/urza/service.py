@@ -66,10 +66,11 @@ class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
     async def GetBlueprint(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
         """Give one blueprint with its life cycle so far."""
         record, history = await self._store.blueprints.get_record(request.reference)
-        return urza_service_pb2.GetBlueprintResponse(
-            blueprint=message_of(record),
-            history=[cast("blueprint_pb2.BlueprintStateChange", to_wire(change)) for change in history],
-        )
+        async with self._store.blueprints.watching_rot((record,)):
+            return urza_service_pb2.GetBlueprintResponse(
+                blueprint=message_of(record),
+                history=[cast("blueprint_pb2.BlueprintStateChange", to_wire(change)) for change in history],
+            )
 
     async def SearchBlueprints(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
         """Give one page of the blueprints that match."""
@@ -84,7 +85,8 @@ class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
             bounds=from_wire(request.bounds, BlueprintBounds),
         )
         page = await self._store.blueprints.search_records(query, _page_of(request))
-        return page_message(page.items, page.next_token)
+        async with self._store.blueprints.watching_rot(page.items):
+            return page_message(page.items, page.next_token)
 
     async def GetLineage(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
         """Give ancestors or descendants."""
@@ -92,13 +94,14 @@ class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
         relatives = await self._store.blueprints.lineage_records(
             request.blueprint_id, cast("LineageDirection", direction), max_depth=request.max_depth
         )
-        entries = [
-            urza_service_pb2.LineageEntry(blueprint=message_of(record), depth=depth) for record, depth in relatives
-        ]
+        async with self._store.blueprints.watching_rot([record for record, _ in relatives]):
+            entries = [
+                urza_service_pb2.LineageEntry(blueprint=message_of(record), depth=depth) for record, depth in relatives
+            ]
         return urza_service_pb2.GetLineageResponse(entries=entries)
 
     async def SetBlueprintState(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
-        """Take the next step of a blueprint's life cycle."""
+        """Take the next step of a blueprint's life cycle, or the one back to the offer."""
         blueprint = await self._store.blueprints.set_state(
             request.blueprint_id, _state_of(request.state), actor=request.actor, reason=request.reason
         )

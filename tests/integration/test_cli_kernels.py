@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import signal
@@ -192,6 +193,14 @@ def test_a_draft_goes_through_its_life_cycle_step_by_step(esper: Esper, stored: 
     assert esper("blueprints", "state", stored, "active", "--reason", "again")[0] == 0
     shown = json.loads(esper("blueprints", "show", stored, "--json")[1])
     assert [step["reason"] for step in shown["history"]] == ["stored", "it was tried", "it was tried"]
+    for state in ("deprecated", "active"):
+        code, output, _ = esper("blueprints", "state", stored, state, "--reason", f"now {state}")
+        assert (code, output.split()[-1]) == (0, state)
+    shown = json.loads(esper("blueprints", "show", stored, "--json")[1])
+    assert [(step["actor"], step["reason"]) for step in shown["history"][-2:]] == [
+        (getpass.getuser(), "now deprecated"),
+        (getpass.getuser(), "now active"),
+    ]
     assert esper("blueprints", "state", "no-such", "active", "--reason", "x")[0] == 1
 
 

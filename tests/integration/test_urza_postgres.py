@@ -26,7 +26,8 @@ from esper.testing.urza_query_contract import (
     TagExpressionContract,
     TotalContract,
 )
-from esper.testing.urza_seeding_contract import SeedingContract
+from esper.testing.urza_rot_contract import RotContract
+from esper.testing.urza_seeding_contract import SeedingContract, UnshippedContract
 from esper.testing.urza_template import Library, rows_of
 
 
@@ -74,6 +75,14 @@ class TestFiguresMigration(FiguresMigrationContract):
 
 
 class TestSeeding(SeedingContract):
+    pass
+
+
+class TestUnshipped(UnshippedContract):
+    pass
+
+
+class TestRot(RotContract):
     pass
 
 

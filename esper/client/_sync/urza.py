@@ -123,7 +123,7 @@ class UrzaClient:
     def set_blueprint_state(
         self, blueprint_id: str, state: BlueprintState, *, actor: str, reason: str
     ) -> Blueprint:
-        """Move a blueprint through its life cycle."""
+        """Move a blueprint through its life cycle: one state on, or from DEPRECATED back to ACTIVE."""
         request = urza_service_pb2.SetBlueprintStateRequest(
             blueprint_id=blueprint_id, state=_state(state), actor=actor, reason=reason
         )

@@ -124,6 +124,13 @@ async def test_the_life_cycle_is_followed(store: UrzaStore, client: httpx.AsyncC
     assert (await client.post("/v1/blueprints/b/state", json=step)).json()["state"] == "VALIDATED"
     refused = await client.post("/v1/blueprints/b/state", json=step | {"state": "RETIRED"})
     assert "VALIDATED leads to ACTIVE" in problem(refused, 409, "INVALID_TRANSITION")
+    for state in ("ACTIVE", "DEPRECATED", "ACTIVE"):
+        answer = await client.post("/v1/blueprints/b/state", json=step | {"state": state, "reason": "tried"})
+        assert answer.json()["state"] == state
+    history = (await client.get("/v1/blueprints/b")).json()["history"]
+    assert [(one["actor"], one["from_state"], one["to_state"]) for one in history[-1:]] == [
+        ("ann", "DEPRECATED", "ACTIVE")
+    ]
 
 
 async def test_a_kernel_is_listed_described_and_streamed(store: UrzaStore, client: httpx.AsyncClient) -> None:

@@ -1,4 +1,4 @@
-"""Templates of one release after another, on SQLite."""
+"""Templates of one release after another, and blueprints that rot, on SQLite."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from esper.mesh.database import Database
-from esper.testing.urza_seeding_contract import SeedingContract
+from esper.testing.urza_rot_contract import RotContract
+from esper.testing.urza_seeding_contract import SeedingContract, UnshippedContract
 from esper.testing.urza_template import lay_out
 
 
@@ -19,4 +20,12 @@ async def database() -> AsyncIterator[Database]:
 
 
 class TestSeeding(SeedingContract):
+    pass
+
+
+class TestUnshipped(UnshippedContract):
+    pass
+
+
+class TestRot(RotContract):
     pass

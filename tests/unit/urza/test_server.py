@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
@@ -15,9 +16,12 @@ from esper.blueprints.registry import BlueprintRegistry, default_registry
 from esper.contracts import wire
 from esper.contracts.blueprint import Blueprint, BlueprintMetadata, BlueprintState, SiteKind
 from esper.contracts.errors import ConfigError, InvalidStateError, PortInUseError, UnavailableError
+from esper.contracts.run import FieldReport
 from esper.contracts.wire import from_wire
 from esper.execution.keys import SigningKey
 from esper.mesh import LOOPBACK, MeshServer, ServerConfig, open_channel
+from esper.services.urza import report_consumer
+from esper.services.urza.report_store import Recorded, ReportStore
 from esper.services.urza.rules import BlueprintDraft, BlueprintQuery, PageRequest
 from esper.services.urza.seeding import seed_library
 from esper.services.urza.server import UrzaConfig, UrzaService, register
@@ -104,6 +108,20 @@ async def test_seeding_again_changes_nothing_and_respects_the_operator(tmp_path:
         assert await everything(service) == [withdrawn, *before[1:]]
 
 
+async def test_a_library_with_a_rotten_template_starts_and_serves_it_from_the_package(tmp_path: Path) -> None:
+    settings = config(database_url=f"sqlite:///{tmp_path}/urza.db", seed_templates=True)
+    async with UrzaService(settings, key_ring=RING) as service:
+        before = await everything(service)
+    connection = sqlite3.connect(tmp_path / "urza.db")
+    with connection:
+        connection.execute("UPDATE urza_blueprints SET ir = x'ff' WHERE name = 'lora'")
+        connection.execute("UPDATE urza_blueprints SET metadata = x'ff', lineage = x'ff' WHERE name = 'gated_mlp'")
+    connection.close()
+    async with UrzaService(settings, key_ring=RING) as service:
+        await service.ready()
+        assert await everything(service) == before
+
+
 async def test_a_start_that_was_cut_short_is_finished_by_the_next() -> None:
     async with UrzaService(config(), key_ring=RING) as service:
         template = default_registry().create_blueprint("lora")
@@ -138,6 +156,33 @@ async def test_field_reports_come_off_the_bus(bus: Bus) -> None:
                     break
                 await asyncio.sleep(0)
         await service.ready()
+
+
+async def test_a_report_waits_for_a_store_that_is_away_longer_than_deliveries_last(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = 0
+    record = ReportStore.record
+
+    async def away_for_long(self: ReportStore, report: FieldReport) -> Recorded:
+        nonlocal attempts
+        attempts += 1
+        if attempts <= 2 * report_consumer._MAX_DELIVER:
+            raise UnavailableError("the store is away")
+        return await record(self, report)
+
+    monkeypatch.setattr(ReportStore, "record", away_for_long)
+    monkeypatch.setattr(report_consumer, "_RETRY_DELAY_S", 0.001)
+    async with UrzaService(config(), bus=bus, key_ring=RING) as service:
+        said = field_report("r1", blueprint_id="ab" * 32, estimate=0.5)
+        await bus.publish(build_subject("run-1", Kind.FIELD_REPORT), wire.serialize(said), durable=True)
+        async with asyncio.timeout(10):
+            while True:
+                statistics = await service.store.reports.statistics("ab" * 32)
+                if statistics is not None:
+                    break
+                await asyncio.sleep(0)
+        assert statistics.trials == 1
 
 
 async def test_a_report_that_makes_no_sense_goes_to_the_dead_letters(bus: Bus) -> None:

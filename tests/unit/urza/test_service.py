@@ -178,6 +178,18 @@ async def test_the_life_cycle_is_followed(stub: Any) -> None:
         await stub.SetBlueprintState(request)
 
 
+async def test_what_is_deprecated_is_offered_again_on_request(stub: Any) -> None:
+    blueprint = await create(stub)
+    steps = ("VALIDATED", "ACTIVE", "DEPRECATED", "ACTIVE")
+    for state in steps:
+        number = blueprint_pb2.BlueprintState.Value(f"BLUEPRINT_STATE_{state}")
+        request = pb.SetBlueprintStateRequest(blueprint_id=blueprint.id, state=number, actor="ann", reason=state)
+        assert (await stub.SetBlueprintState(request)).blueprint.state == number
+    history = (await stub.GetBlueprint(pb.GetBlueprintRequest(reference=blueprint.id))).history
+    assert [(step.actor, step.reason) for step in history[1:]] == [("ann", state) for state in steps]
+    assert history[-1].from_state == blueprint_pb2.BLUEPRINT_STATE_DEPRECATED
+
+
 async def test_a_kernel_goes_up_and_comes_down_and_verifies(stub: Any) -> None:
     payload = kernel_bytes(KEY, weight_floats=200_000)
     response = await upload(stub, payload)
