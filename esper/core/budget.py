@@ -45,7 +45,7 @@ class Booking:
     cost: BlueprintCost
     """Its cost."""
     group: str
-    """Race it belongs to, or its own id."""
+    """Race it belongs to, or one of its own (``_alone``)."""
     is_blended: bool = False
     """Whether it is blended in beside others of its race."""
 
@@ -100,7 +100,7 @@ class BudgetLedger:
         reason = self.refusal(cost, group)
         if reason is not None:
             raise BudgetExceededError(f"budget must not be exceeded: {reason}", parameter="budget")
-        self._booked[adaptation_id] = Booking(cost, group or adaptation_id)
+        self._booked[adaptation_id] = Booking(cost, group or _alone(adaptation_id))
         self._adaptations += 1
 
     def fit_together(self, adaptation_ids: Sequence[str]) -> bool:
@@ -128,7 +128,7 @@ class BudgetLedger:
         Nothing is exceeded once they are released.
         """
         kept = self._booked[adaptation_id]
-        self._booked[adaptation_id] = Booking(kept.cost, adaptation_id)
+        self._booked[adaptation_id] = Booking(kept.cost, _alone(adaptation_id))
         rest = ((key, one) for key, one in self._booked.items() if one.group == kept.group and not one.is_blended)
         found = {key: self._excess(one.cost, one.group, later=True) for key, one in rest}
         return {key: reason for key, reason in found.items() if reason is not None}
@@ -150,7 +150,7 @@ class BudgetLedger:
         """
         found = {key: parse(bytes.fromhex(cost), BlueprintCost) for key, cost in state["booked"].items()}
         blended = frozenset(state.get("blended", ()))
-        self._booked = {key: Booking(cost, groups.get(key, key), key in blended) for key, cost in found.items()}
+        self._booked = {key: Booking(cost, groups.get(key, _alone(key)), key in blended) for key, cost in found.items()}
         self._adaptations = max(state["begun"], self._adaptations)
 
     def clear(self) -> None:
@@ -168,6 +168,11 @@ class BudgetLedger:
             max_adaptations=self._max_adaptations,
             adaptations=self._adaptations,
         )
+
+
+def _alone(adaptation_id: str) -> str:
+    """Give the name of a group of one: not the bare id, which is the name of a race for one of its rivals."""
+    return f"alone:{adaptation_id}"
 
 
 def _total(bookings: Iterable[Booking]) -> tuple[int, int]:

@@ -321,7 +321,7 @@ class SeedOrchestrator:
         now_s = time.monotonic()
         found = {key: Adaptation.from_plain(item, now_s) for key, item in state["adaptations"].items()}
         self.adaptations = found | kept
-        groups = {key: item.decision.group if item.open else key for key, item in found.items()}
+        groups = {key: item.decision.group for key, item in found.items() if item.open}
         self._context.ledger.load_state_dict(state, groups)
         self._leaving.load_state_dict(state, found)
         self._ramps = {key: BlendSchedule(**item) for key, item in state["ramps"].items()}

@@ -85,3 +85,17 @@ def test_a_checkpoint_knows_who_is_still_in_a_race() -> None:
     assert second.status().added_parameters == 95, "the one still in the race shares with who joins it"
     second.clear()
     assert (second.status().added_parameters, second.status().adaptations) == (0, 0)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_rival_whose_name_the_race_has_is_booked_by_itself_too(resumed: bool) -> None:
+    books = ledger(Budget(added_params=50))
+    for name, parameters in (("a", 30), ("b", 25), ("c", 10)):
+        books.book(name, cost(parameters), "a")
+    books.blend(["a", "c"])
+    assert set(books.keep("a")) == {"b"}, "beside what is kept, there are 20 left"
+    if resumed:
+        books.load_state_dict(books.state_dict(), {"b": "a", "c": "a"})
+    books.release("b")
+    books.keep("c")
+    assert books.status().added_parameters == 40

@@ -37,13 +37,15 @@ class Growth(RuleBasedStateMachine):
         self.seeds: dict[str, Seed] = {}
         self.begun = 0
 
-    @rule(parameters=st.integers(0, 40), flops=st.integers(0, 60), race=st.sampled_from(["", "one", "two"]))
-    def book(self, parameters: int, flops: int, race: str) -> None:
+    @rule(parameters=st.integers(0, 40), flops=st.integers(0, 60), data=st.data())
+    def book(self, parameters: int, flops: int, data: st.DataObject) -> None:
         cost = BlueprintCost(parameters=parameters, flops=flops, activation_bytes=0)
         name = f"a{len(self.seeds)}-{self.begun}"
+        races = sorted({seed.group for seed in self.seeds.values() if not seed.kept})
+        race = data.draw(st.sampled_from([name, *races]))  # a race is called by its first rival's name
         if self.ledger.refusal(cost, race) is None:
             self.ledger.book(name, cost, race)
-            self.seeds[name] = Seed(cost, race or name)
+            self.seeds[name] = Seed(cost, race)
             self.begun += 1
 
     @precondition(lambda self: self.waiting())
@@ -76,7 +78,7 @@ class Growth(RuleBasedStateMachine):
 
     @rule()
     def reload(self) -> None:
-        groups = {key: key if seed.kept else seed.group for key, seed in self.seeds.items()}
+        groups = {key: seed.group for key, seed in self.seeds.items() if not seed.kept}
         self.ledger.load_state_dict(self.ledger.state_dict(), groups)
 
     def waiting(self) -> list[str]:
