@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 from torch.optim import Optimizer
 
-from esper.contracts.blueprint import Blueprint
 from esper.core.budget import BudgetLedger
 from esper.core.clock import RunClock
 from esper.core.control import ControlSplit
@@ -15,9 +13,6 @@ from esper.core.growth import GrowthConfig
 from esper.core.link import RunLink
 from esper.core.losses import LossFunction, PerExampleLoss
 from esper.core.morphable import MorphableModel
-
-_KEEPS_FUNCTION: Final = "function_preserving"
-"""Tag of blueprints that change the host itself."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,7 +52,6 @@ class RunContext:
         """Give the random seed of a seed's first weights: kernels are shared between runs, their draw is the run's."""
         return (self.random_seed + seed_index) % 2**63
 
-    def fitting_seed(self, seed_index: int, blueprint: Blueprint | None) -> int | None:
+    def fitting_seed(self, seed_index: int) -> int | None:
         """Give the random seed for fitting a seed's first weights to data; ``None`` where they stay as drawn."""
-        keeps_function = blueprint is not None and _KEEPS_FUNCTION in blueprint.metadata.tags
-        return None if keeps_function or not self.growth.data_dependent_birth else self.birth_seed(seed_index)
+        return self.birth_seed(seed_index) if self.growth.data_dependent_birth else None

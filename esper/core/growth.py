@@ -39,8 +39,7 @@ class GrowthConfig:
     """Learning rate of a seed while it learns alone (AdamW), > 0."""
     data_dependent_birth: bool = True
     """Whether a seed's first weights are fitted to what its site carries before its first step
-    (``esper.execution.birth``): no unit dead, features of unit variance, its delta still 0. Widenings and deepenings
-    of the host (tag ``function_preserving``) begin as they are drawn."""
+    (``esper.execution.birth``): no unit dead, features of unit variance, its delta still 0."""
     incubation_way: IncubationChoice = "auto"
     """How a seed learns alone: on a trial branch with the host damped, on a plain one, by a local regression, or by
     the one that ``incubation_cost`` has room for."""

@@ -429,7 +429,7 @@ class SeedOrchestrator:
             seed_index=adaptation.seed_index,
             learning_rate=growth.incubation_learning_rate,
             way=affordable_way(growth, kernel_flops=0 if cost is None else cost.flops, host_flops=context.host_flops),
-            fitting_seed=context.fitting_seed(adaptation.seed_index, adaptation.decision.blueprint),
+            fitting_seed=context.fitting_seed(adaptation.seed_index),
         )
 
     def _check_loading(self, adaptation: Adaptation) -> None:

@@ -152,15 +152,30 @@ def test_without_it_they_stay_as_they_were_drawn(
     assert fits == []
 
 
-@pytest.mark.parametrize("template", ["widen", "deepen"])
-def test_a_widening_or_deepening_stays_as_it_was_drawn_to_the_bit(
-    start: Any, line: Any, decide: Any, kernel_for: Any, fits: list[int], template: str
+def test_a_deepening_whose_one_map_begins_at_zero_stays_as_it_was_drawn(
+    start: Any, line: Any, decide: Any, kernel_for: Any
 ) -> None:
     run = start(still())
-    decision = run.grow(line, decide, kernel_for, template=template)
+    decision = run.grow(line, decide, kernel_for, template="deepen")
     run.steps(6)
     assert is_drawn(run, decision)
-    assert fits == []
+
+
+def test_the_units_of_a_widening_are_fitted_and_the_function_is_kept_to_the_bit(
+    start: Any, line: Any, decide: Any, kernel_for: Any, fits: list[int]
+) -> None:
+    run = start(still())
+    decision = run.grow(line, decide, kernel_for, template="widen")
+    run.steps(6)
+    assert not is_drawn(run, decision)
+    assert len(fits) == 1
+    x, _ = run.batches[0]
+    run.model.eval()
+    with torch.no_grad():
+        apart = run.model(x)
+        run.layer.transition(0, State.EVALUATING)
+        run.layer.set_alpha(0, 1.0)
+        assert torch.equal(run.model(x), apart)
 
 
 def test_a_seed_planted_by_hand_is_fitted_too(start: Any, line: Any, decide: Any, fits: list[int]) -> None:
