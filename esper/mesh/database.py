@@ -294,6 +294,10 @@ class Database:
             raise
         except _DRIVER_ERRORS as error:
             raise self._esper_error(error) or error from error
+        except UnicodeDecodeError as error:
+            if connecting:  # SQLite quotes the damaged schema in its message, which Python cannot read then
+                raise CorruptDataError(f"store {self.url} is damaged: {error}") from error
+            raise
         except OSError as error:
             if connecting or isinstance(error, ConnectionError):
                 raise UnavailableError(f"store {self.url} cannot be reached: {str(error) or 'timed out'}") from error
@@ -306,7 +310,7 @@ class Database:
         reason = " ".join(str(origin).split())
         if _is(origin, _SQLITE_FULL, _POSTGRES_FULL):
             return StorageFullError(f"store {self.url} has no room left: {reason}")
-        if _is(origin, _SQLITE_DAMAGED, _POSTGRES_DAMAGED):
+        if _is(origin, _SQLITE_DAMAGED, _POSTGRES_DAMAGED) or _is_undecodable(origin):
             return CorruptDataError(f"store {self.url} is damaged: {reason}")
         lost = isinstance(error, exc.DBAPIError) and error.connection_invalidated
         if lost or isinstance(error, asyncpg.InterfaceError) or _is(origin, _SQLITE_AWAY, _POSTGRES_AWAY):
@@ -321,6 +325,11 @@ def _is(origin: BaseException, sqlite_codes: set[int], postgres_prefixes: tuple[
         return (code & 0xFF) in sqlite_codes
     state = getattr(origin, "sqlstate", None)
     return isinstance(state, str) and state.startswith(postgres_prefixes)
+
+
+def _is_undecodable(origin: BaseException) -> bool:
+    """Tell whether a text of a SQLite file is no text: the one such error that Python raises and SQLite does not."""
+    return isinstance(origin, sqlite3.OperationalError) and not hasattr(origin, "sqlite_errorcode")
 
 
 async def _committed(session: AsyncSession) -> None:

@@ -1,15 +1,19 @@
 """What stores of wire messages share: payloads rest as wire bytes with a CRC-32 beside them, in versioned tables.
 
-A row that no longer reads is left where it is, counted and reported; what it held is missing, and nothing else.
+A row that no longer reads is left where it is, counted and reported; what it held is missing, and nothing else. A
+SQLite file that is damaged as a whole is set aside under another name, for stores that can begin anew.
 """
 
 from __future__ import annotations
 
 import logging
 import zlib
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from sqlalchemy import MetaData, select, update
+from sqlalchemy.engine import make_url
 
 from esper.contracts import wire
 from esper.contracts.errors import CorruptDataError, InvalidInputError, InvalidStateError
@@ -81,3 +85,39 @@ class WireStore:
             self.num_unreadable += 1
             log.error("stored_row_unreadable", extra={"row": name, "kind": cls.__name__, "error": str(error)})
             return None
+
+
+async def open_or_set_aside(url: str, opener: Callable[[str], Awaitable[T]]) -> T:
+    """Open a store whose owner can begin anew; a SQLite file that is damaged is set aside, and a new one begun.
+
+    Args:
+        url: Where the store is.
+        opener: Opens it and reads what its owner stands on, so that damage shows now; closes it where it raises.
+
+    Raises:
+        CorruptDataError: A store other than a SQLite file is damaged.
+        EsperError: Whatever else the opener raises; the file stays where it is.
+    """
+    try:
+        return await opener(url)
+    except CorruptDataError as error:
+        parsed = make_url(url)
+        if parsed.get_backend_name() != "sqlite" or not parsed.database:
+            raise
+        path = Path(parsed.database)
+        aside = set_aside(path)
+        log.error("store_corrupt", extra={"file": path.name, "kept_as": aside.name, "error": str(error)})
+        return await opener(url)
+
+
+def set_aside(path: Path) -> Path:
+    """Move a SQLite file and its companions out of the way, under the first free name; give the new name."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    for suffix in ("-wal", "-shm"):
+        companion = path.with_name(path.name + suffix)
+        if companion.exists():
+            companion.rename(aside.with_name(aside.name + suffix))
+    return aside

@@ -9,12 +9,10 @@ what it taught is missing, and nothing else. A SQLite file that is damaged as a 
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -37,11 +35,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from esper.contracts import wire
 from esper.contracts.decision import AdaptationDecision, AdaptationPlan
-from esper.contracts.errors import CorruptDataError, EsperError
+from esper.contracts.errors import CorruptDataError
 from esper.contracts.lesson import Lesson
 from esper.contracts.run import FieldReport, SystemStatePacket
 from esper.mesh.database import Database
-from esper.mesh.wire_store import WireStore
+from esper.mesh.wire_store import WireStore, open_or_set_aside
 from esper.services.tamiyo.choices import Choice, digest_of
 from esper.services.tamiyo.tables import (
     Base,
@@ -56,8 +54,6 @@ from esper.services.tamiyo.tables import (
     SchemaRow,
 )
 
-log = logging.getLogger(__name__)
-
 SCHEMA_VERSION: Final = 2
 """Version of the tables. Version 1 kept no choices, parts and plans: what was decided then cannot be taken again."""
 
@@ -67,7 +63,6 @@ PACKETS_KEPT: Final = 2_000
 _MAX_IDS: Final = 500
 _MAX_PARTS_REMEMBERED: Final = 20_000
 _LessonColumns = tuple[int, str, str, bytes, int, bytes | None, int | None, int]
-_SQLITE_PREFIX: Final = "sqlite:///"
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -540,40 +535,18 @@ async def open_store(url: str) -> TamiyoStore:
         InvalidStateError: The tables are those of another version.
         UnavailableError: The store cannot be reached.
     """
-    try:
-        return await _prepared(url)
-    except CorruptDataError as error:
-        if not url.startswith(_SQLITE_PREFIX):
-            raise
-        path = Path(url.removeprefix(_SQLITE_PREFIX))
-        aside = set_aside(path)
-        log.error("store_corrupt", extra={"file": path.name, "kept_as": aside.name, "error": str(error)})
-        return await _prepared(url)
+    return await open_or_set_aside(url, _prepared)
 
 
 async def _prepared(url: str) -> TamiyoStore:
-    database = Database.open(url)
-    store = TamiyoStore(database)
+    store = TamiyoStore(Database.open(url))
     try:
         await store.prepare()
         await store.reports()
-    except EsperError:
-        await database.close()
+    except BaseException:
+        await store.database.close()
         raise
     return store
-
-
-def set_aside(path: Path) -> Path:
-    """Move a SQLite file and its companions out of the way, under the first free name; give the new name."""
-    number = 1
-    while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
-        number += 1
-    path.rename(aside)
-    for suffix in ("-wal", "-shm"):
-        companion = path.with_name(path.name + suffix)
-        if companion.exists():
-            companion.rename(aside.with_name(aside.name + suffix))
-    return aside
 
 
 def _microseconds(moment: datetime) -> int:
