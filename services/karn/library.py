@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from esper.contracts.blueprint import Blueprint, BlueprintState
@@ -15,6 +15,9 @@ log = logging.getLogger(__name__)
 
 _MAX_GENERATIONS = 32
 
+Find = Callable[[str], Awaitable[Blueprint | None]]
+"""Gives a design that is known here, by content id."""
+
 
 class Library:
     """Urza over its stub. Belongs to the event loop of its channel."""
@@ -23,8 +26,8 @@ class Library:
         self._urza = urza
         self._timeout_s = call_timeout_s
 
-    async def store(self, design: Blueprint, known: Mapping[str, Blueprint], generation: int = 0) -> Blueprint:
-        """Store a design and give it as the library has it; ancestors it lacks are stored first, from ``known``.
+    async def store(self, design: Blueprint, find: Find, generation: int = 0) -> Blueprint:
+        """Store a design and give it as the library has it; ancestors it lacks are stored first, as ``find`` has them.
 
         Raises:
             NotFoundError: The library lacks an ancestor that is not known here either.
@@ -36,11 +39,12 @@ class Library:
             # Somebody stored the same graph under another name: that one is the design.
             return await self.get(design.id)
         except NotFoundError:
-            parents = [known[name] for name in design.lineage.parent_ids if name in known]
+            found = [await find(name) for name in design.lineage.parent_ids]
+            parents = [parent for parent in found if parent is not None]
             if not parents or generation >= _MAX_GENERATIONS:
                 raise
             for parent in parents:
-                await self.store(parent, known, generation + 1)
+                await self.store(parent, find, generation + 1)
             return await self._create(design)
 
     async def get(self, reference: str) -> Blueprint:

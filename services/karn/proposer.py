@@ -241,7 +241,7 @@ class Proposer:
 
     def _novelty(self, design: _Design) -> float:
         others = [
-            entry.figures
+            entry.look.figures
             for entry in self._archive.entries(design.view.layout.site.kind)
             if entry.blueprint.id != design.blueprint.id
         ]

@@ -13,6 +13,7 @@ from esper.contracts.errors import ConfigError
 from esper.mesh.handlers import Registrar
 from esper.mesh.server import MeshServer
 from esper.services.karn.library import Library
+from esper.services.karn.memory import MAX_LESSONS
 from esper.services.karn.report_loop import ReportLoop, ReportLoopConfig
 from esper.services.karn.service import Karn
 from esper.services.karn.servicer import KarnServicer
@@ -33,6 +34,8 @@ class KarnNodeConfig:
     """Store; by default in memory, gone at the end."""
     surrogate: SurrogateConfig = field(default_factory=SurrogateConfig)
     """Prior of the expected reward."""
+    max_lessons: int = MAX_LESSONS
+    """Newest reports that count, of those that teach something; older ones are kept and forgotten. At least 1."""
     report_loop: ReportLoopConfig = field(default_factory=ReportLoopConfig)
     """How field reports are taken off the bus."""
 
@@ -65,8 +68,9 @@ class KarnNode:
         """
         chosen = config or KarnNodeConfig()
         store = await open_store(chosen.database_url)
-        karn = Karn(store, None if urza is None else Library(urza), surrogate=chosen.surrogate)
+        library = None if urza is None else Library(urza)
         try:
+            karn = Karn(store, library, surrogate=chosen.surrogate, max_lessons=chosen.max_lessons)
             await karn.start()
             loop = None if bus is None else ReportLoop(karn, bus, chosen.report_loop)
             if loop is not None:

@@ -6,36 +6,32 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import NormalDist
 from typing import Final
 
 from esper.blueprints import BlueprintRegistry, default_registry
 from esper.contracts.blueprint import Blueprint, Site, SiteKind
-from esper.contracts.errors import InvalidBlueprintError, InvalidInputError, NotFoundError
-from esper.contracts.run import AdaptationOutcome, FieldReport
+from esper.contracts.errors import (
+    DeadlineExceededError,
+    EsperError,
+    InvalidInputError,
+    NotFoundError,
+    UnavailableError,
+)
+from esper.contracts.run import FieldReport
 from esper.mesh.validation import require_id, require_range
-from esper.services.karn.archive import Archive, Entry
-from esper.services.karn.design import DesignView, view
+from esper.services.karn.archive import Entry
 from esper.services.karn.library import Library
+from esper.services.karn.memory import MAX_LESSONS, Memory, teaches
 from esper.services.karn.proposer import Constraints, Proposal, Proposer
-from esper.services.karn.store import KarnStore
-from esper.services.karn.surrogate import Sample, Surrogate, SurrogateConfig
+from esper.services.karn.store import KarnStore, ReportKey
+from esper.services.karn.surrogate import SurrogateConfig
+from esper.services.karn.waiting import WaitingReports
 from esper.telemetry.subjects import check_run_id
 
 log = logging.getLogger(__name__)
 
-REFERENCE_SITES: Final = (
-    Site(kind=SiteKind.LINEAR, input_shape=(64,), output_shape=(64,)),
-    Site(kind=SiteKind.CONV1D, input_shape=(16, 32), output_shape=(16, 32)),
-    Site(kind=SiteKind.CONV2D, input_shape=(16, 16, 16), output_shape=(16, 16, 16)),
-    Site(kind=SiteKind.ATTENTION, input_shape=(16, 64), output_shape=(16, 64)),
-    Site(kind=SiteKind.LAYER_NORM, input_shape=(64,), output_shape=(64,)),
-    Site(kind=SiteKind.BATCH_NORM1D, input_shape=(64,), output_shape=(64,)),
-    Site(kind=SiteKind.BATCH_NORM2D, input_shape=(16, 16, 16), output_shape=(16, 16, 16)),
-)
-"""Where templates are measured for the archive before a report says where they stand."""
-
-_NORMAL: Final = NormalDist()
+_BATCH: Final = 200
+"""Reports read at once at the start."""
 
 
 class Karn:
@@ -51,6 +47,7 @@ class Karn:
         *,
         registry: BlueprintRegistry | None = None,
         surrogate: SurrogateConfig | None = None,
+        max_lessons: int = MAX_LESSONS,
     ) -> None:
         """Make a designer over an open store.
 
@@ -59,39 +56,33 @@ class Karn:
             library: Where proposals are stored before they are given; ``None`` stores them here alone.
             registry: Templates that designs begin from; ``None`` takes those that ship with Esper.
             surrogate: Prior of the expected reward.
+            max_lessons: Newest reports that count, of those that teach something. At least 1.
+
+        Raises:
+            InvalidInputError: ``max_lessons`` is below 1.
         """
         self.store = store
         self._library = library
         self._registry = registry or default_registry()
-        self._surrogate_config = surrogate
-        self._surrogates: dict[SiteKind, Surrogate] = {}
-        self._archive = Archive()
-        self._designs: dict[str, Blueprint] = {}
+        self._memory = Memory(self._registry, surrogate, max_lessons)
+        self._waiting = WaitingReports(max_lessons)
         self._gate = asyncio.Lock()
-        for name in self._registry.names():
-            template = self._registry.create_blueprint(name)
-            self._designs[template.id] = template
-        for site in REFERENCE_SITES:
-            for template in self._registry.for_site(site):
-                seen = view(template.ir, site)
-                self._archive.add(site.kind, template, seen.cell, seen.figures)
+        templates = [self._registry.create_blueprint(name) for name in self._registry.names()]
+        self._templates = {template.id: template for template in templates}
 
     async def start(self) -> None:
-        """Take in every design and report that is kept.
+        """Take in the newest reports that are kept, and ask the library for designs that were not known.
 
         Raises:
             UnavailableError: The store cannot be reached.
         """
-        self._designs.update(await self.store.designs())
-        reports = await self.store.reports()
-        for report in reports:
-            try:
-                check_report(report)
-            except InvalidInputError as error:  # kept by a version that had fewer rules
-                log.warning("stored_report_refused", extra={"report_id": report.report_id, "error": str(error)})
-            else:
-                self._learn(report)
-        log.info("archive_loaded", extra={"designs": len(self._designs), "reports": len(reports)})
+        before: ReportKey | None = None
+        num_read = 0
+        while not self._memory.is_full and (batch := await self.store.reports(_BATCH, before)):
+            before, num_read = batch[-1][0], num_read + len(batch)
+            await self._take_in([(key, report) for key, report in batch if report is not None])
+        await self._look_up_waiting()
+        log.info("archive_loaded", extra={"reports": num_read, "lessons": self._memory.num_lessons})
 
     async def propose(self, site: Site, count: int, constraints: Constraints, random_seed: int) -> list[Proposal]:
         """Give up to ``count`` proposals, most promising first, each stored before it is given.
@@ -102,18 +93,21 @@ class Karn:
             UnavailableError: The library or the store cannot be reached.
         """
         async with self._gate:
-            proposer = Proposer(self._registry, self._archive, self._surrogate(site.kind))
+            await self._look_up_waiting()
+            proposer = Proposer(self._registry, self._memory.archive, self._memory.surrogate(site.kind))
             found = await asyncio.to_thread(proposer.propose, site, count, constraints, random_seed)
             if self._library is not None:
-                found = [
-                    replace(one, blueprint=await self._library.store(one.blueprint, self._designs)) for one in found
-                ]
-            await self.store.add_designs([one.blueprint for one in found])
-            self._designs.update((one.blueprint.id, one.blueprint) for one in found)
+                found = [replace(one, blueprint=await self._library.store(one.blueprint, self._held)) for one in found]
+            designs = [one.blueprint for one in found]
+            await self.store.add_designs(designs)
+            for design in designs:
+                self._learn_waiting(design)
         return found
 
     async def learn(self, report: FieldReport) -> bool:
         """Keep a report and learn from it, once; false when it was kept before.
+
+        One of a design that nobody knows is learned when the design comes by, or at the next start.
 
         Raises:
             InvalidInputError: The report breaks a rule.
@@ -123,66 +117,75 @@ class Karn:
         async with self._gate:
             if await self.store.has_report(report.report_id):
                 return False
-            await self._look_up(report.blueprint_id)
-            added = await self.store.add_report(report)
-            if added:
-                self._learn(report)
-        return added
+            design = await self._held(report.blueprint_id)
+            if design is None and (design := await self._look_up(report.blueprint_id)) is not None:
+                await self.store.add_designs([design])
+            key = await self.store.add_report(report)
+            if key is not None:
+                self._learn(key, report, design)
+            if design is not None:
+                self._learn_waiting(design)
+        return key is not None
 
     def elites(self, kind: SiteKind) -> Sequence[Entry]:
         """Give the best design of every occupied cell, by the cell's name."""
-        return self._archive.elites(kind)
+        return self._memory.archive.elites(kind)
 
-    async def _look_up(self, blueprint_id: str) -> None:
+    async def _take_in(self, reports: Sequence[tuple[ReportKey, FieldReport]]) -> None:
+        """Learn reports that were kept, the newest first, until no older one counts."""
+        designs = await self.store.designs({report.blueprint_id for _, report in reports}) | self._templates
+        for key, report in reports:
+            if self._memory.is_full:
+                return
+            try:
+                check_report(report)
+            except InvalidInputError as error:  # kept by a version that had fewer rules
+                log.warning("stored_report_refused", extra={"report_id": report.report_id, "error": str(error)})
+            else:
+                self._learn(key, report, designs.get(report.blueprint_id))
+
+    async def _held(self, blueprint_id: str) -> Blueprint | None:
+        """Give a design that is known here."""
+        return self._templates.get(blueprint_id) or await self.store.design(blueprint_id)
+
+    async def _look_up(self, blueprint_id: str) -> Blueprint | None:
         """Fetch a design that somebody else made, so that its figures can be learned from."""
-        if not blueprint_id or blueprint_id in self._designs or self._library is None:
-            return
+        if not blueprint_id or self._library is None:
+            return None
         try:
-            design = await self._library.get(blueprint_id)
+            return await self._library.get(blueprint_id)
         except NotFoundError:
             log.warning("design_unknown", extra={"blueprint_id": blueprint_id})
-            return
-        await self.store.add_designs([design])
-        self._designs[design.id] = design
+            self._waiting.note_asked(blueprint_id)
+            return None
 
-    def _learn(self, report: FieldReport) -> None:
-        design = self._designs.get(report.blueprint_id)
-        sample = None if design is None else sample_of(report, design)
-        if design is None or sample is None:
-            log.info("report_without_lesson", extra={"report_id": report.report_id, "known": design is not None})
-            return
-        seen, learned = sample
-        kind = seen.layout.site.kind
-        self._surrogate(kind).learn(learned)
-        entry = self._archive.add(kind, design, seen.cell, seen.figures)
-        entry.learn(report.report_id, learned.reward, cell=seen.cell, figures=seen.figures)
+    async def _look_up_waiting(self) -> None:
+        """Ask the library for the designs that reports wait for, each once; an outage leaves the rest for next time."""
+        for blueprint_id in self._waiting.unasked():
+            try:
+                design = await self._look_up(blueprint_id)
+            except EsperError as error:
+                extra = {"blueprint_id": blueprint_id, "reason": error.reason, "error": str(error)}
+                log.warning("design_not_looked_up", extra=extra)
+                if isinstance(error, UnavailableError | DeadlineExceededError):
+                    return
+                self._waiting.note_asked(blueprint_id)
+                continue
+            if design is not None:
+                await self.store.add_designs([design])
+                self._learn_waiting(design)
 
-    def _surrogate(self, kind: SiteKind) -> Surrogate:
-        return self._surrogates.setdefault(kind, Surrogate(self._surrogate_config))
+    def _learn(self, key: ReportKey, report: FieldReport, design: Blueprint | None) -> None:
+        if design is not None:
+            self._memory.learn(key, report, design)
+        elif teaches(report):
+            self._waiting.add(key, report)
+            log.info("report_waits_for_its_design", extra={"report_id": report.report_id})
 
-
-def sample_of(report: FieldReport, design: Blueprint) -> tuple[DesignView, Sample] | None:
-    """Give what a report teaches of a design and how the design looked there; ``None`` when it teaches nothing.
-
-    The interval of a contribution is read by its own coverage, which is higher where a seed is looked at several times.
-    A trial that the governor took back unmeasured counts as a reward of -0.05, as uncertain as it is large.
-    """
-    if report.site is None or not report.grew:
-        return None
-    reward, measured = report.reward, report.contribution
-    if reward is not None and measured is not None:
-        quantile = _NORMAL.inv_cdf(0.5 + measured.confidence_level / 2.0)
-        variance = ((measured.high - measured.low) / (2.0 * quantile)) ** 2
-    elif report.outcome is AdaptationOutcome.ROLLED_BACK:
-        reward, variance = -0.05, 0.05**2
-    else:
-        return None
-    try:
-        seen = view(design.ir, report.site)
-    except InvalidBlueprintError as error:
-        log.warning("report_of_illegal_design", extra={"report_id": report.report_id, "error": str(error)})
-        return None
-    return seen, Sample(report_id=report.report_id, figures=seen.figures, reward=reward, variance=variance)
+    def _learn_waiting(self, design: Blueprint) -> None:
+        for key, report in self._waiting.take(design.id):
+            learned = self._memory.learn(key, report, design)
+            log.info("waiting_report_taken_in", extra={"report_id": report.report_id, "learned": learned})
 
 
 def check_report(report: FieldReport) -> None:

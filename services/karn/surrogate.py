@@ -77,7 +77,7 @@ class Surrogate:
 
     @property
     def num_samples(self) -> int:
-        """Rewards learned."""
+        """Rewards learned and not forgotten."""
         return len(self._samples)
 
     def learn(self, sample: Sample) -> bool:
@@ -87,6 +87,11 @@ class Surrogate:
         self._samples[sample.report_id] = sample
         self._solved = None
         return True
+
+    def forget(self, report_id: str) -> None:
+        """Take a reward out again, as if its report had not come."""
+        del self._samples[report_id]
+        self._solved = None
 
     def estimate(self, figures: Sequence[_Array], random: np.random.Generator) -> Estimate:
         """Give what is expected of designs by their figures, [n][NUM_FIGURES]."""

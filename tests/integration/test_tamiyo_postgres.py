@@ -134,8 +134,12 @@ async def test_tamiyo_keeps_lessons_in_one_order_with_its_reports(url: str) -> N
 
 async def test_karn_keeps_reports_once_beside_tamiyo(url: str) -> None:
     tamiyo, karn = await tamiyo_store.open_store(url), await karn_store.open_store(url)
-    assert [await karn.add_report(report(name)) for name in ("r1", "r1")] == [True, False]
+    first, again, second = [await karn.add_report(report(name)) for name in ("r1", "r1", "r2")]
+    assert again is None
     assert await karn.has_report("r1")
+    assert [key for key, _ in await karn.reports(5, None)] == [second, first]
+    assert await karn.reports(5, second) == [(first, report("r1"))]
+    await karn.verify()
     assert await tamiyo.num_reports() == 0
     for store in (tamiyo, karn):
         await store.database.close()

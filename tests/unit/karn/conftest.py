@@ -12,6 +12,7 @@ from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.run import AdaptationOutcome, Contribution, FieldReport
 from esper.services.karn.service import Karn
 from esper.services.karn.store import open_store
+from tests.unit.karn.karn_mesh import Mesh
 
 LINEAR = Site(kind=SiteKind.LINEAR, input_shape=(64,), output_shape=(16,))
 CONV = Site(kind=SiteKind.CONV2D, input_shape=(6, 8, 8), output_shape=(8, 8, 8))
@@ -64,3 +65,11 @@ async def karn():
     await opened.start()
     yield opened
     await opened.store.database.close()
+
+
+@pytest.fixture
+async def mesh():
+    """A bus and a library; Karn once it is opened."""
+    made = Mesh()
+    yield made
+    await made.close()

@@ -10,7 +10,7 @@ import pytest
 from esper.blueprints import Mixing, allowed_mixing, default_registry
 from esper.contracts.blueprint import SiteKind
 from esper.contracts.errors import InvalidInputError
-from esper.services.karn.archive import Archive
+from esper.services.karn.archive import Archive, Look
 from esper.services.karn.design import NUM_FIGURES, novelty, view
 from esper.services.karn.surrogate import Sample, Surrogate, SurrogateConfig
 
@@ -54,29 +54,43 @@ def test_sequence_layers_never_look_ahead(any_site):
 
 def test_the_best_shrunk_mean_holds_the_cell(linear_site):
     archive = Archive()
-    row = figures("lora", linear_site)
-    entries = [archive.add(SiteKind.LINEAR, template(name), "cell", row) for name in ("lora", "glu", "widen")]
-    entries[0].rewards["r1"] = 0.1
-    entries[1].rewards |= {f"s{place}": 0.08 for place in range(9)}
-    entries[2].rewards["t"] = -0.2
+    look = Look("cell", figures("lora", linear_site))
+    rewards = {"lora": [0.1], "glu": [0.08] * 9, "widen": [-0.2]}
+    for name, earned in rewards.items():
+        for place, reward in enumerate(earned):
+            archive.learn(SiteKind.LINEAR, template(name), f"r{place}", reward, look)
     (elite,) = archive.elites(SiteKind.LINEAR)
     assert elite.blueprint.name == "glu"
-    assert entries[0].standing == pytest.approx(0.05)
-    assert entries[2].standing == pytest.approx(-0.1)
+    assert archive.entry(SiteKind.LINEAR, template("lora").id).standing == pytest.approx(0.05)
+    assert archive.entry(SiteKind.LINEAR, template("widen").id).standing == pytest.approx(-0.1)
 
 
 def test_a_harmful_design_gives_way_to_an_untried_one(linear_site):
     archive = Archive()
-    row = figures("lora", linear_site)
-    archive.add(SiteKind.LINEAR, template("lora"), "cell", row).rewards["r"] = -0.1
-    archive.add(SiteKind.LINEAR, template("glu"), "cell", row)
+    look = Look("cell", figures("lora", linear_site))
+    archive.learn(SiteKind.LINEAR, template("lora"), "r", -0.1, look)
+    archive.add(SiteKind.LINEAR, template("glu"), look)
     assert [one.blueprint.name for one in archive.elites(SiteKind.LINEAR)] == ["glu"]
     assert archive.elites(SiteKind.CONV2D) == []
 
 
+def test_a_design_goes_with_its_last_report_and_a_template_goes_home(linear_site):
+    archive, kind = Archive(), SiteKind.LINEAR
+    row = figures("lora", linear_site)
+    archive.add(kind, template("glu"), Look("home", row))
+    for name in ("lora", "glu"):
+        archive.learn(kind, template(name), "r1", 0.1, Look("first", row))
+        archive.learn(kind, template(name), "r2", 0.3, Look("second", row))
+        archive.forget(kind, template(name).id, "r1")
+    assert [(one.cell, one.rewards) for one in archive.entries(kind)] == [("second", {"r2": 0.3})] * 2
+    for name in ("lora", "glu"):
+        archive.forget(kind, template(name).id, "r2")
+    assert [(one.blueprint.name, one.cell, one.mean_reward) for one in archive.entries(kind)] == [("glu", "home", None)]
+
+
 def test_a_cell_must_be_named(linear_site):
     with pytest.raises(InvalidInputError, match="cell must be named, got ''"):
-        Archive().add(SiteKind.LINEAR, template("lora"), "", figures("lora", linear_site))
+        Look("", figures("lora", linear_site))
 
 
 def test_the_surrogate_is_bayesian_ridge(linear_site):
@@ -116,6 +130,19 @@ def test_samples_count_once_and_in_any_order(linear_site):
     first, second = (each.estimate(rows, np.random.default_rng(0)) for each in (one, other))
     assert (first.draws == second.draws).all()
     assert one.num_samples == 2
+
+
+def test_a_forgotten_sample_leaves_no_trace(linear_site):
+    rows = [figures(name, linear_site) for name in ("lora", "glu")]
+    one, other = Surrogate(), Surrogate()
+    for place, row in enumerate(rows):
+        one.learn(sample(f"r{place}", row, 0.1 + place))
+    other.learn(sample("r1", rows[1], 1.1))
+    one.estimate(rows, np.random.default_rng(0))
+    one.forget("r0")
+    first, second = (each.estimate(rows, np.random.default_rng(0)) for each in (one, other))
+    assert (first.means == second.means).all()
+    assert one.num_samples == 1
 
 
 def test_settings_that_break_their_rule_are_refused():

@@ -21,7 +21,7 @@ from esper.contracts.blueprint import Site, SiteKind
 from esper.contracts.errors import InvalidInputError, InvalidStateError
 from esper.contracts.tag_expression import parse_tags
 from esper.services.karn import proposer as proposer_module
-from esper.services.karn.archive import Archive
+from esper.services.karn.archive import Archive, Look
 from esper.services.karn.design import view
 from esper.services.karn.proposer import Constraints, Proposer, passes_contract
 from esper.services.karn.surrogate import Sample, Surrogate
@@ -187,7 +187,7 @@ def rounds_of(site, seed, *, learns, rounds=10, count=4):
                 seen, observed = view(one.blueprint.ir, site), reward + noise.normal(0.0, 0.02)
                 name = f"{turn}-{place}"
                 surrogate.learn(Sample(report_id=name, figures=seen.figures, reward=observed, variance=0.0004))
-                archive.add(site.kind, one.blueprint, seen.cell, seen.figures).rewards[name] = observed
+                archive.learn(site.kind, one.blueprint, name, observed, Look(seen.cell, seen.figures))
     return means
 
 

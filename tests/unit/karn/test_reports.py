@@ -17,8 +17,9 @@ from esper.contracts.errors import InvalidInputError
 from esper.contracts.run import Contribution, FieldReport
 from esper.contracts.wire import parse, serialize, to_wire
 from esper.services.karn.design import view
+from esper.services.karn.memory import sample_of
 from esper.services.karn.proposer import Constraints
-from esper.services.karn.service import Karn, sample_of
+from esper.services.karn.service import Karn
 from esper.services.karn.store import open_store
 from esper.v1 import telemetry_pb2
 

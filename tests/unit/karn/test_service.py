@@ -2,94 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from dataclasses import replace
 
 import pytest
 
-from esper.blueprints import content_id, default_registry
-from esper.contracts.blueprint import Blueprint, BlueprintIR, BlueprintState, SiteKind
-from esper.contracts.errors import AlreadyExistsError, InvalidInputError, InvalidStateError, NotFoundError
+from esper.blueprints import default_registry
+from esper.contracts.blueprint import Blueprint, BlueprintState, SiteKind
+from esper.contracts.errors import InvalidInputError, InvalidStateError
 from esper.contracts.run import AdaptationOutcome, Contribution
-from esper.contracts.wire import from_wire, serialize, to_wire
-from esper.mesh import InProcessChannel
+from esper.contracts.wire import from_wire, to_wire
 from esper.services.karn.proposer import Constraints
 from esper.services.karn.report_loop import ReportLoopConfig
-from esper.services.karn.server import KarnNode, KarnNodeConfig
 from esper.services.karn.service import Karn
 from esper.services.karn.store import open_store
-from esper.telemetry import DEAD, EVENTS, MemoryBus, build_subject, dead_subject
-from esper.v1 import blueprint_pb2, karn_service_pb2, urza_service_pb2
-from esper.v1.karn_service_pb2_grpc import KarnServiceStub
-from esper.v1.urza_service_pb2_grpc import UrzaServiceServicer, UrzaServiceStub, add_UrzaServiceServicer_to_server
-
-
-class Library(UrzaServiceServicer):
-    """Keeps blueprints by id, with the library's rules on names and parents."""
-
-    def __init__(self):
-        self.held = {}
-
-    async def CreateBlueprint(self, request, context):
-        unknown = [name for name in request.lineage.parent_ids if name not in self.held]
-        if unknown:
-            raise NotFoundError(f"parents must be stored, got {unknown}")
-        identity = content_id(from_wire(request.ir, BlueprintIR))
-        known = self.held.get(identity)
-        if known is not None and known.name != request.name:
-            raise AlreadyExistsError("the graph is stored under another name")
-        parts = {"ir": request.ir, "metadata": request.metadata, "lineage": request.lineage, "state": request.state}
-        self.held[identity] = blueprint_pb2.Blueprint(id=identity, name=request.name, version=1, **parts)
-        return urza_service_pb2.CreateBlueprintResponse(blueprint=self.held[identity], created=known is None)
-
-    async def GetBlueprint(self, request, context):
-        if request.reference not in self.held:
-            raise NotFoundError(f"reference must name a stored blueprint, got {request.reference!r}")
-        return urza_service_pb2.GetBlueprintResponse(blueprint=self.held[request.reference])
-
-
-class Mesh:
-    """A bus, a library and Karn."""
-
-    def __init__(self):
-        self.bus = MemoryBus()
-        self.channel = InProcessChannel()
-        self.library = Library()
-        self.channel.add_servicer(add_UrzaServiceServicer_to_server, self.library)
-        self.node = None
-
-    async def open(self, url="sqlite://"):
-        await self.bus.ensure_streams()
-        config = KarnNodeConfig(database_url=url, report_loop=ReportLoopConfig(retry_delay_s=0.0))
-        self.node = await KarnNode.open(config, bus=self.bus, urza=UrzaServiceStub(self.channel))
-        self.node.add_to(self.channel)
-        return KarnServiceStub(self.channel)
-
-    async def send(self, report):
-        await self.bus.publish(build_subject(report.run_id, "field_report"), serialize(report), durable=True)
-
-    async def dead(self):
-        consumer = await self.bus.consume(DEAD.name, "test-dead", dead_subject(EVENTS.name))
-        async with asyncio.timeout(10):
-            return (await anext(consumer)).message
-
-
-@pytest.fixture
-async def mesh():
-    mesh = Mesh()
-    yield mesh
-    if mesh.node is not None:
-        await mesh.node.close()
-    await mesh.channel.close()
-    await mesh.bus.close()
-
-
-def request_for(site, count=3, **bounds):
-    asked = karn_service_pb2.ProposeBlueprintsRequest(count=count, random_seed=1)
-    asked.site.CopyFrom(to_wire(site))
-    asked.constraints.CopyFrom(karn_service_pb2.ProposalConstraints(**bounds))
-    return asked
+from esper.v1 import karn_service_pb2
+from tests.unit.karn.karn_mesh import designs_of_another, request_for
 
 
 async def test_proposals_are_in_the_library_with_their_ancestors(mesh, linear_site):
@@ -146,11 +74,11 @@ async def test_reports_from_the_bus_are_learned_once(mesh, linear_site, make_rep
 
 
 async def test_a_design_that_somebody_else_made_is_looked_up(mesh, linear_site, make_report):
-    stub = await mesh.open()
-    (foreign,) = (await stub.ProposeBlueprints(request_for(linear_site, count=1))).proposals
-    mesh.node.karn._designs.pop(foreign.blueprint.id)
-    assert await mesh.node.karn.learn(make_report("r1", foreign.blueprint.id, 0.2))
-    assert foreign.blueprint.id in [one.blueprint.id for one in mesh.node.karn.elites(SiteKind.LINEAR)]
+    (foreign,) = await designs_of_another(linear_site, 1)
+    await mesh.open()
+    mesh.library.hold(foreign)
+    assert await mesh.node.karn.learn(make_report("r1", foreign.id, 0.2))
+    assert foreign.id in [one.blueprint.id for one in mesh.node.karn.elites(SiteKind.LINEAR)]
 
 
 async def test_a_report_of_an_unknown_design_is_kept_and_teaches_nothing(mesh, make_report):
