@@ -26,7 +26,7 @@ from esper.v1 import blueprint_pb2 as esper_dot_v1_dot_blueprint__pb2
 from esper.v1 import telemetry_pb2 as esper_dot_v1_dot_telemetry__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65sper/v1/karn_service.proto\x12\x08\x65sper.v1\x1a\x18\x65sper/v1/blueprint.proto\x1a\x18\x65sper/v1/telemetry.proto\"\x9c\x01\n\x13ProposalConstraints\x12\x1b\n\x0emax_parameters\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x16\n\tmax_flops\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x13\n\x0b\x61llowed_ops\x18\x03 \x03(\t\x12\x1a\n\x12\x61llowed_blueprints\x18\x04 \x01(\tB\x11\n\x0f_max_parametersB\x0c\n\n_max_flops\"\x90\x01\n\x18ProposeBlueprintsRequest\x12\x1c\n\x04site\x18\x01 \x01(\x0b\x32\x0e.esper.v1.Site\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x32\n\x0b\x63onstraints\x18\x03 \x01(\x0b\x32\x1d.esper.v1.ProposalConstraints\x12\x13\n\x0brandom_seed\x18\x04 \x01(\x03\"\xa5\x01\n\x11\x42lueprintProposal\x12&\n\tblueprint\x18\x01 \x01(\x0b\x32\x13.esper.v1.Blueprint\x12%\n\x04\x63ost\x18\x02 \x01(\x0b\x32\x17.esper.v1.BlueprintCost\x12\x0f\n\x07novelty\x18\x03 \x01(\x01\x12\x1c\n\x0f\x65xpected_reward\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x12\n\x10_expected_reward\"K\n\x19ProposeBlueprintsResponse\x12.\n\tproposals\x18\x01 \x03(\x0b\x32\x1b.esper.v1.BlueprintProposal\"L\n#KarnServiceSubmitFieldReportRequest\x12%\n\x06report\x18\x01 \x01(\x0b\x32\x15.esper.v1.FieldReport\"7\n$KarnServiceSubmitFieldReportResponse\x12\x0f\n\x07learned\x18\x01 \x01(\x08\";\n\x12ListArchiveRequest\x12%\n\tsite_kind\x18\x01 \x01(\x0e\x32\x12.esper.v1.SiteKind\"~\n\x0b\x41rchiveCell\x12\x0c\n\x04\x63\x65ll\x18\x01 \x01(\t\x12&\n\tblueprint\x18\x02 \x01(\x0b\x32\x13.esper.v1.Blueprint\x12\x18\n\x0bmean_reward\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07reports\x18\x04 \x01(\x03\x42\x0e\n\x0c_mean_reward\";\n\x13ListArchiveResponse\x12$\n\x05\x63\x65lls\x18\x01 \x03(\x0b\x32\x15.esper.v1.ArchiveCell2\xab\x02\n\x0bKarnService\x12\\\n\x11ProposeBlueprints\x12\".esper.v1.ProposeBlueprintsRequest\x1a#.esper.v1.ProposeBlueprintsResponse\x12r\n\x11SubmitFieldReport\x12-.esper.v1.KarnServiceSubmitFieldReportRequest\x1a..esper.v1.KarnServiceSubmitFieldReportResponse\x12J\n\x0bListArchive\x12\x1c.esper.v1.ListArchiveRequest\x1a\x1d.esper.v1.ListArchiveResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65sper/v1/karn_service.proto\x12\x08\x65sper.v1\x1a\x18\x65sper/v1/blueprint.proto\x1a\x18\x65sper/v1/telemetry.proto\"\xcc\x01\n\x13ProposalConstraints\x12\x1b\n\x0emax_parameters\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x16\n\tmax_flops\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x13\n\x0b\x61llowed_ops\x18\x03 \x03(\t\x12\x1a\n\x12\x61llowed_blueprints\x18\x04 \x01(\t\x12\x1b\n\x0emax_latency_ms\x18\x05 \x01(\x01H\x02\x88\x01\x01\x42\x11\n\x0f_max_parametersB\x0c\n\n_max_flopsB\x11\n\x0f_max_latency_ms\"\x90\x01\n\x18ProposeBlueprintsRequest\x12\x1c\n\x04site\x18\x01 \x01(\x0b\x32\x0e.esper.v1.Site\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x32\n\x0b\x63onstraints\x18\x03 \x01(\x0b\x32\x1d.esper.v1.ProposalConstraints\x12\x13\n\x0brandom_seed\x18\x04 \x01(\x03\"\xa5\x01\n\x11\x42lueprintProposal\x12&\n\tblueprint\x18\x01 \x01(\x0b\x32\x13.esper.v1.Blueprint\x12%\n\x04\x63ost\x18\x02 \x01(\x0b\x32\x17.esper.v1.BlueprintCost\x12\x0f\n\x07novelty\x18\x03 \x01(\x01\x12\x1c\n\x0f\x65xpected_reward\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x12\n\x10_expected_reward\"K\n\x19ProposeBlueprintsResponse\x12.\n\tproposals\x18\x01 \x03(\x0b\x32\x1b.esper.v1.BlueprintProposal\"L\n#KarnServiceSubmitFieldReportRequest\x12%\n\x06report\x18\x01 \x01(\x0b\x32\x15.esper.v1.FieldReport\"7\n$KarnServiceSubmitFieldReportResponse\x12\x0f\n\x07learned\x18\x01 \x01(\x08\";\n\x12ListArchiveRequest\x12%\n\tsite_kind\x18\x01 \x01(\x0e\x32\x12.esper.v1.SiteKind\"~\n\x0b\x41rchiveCell\x12\x0c\n\x04\x63\x65ll\x18\x01 \x01(\t\x12&\n\tblueprint\x18\x02 \x01(\x0b\x32\x13.esper.v1.Blueprint\x12\x18\n\x0bmean_reward\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07reports\x18\x04 \x01(\x03\x42\x0e\n\x0c_mean_reward\";\n\x13ListArchiveResponse\x12$\n\x05\x63\x65lls\x18\x01 \x03(\x0b\x32\x15.esper.v1.ArchiveCell2\xab\x02\n\x0bKarnService\x12\\\n\x11ProposeBlueprints\x12\".esper.v1.ProposeBlueprintsRequest\x1a#.esper.v1.ProposeBlueprintsResponse\x12r\n\x11SubmitFieldReport\x12-.esper.v1.KarnServiceSubmitFieldReportRequest\x1a..esper.v1.KarnServiceSubmitFieldReportResponse\x12J\n\x0bListArchive\x12\x1c.esper.v1.ListArchiveRequest\x1a\x1d.esper.v1.ListArchiveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,23 +34,23 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'esper.v1.karn_service_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PROPOSALCONSTRAINTS']._serialized_start=94
-  _globals['_PROPOSALCONSTRAINTS']._serialized_end=250
-  _globals['_PROPOSEBLUEPRINTSREQUEST']._serialized_start=253
-  _globals['_PROPOSEBLUEPRINTSREQUEST']._serialized_end=397
-  _globals['_BLUEPRINTPROPOSAL']._serialized_start=400
-  _globals['_BLUEPRINTPROPOSAL']._serialized_end=565
-  _globals['_PROPOSEBLUEPRINTSRESPONSE']._serialized_start=567
-  _globals['_PROPOSEBLUEPRINTSRESPONSE']._serialized_end=642
-  _globals['_KARNSERVICESUBMITFIELDREPORTREQUEST']._serialized_start=644
-  _globals['_KARNSERVICESUBMITFIELDREPORTREQUEST']._serialized_end=720
-  _globals['_KARNSERVICESUBMITFIELDREPORTRESPONSE']._serialized_start=722
-  _globals['_KARNSERVICESUBMITFIELDREPORTRESPONSE']._serialized_end=777
-  _globals['_LISTARCHIVEREQUEST']._serialized_start=779
-  _globals['_LISTARCHIVEREQUEST']._serialized_end=838
-  _globals['_ARCHIVECELL']._serialized_start=840
-  _globals['_ARCHIVECELL']._serialized_end=966
-  _globals['_LISTARCHIVERESPONSE']._serialized_start=968
-  _globals['_LISTARCHIVERESPONSE']._serialized_end=1027
-  _globals['_KARNSERVICE']._serialized_start=1030
-  _globals['_KARNSERVICE']._serialized_end=1329
+  _globals['_PROPOSALCONSTRAINTS']._serialized_end=298
+  _globals['_PROPOSEBLUEPRINTSREQUEST']._serialized_start=301
+  _globals['_PROPOSEBLUEPRINTSREQUEST']._serialized_end=445
+  _globals['_BLUEPRINTPROPOSAL']._serialized_start=448
+  _globals['_BLUEPRINTPROPOSAL']._serialized_end=613
+  _globals['_PROPOSEBLUEPRINTSRESPONSE']._serialized_start=615
+  _globals['_PROPOSEBLUEPRINTSRESPONSE']._serialized_end=690
+  _globals['_KARNSERVICESUBMITFIELDREPORTREQUEST']._serialized_start=692
+  _globals['_KARNSERVICESUBMITFIELDREPORTREQUEST']._serialized_end=768
+  _globals['_KARNSERVICESUBMITFIELDREPORTRESPONSE']._serialized_start=770
+  _globals['_KARNSERVICESUBMITFIELDREPORTRESPONSE']._serialized_end=825
+  _globals['_LISTARCHIVEREQUEST']._serialized_start=827
+  _globals['_LISTARCHIVEREQUEST']._serialized_end=886
+  _globals['_ARCHIVECELL']._serialized_start=888
+  _globals['_ARCHIVECELL']._serialized_end=1014
+  _globals['_LISTARCHIVERESPONSE']._serialized_start=1016
+  _globals['_LISTARCHIVERESPONSE']._serialized_end=1075
+  _globals['_KARNSERVICE']._serialized_start=1078
+  _globals['_KARNSERVICE']._serialized_end=1377
 # @@protoc_insertion_point(module_scope)

@@ -30,12 +30,17 @@ class ProposalConstraints(_message.Message):
     MAX_FLOPS_FIELD_NUMBER: _builtins.int
     ALLOWED_OPS_FIELD_NUMBER: _builtins.int
     ALLOWED_BLUEPRINTS_FIELD_NUMBER: _builtins.int
+    MAX_LATENCY_MS_FIELD_NUMBER: _builtins.int
     max_parameters: _builtins.int
     """Trainable parameters at the site, at most."""
     max_flops: _builtins.int
     """FLOPs per example, at most."""
     allowed_blueprints: _builtins.str
     """Expression over tags that every proposal must keep, as SystemStatePacket has it; empty lets every one through."""
+    max_latency_ms: _builtins.float
+    """Milliseconds of a forward pass of one example, at most: the median of five, timed in float32 on the CPU where Karn runs. Finite and > 0.
+    It is measured only where it is set, and what is measured differs from time to time: with it, equal requests need not give equal proposals.
+    """
     @_builtins.property
     def allowed_ops(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Operators that may be used; empty means all."""
@@ -47,17 +52,22 @@ class ProposalConstraints(_message.Message):
         max_flops: _builtins.int | None = ...,
         allowed_ops: _abc.Iterable[_builtins.str] | None = ...,
         allowed_blueprints: _builtins.str = ...,
+        max_latency_ms: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_flops", b"_max_flops", "_max_parameters", b"_max_parameters", "max_flops", b"max_flops", "max_parameters", b"max_parameters"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_flops", b"_max_flops", "_max_latency_ms", b"_max_latency_ms", "_max_parameters", b"_max_parameters", "max_flops", b"max_flops", "max_latency_ms", b"max_latency_ms", "max_parameters", b"max_parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_flops", b"_max_flops", "_max_parameters", b"_max_parameters", "allowed_blueprints", b"allowed_blueprints", "allowed_ops", b"allowed_ops", "max_flops", b"max_flops", "max_parameters", b"max_parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_flops", b"_max_flops", "_max_latency_ms", b"_max_latency_ms", "_max_parameters", b"_max_parameters", "allowed_blueprints", b"allowed_blueprints", "allowed_ops", b"allowed_ops", "max_flops", b"max_flops", "max_latency_ms", b"max_latency_ms", "max_parameters", b"max_parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_flops: _TypeAlias = _typing.Literal["max_flops"]  # noqa: Y015
     _WhichOneofArgType__max_flops: _TypeAlias = _typing.Literal["_max_flops", b"_max_flops"]  # noqa: Y015
+    _WhichOneofReturnType__max_latency_ms: _TypeAlias = _typing.Literal["max_latency_ms"]  # noqa: Y015
+    _WhichOneofArgType__max_latency_ms: _TypeAlias = _typing.Literal["_max_latency_ms", b"_max_latency_ms"]  # noqa: Y015
     _WhichOneofReturnType__max_parameters: _TypeAlias = _typing.Literal["max_parameters"]  # noqa: Y015
     _WhichOneofArgType__max_parameters: _TypeAlias = _typing.Literal["_max_parameters", b"_max_parameters"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_flops) -> _WhichOneofReturnType__max_flops | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_latency_ms) -> _WhichOneofReturnType__max_latency_ms | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_parameters) -> _WhichOneofReturnType__max_parameters | None: ...
 
@@ -76,7 +86,7 @@ class ProposeBlueprintsRequest(_message.Message):
     count: _builtins.int
     """Proposals wanted, 1 to 32. 0 means 4."""
     random_seed: _builtins.int
-    """Seed of the random stream; equal requests on an equal archive give equal proposals."""
+    """Seed of the random stream. Equal requests on an equal archive give equal proposals, unless latency is bounded."""
     @_builtins.property
     def site(self) -> _blueprint_pb2.Site:
         """Site the proposals are for."""

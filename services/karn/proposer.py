@@ -2,13 +2,15 @@
 
 1. The pool: templates legal at the site and the archive's best designs; those that earned rewards are offered again.
 2. Variations: parents are drawn from the pool by tournament on a draw of the surrogate; each child is legal at the
-   site, made smaller until it is within the constraints, and new in structure. Templates themselves are offered only
-   where nothing else is left.
+   site, made smaller until it is within the constraints, and new in structure. Templates themselves are offered
+   only where nothing else is left.
 3. Ranking: one draw of the surrogate's weights for all (Thompson sampling), plus a share of the novelty; at most half
    of the answer comes from one cell of the archive while others are at hand.
-4. The blueprint contract test, in order of rank, until enough have passed.
+4. The blueprint contract test, in order of rank, until enough have passed; where latency is bounded, only of what is
+   fast enough, since a few passes take less time than the test.
 
-Equal requests on an equal archive give equal proposals: the random stream is drawn from the request alone.
+Equal requests on an equal archive give equal proposals, unless latency is bounded: the random stream is drawn from the
+request alone, time is not.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -41,6 +44,7 @@ from esper.contracts.tag_expression import TagExpression
 from esper.services.karn.archive import Archive
 from esper.services.karn.design import DesignView, novelty, view
 from esper.services.karn.grammar import Grammar, Variation
+from esper.services.karn.latency import median_latency_ms
 from esper.services.karn.surrogate import Surrogate
 
 MAX_COUNT: Final = 32
@@ -55,6 +59,9 @@ _TOURNAMENT: Final = 3
 Check = Callable[[BlueprintIR, Site], bool]
 """Says whether a design passes the blueprint contract test at a site."""
 
+Timer = Callable[[BlueprintIR, Site], float]
+"""Gives the milliseconds that a design takes at a site."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Constraints:
@@ -64,6 +71,8 @@ class Constraints:
     """Trainable parameters at the site, at most. >= 0."""
     max_flops: int | None = None
     """FLOPs per example, at most. >= 0."""
+    max_latency_ms: float | None = None
+    """Milliseconds of `median_latency_ms`, at most. Finite and > 0. Measured: equal requests need not be equal."""
     allowed_ops: frozenset[str] = frozenset()
     """Operators that may be used; empty means all."""
     allowed_blueprints: TagExpression | None = None
@@ -74,12 +83,15 @@ class Constraints:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise InvalidInputError.of(f"constraints.{name}", "be >= 0", value)
+        latency_ms = self.max_latency_ms
+        if latency_ms is not None and not (math.isfinite(latency_ms) and latency_ms > 0):
+            raise InvalidInputError.of("constraints.max_latency_ms", "be finite and > 0 ms", latency_ms)
         unknown = sorted(self.allowed_ops - set(OPERATORS))
         if unknown:
             raise InvalidInputError.of("constraints.allowed_ops", f"be among {', '.join(sorted(OPERATORS))}", unknown)
 
     def admit(self, design: DesignView) -> bool:
-        """Say whether a design keeps the bounds; what its tags must be is not asked here."""
+        """Say whether a design keeps the bounds on its graph; tags and latency are not asked here."""
         price = design.cost
         if self.max_parameters is not None and price.parameters > self.max_parameters:
             return False
@@ -115,12 +127,28 @@ class Proposer:
     """Proposes from an archive and a surrogate that somebody else feeds. Not thread-safe."""
 
     def __init__(
-        self, registry: BlueprintRegistry, archive: Archive, surrogate: Surrogate, *, check: Check | None = None
+        self,
+        registry: BlueprintRegistry,
+        archive: Archive,
+        surrogate: Surrogate,
+        *,
+        check: Check | None = None,
+        timer: Timer | None = None,
     ) -> None:
+        """Make a proposer.
+
+        Args:
+            registry: Templates.
+            archive: Designs that reports came of.
+            surrogate: What is expected of designs at the kind of site.
+            check: The blueprint contract test; ``None`` takes `passes_contract`.
+            timer: What a bound on latency is held against; ``None`` takes `median_latency_ms`.
+        """
         self._registry = registry
         self._archive = archive
         self._surrogate = surrogate
         self._check = check or passes_contract
+        self._timer = timer or median_latency_ms
 
     def propose(self, site: Site, count: int, constraints: Constraints, random_seed: int) -> list[Proposal]:
         """Give up to ``count`` proposals, most promising first.
@@ -138,12 +166,14 @@ class Proposer:
         known = [one for one in allowed if constraints.admit(one.view)]
         children = self._children(site, base, allowed, constraints, random, max(_ATTEMPTS, 8 * count))
         proven = [one for one in known if self._earned(one)]
-        chosen = self._passed(self._rank([*proven, *children], random), site, count)
-        chosen = chosen or self._passed(self._rank(known, random), site, count)
+        fits = partial(self._fits, site=site, max_latency_ms=constraints.max_latency_ms)
+        chosen = _best(self._rank([*proven, *children], random), fits, count)
+        chosen = chosen or _best(self._rank(known, random), fits, count)
         if not chosen:
+            in_time = "" if constraints.max_latency_ms is None else f" within {constraints.max_latency_ms:g} ms"
             raise InvalidStateError(
                 f"no design keeps the constraints at this {site.kind.name} site: {len(base)} known designs are legal, "
-                f"{len(known)} keep them, {len(children)} new ones were made, none passed the contract test"
+                f"{len(known)} keep them, {len(children)} new ones were made, none passed the contract test{in_time}"
             )
         return [self._proposal(one) for one in chosen]
 
@@ -218,26 +248,10 @@ class Proposer:
         order = sorted(range(len(designs)), key=lambda place: (-scores[place], designs[place].blueprint.id))
         return [designs[place] for place in order]
 
-    def _passed(self, ranked: Sequence[_Design], site: Site, count: int) -> list[_Design]:
-        """Give the first that pass the contract test, at most half of them from one cell while there are others."""
-        held: Counter[str] = Counter()
-        chosen: list[_Design] = []
-        waiting: list[_Design] = []
-        for one in ranked:
-            if len(chosen) == count:
-                break
-            if held[one.view.cell] >= math.ceil(count / 2):
-                waiting.append(one)
-            elif self._check(one.blueprint.ir, site):
-                held[one.view.cell] += 1
-                chosen.append(one)
-        for one in waiting:
-            if len(chosen) == count:
-                break
-            if self._check(one.blueprint.ir, site):
-                chosen.append(one)
-        place = {one.blueprint.id: rank for rank, one in enumerate(ranked)}
-        return sorted(chosen, key=lambda one: place[one.blueprint.id])
+    def _fits(self, design: _Design, *, site: Site, max_latency_ms: float | None) -> bool:
+        """Say whether a design is done in time, where that is asked, and passes the contract test."""
+        ir = design.blueprint.ir
+        return (max_latency_ms is None or self._timer(ir, site) <= max_latency_ms) and self._check(ir, site)
 
     def _novelty(self, design: _Design) -> float:
         others = [
@@ -258,6 +272,28 @@ class Proposer:
             novelty=self._novelty(design),
             expected_reward=expected,
         )
+
+
+def _best(ranked: Sequence[_Design], fits: Callable[[_Design], bool], count: int) -> list[_Design]:
+    """Give the first that fit, by rank, at most half of them from one cell while there are others."""
+    held: Counter[str] = Counter()
+    chosen: list[_Design] = []
+    waiting: list[_Design] = []
+    for one in ranked:
+        if len(chosen) == count:
+            break
+        if held[one.view.cell] >= math.ceil(count / 2):
+            waiting.append(one)
+        elif fits(one):
+            held[one.view.cell] += 1
+            chosen.append(one)
+    for one in waiting:
+        if len(chosen) == count:
+            break
+        if fits(one):
+            chosen.append(one)
+    place = {one.blueprint.id: rank for rank, one in enumerate(ranked)}
+    return sorted(chosen, key=lambda one: place[one.blueprint.id])
 
 
 def _within(
@@ -313,5 +349,7 @@ def _stream(site: Site, count: int, constraints: Constraints, random_seed: int) 
     )
     if constraints.allowed_blueprints is not None:
         bounds = (*bounds, str(constraints.allowed_blueprints))
+    if constraints.max_latency_ms is not None:
+        bounds = (*bounds, constraints.max_latency_ms)
     text = f"karn:{wire.serialize(site).hex()}:{count}:{bounds}:{random_seed}"
     return np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint32)

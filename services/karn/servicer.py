@@ -33,6 +33,7 @@ class KarnServicer(KarnServiceServicer):
         constraints = Constraints(
             max_parameters=bounds.max_parameters if bounds.HasField("max_parameters") else None,
             max_flops=bounds.max_flops if bounds.HasField("max_flops") else None,
+            max_latency_ms=bounds.max_latency_ms if bounds.HasField("max_latency_ms") else None,
             allowed_ops=frozenset(bounds.allowed_ops),
             allowed_blueprints=parse_tags(bounds.allowed_blueprints, parameter="constraints.allowed_blueprints"),
         )

@@ -40,12 +40,19 @@ class KarnClient:
         count: int = 4,
         max_parameters: int | None = None,
         max_flops: int | None = None,
+        max_latency_ms: float | None = None,
         allowed_ops: Sequence[str] = (),
         random_seed: int = 0,
     ) -> list[Proposal]:
-        """Give proposals within the bounds, most promising first."""
+        """Give proposals within the bounds, most promising first.
+
+        With ``max_latency_ms``, which is measured anew each time, equal calls need not give equal proposals.
+        """
         bounds = karn_service_pb2.ProposalConstraints(
-            max_parameters=max_parameters, max_flops=max_flops, allowed_ops=allowed_ops
+            max_parameters=max_parameters,
+            max_flops=max_flops,
+            max_latency_ms=max_latency_ms,
+            allowed_ops=allowed_ops,
         )
         request = karn_service_pb2.ProposeBlueprintsRequest(
             site=to_message(site, blueprint_pb2.Site), count=count, constraints=bounds, random_seed=random_seed

@@ -157,6 +157,9 @@ def test_counts_out_of_range_are_refused(linear_site, count):
     [
         ({"max_parameters": -1}, r"constraints\.max_parameters must be >= 0, got -1"),
         ({"max_flops": -5}, r"constraints\.max_flops must be >= 0, got -5"),
+        ({"max_latency_ms": 0.0}, r"constraints\.max_latency_ms must be finite and > 0 ms, got 0\.0"),
+        ({"max_latency_ms": float("nan")}, r"constraints\.max_latency_ms must be finite and > 0 ms, got nan"),
+        ({"max_latency_ms": float("inf")}, r"constraints\.max_latency_ms must be finite and > 0 ms, got inf"),
         ({"allowed_ops": frozenset({"magic"})}, r"constraints\.allowed_ops must be among .*got \['magic'\]"),
     ],
 )
