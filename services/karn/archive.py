@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from esper.blueprints import structure_id
 from esper.contracts.blueprint import Blueprint, SiteKind
 from esper.contracts.errors import InvalidInputError
 
@@ -39,6 +40,8 @@ class Entry:
 
     blueprint: Blueprint
     """The design."""
+    structure: str
+    """Its structure id."""
     home: Look | None = None
     """Of a design that needs no report to stand here: how it looks at the site of reference."""
     trials: dict[str, tuple[float, Look]] = field(default_factory=dict)
@@ -97,7 +100,7 @@ class Archive:
     def _entry(self, kind: SiteKind, blueprint: Blueprint) -> Entry:
         known = self._entries.setdefault(kind, {})
         if blueprint.id not in known:
-            known[blueprint.id] = Entry(blueprint)
+            known[blueprint.id] = Entry(blueprint, structure_id(blueprint.ir))
         return known[blueprint.id]
 
     def entry(self, kind: SiteKind, blueprint_id: str) -> Entry | None:
@@ -117,3 +120,7 @@ class Archive:
         """Give every design of a kind of site, by content id."""
         known = self._entries.get(kind, {})
         return [known[name] for name in sorted(known)]
+
+    def structures(self, kind: SiteKind) -> set[str]:
+        """Give the structure ids of all designs of a kind of site."""
+        return {entry.structure for entry in self._entries.get(kind, {}).values()}

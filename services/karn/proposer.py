@@ -2,8 +2,8 @@
 
 1. The pool: templates legal at the site and the archive's best designs; those that earned rewards are offered again.
 2. Variations: parents are drawn from the pool by tournament on a draw of the surrogate; each child is legal at the
-   site, made smaller until it is within the constraints, and new in structure. Templates themselves are offered
-   only where nothing else is left.
+   site, made smaller until it is within the constraints, and new in structure to pool and archive. Templates
+   themselves are offered only where nothing else is left.
 3. Ranking: one draw of the surrogate's weights for all (Thompson sampling), plus a share of the novelty; at most half
    of the answer comes from one cell of the archive while others are at hand.
 4. The blueprint contract test, in order of rank, until enough have passed; where latency is bounded, only of what is
@@ -214,7 +214,8 @@ class Proposer:
             return []
         pool = allowed or base
         grammar = Grammar(site, constraints.allowed_ops)
-        known = {structure_id(one.blueprint.ir) for one in base}
+        # What did not earn enough to stand in the pool is no news either: it must not come again as a variation.
+        known = {structure_id(one.blueprint.ir) for one in base} | self._archive.structures(site.kind)
         children: list[_Design] = []
         for _ in range(attempts):
             parents = [self._parent(pool, random), self._parent(pool, random)]

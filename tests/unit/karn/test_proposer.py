@@ -146,6 +146,23 @@ def test_one_cell_fills_at_most_half_of_the_answer(linear_site):
     assert max(cells.count(cell) for cell in cells) <= 3
 
 
+def test_what_was_tried_comes_again_only_where_it_is_the_best_of_its_cell(linear_site):
+    archive = Archive()
+
+    def asked(count=32, check=lambda *_: True):
+        found = proposer(archive=archive, check=check).propose(linear_site, count, Constraints(), 0)
+        return {structure_id(one.blueprint.ir): one.blueprint for one in found}
+
+    first = asked()
+    best, *others = sorted(first)
+    for structure, design in first.items():
+        seen = view(design.ir, linear_site)
+        reward = 0.2 if structure == best else -0.1
+        archive.learn(linear_site.kind, design, f"r-{structure}", reward, Look(seen.cell, seen.figures))
+    assert list(asked(1, lambda ir, _: structure_id(ir) == best)) == [best]
+    assert not set(asked()) & set(others)
+
+
 @pytest.mark.parametrize("count", [0, 33])
 def test_counts_out_of_range_are_refused(linear_site, count):
     with pytest.raises(InvalidInputError, match=f"count must be 1 to 32, got {count}"):

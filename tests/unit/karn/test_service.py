@@ -57,6 +57,19 @@ async def test_equal_requests_give_equal_proposals_until_a_report_comes(mesh, li
     assert third.proposals[0].HasField("expected_reward")
 
 
+async def test_what_did_harm_is_not_proposed_again_to_anybody(mesh, linear_site, make_report):
+    stub = await mesh.open()
+    proposed = []
+    for seed in range(6):
+        answer = await stub.ProposeBlueprints(request_for(linear_site, 4, seed))
+        proposed += [one.blueprint.id for one in answer.proposals]
+        for one in answer.proposals:
+            report = make_report(f"{seed}-{one.blueprint.id}", one.blueprint.id, -0.05)
+            await mesh.node.karn.learn(report)
+    assert len(proposed) == 24
+    assert len(set(proposed)) == 24
+
+
 async def test_reports_from_the_bus_are_learned_once(mesh, linear_site, make_report):
     stub = await mesh.open()
     design = (await stub.ProposeBlueprints(request_for(linear_site))).proposals[0].blueprint.id
