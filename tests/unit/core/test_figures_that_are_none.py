@@ -109,8 +109,9 @@ def test_a_seed_is_priced_once_the_control_loss_is_a_number(
     assert priced.price is None
     session._context.control_loss = loss
     train(session, task, 1)
-    share = priced.cost.parameters / session._context.host_parameters
-    assert priced.price == pytest.approx(0.02 * share * loss)
+    parameters = priced.cost.parameters / session._context.host_parameters
+    flops = priced.cost.flops / session._context.host_flops
+    assert priced.price == pytest.approx((0.02 * parameters + 0.001 * flops) * loss)
 
 
 def test_a_seed_without_a_price_is_never_kept(
