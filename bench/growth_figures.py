@@ -89,6 +89,8 @@ def _growth_figures(runs: CellRuns) -> Iterator[Figure]:
     tried = [item for outcome in grown for item in outcome.tried if item.grew]
     kept = [item for item in tried if item.is_kept]
     yield _mean(runs, "grown, parameters", "parameters", [float(outcome.parameters) for outcome in grown])
+    most = max(outcome.parameters for outcome in grown)
+    yield _single(runs, "grown, most parameters", most, "parameters", at_most(runs.cell.max_parameters))
     yield _mean(
         runs, "grown, FLOPs over the host's", "ratio", [a.flops / b.flops for a, b in zip(grown, hosts, strict=True)]
     )

@@ -133,6 +133,14 @@ def test_every_control_has_margins_and_a_row_and_what_was_not_measured_has_no_nu
     assert [row.arm for row in arm_rows(given)] == [arm for arm in ARMS if arm != "gromo"]
 
 
+def test_the_largest_net_is_held_against_the_budget() -> None:
+    given = runs((0.9, 0.8), (0.9, 0.8))
+    name = "digits/mlp: grown, most parameters"
+    assert named(figures_of([given]), name).holds is True
+    given.seeds[1][GROWN] = replace(outcome(0.9), parameters=given.cell.max_parameters + 1)
+    assert named(figures_of([given]), name).holds is False
+
+
 def test_what_took_a_seed_out_or_tried_settings_counts_as_no_seed() -> None:
     given = runs((0.9, 0.8), (0.9, 0.8))
     removal = replace(tried(0.9, "kept"), adaptation_type="remove_seed")
