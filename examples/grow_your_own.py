@@ -199,8 +199,8 @@ for item in report.adaptations:
 # loss with it on, paired example by example. A seed is kept when the lower end of the interval lies above its price,
 # which grows with its parameters. Most lines of one epoch are one **race**: several seeds learn side by side behind
 # the host's back, none of them touching its output; the best is blended in, the others go without a trace.
-# `optimize_parameters` is no seed: a change of learning rate and weight decay, tried on a snapshot and kept when the
-# control loss fell.
+# `optimize_parameters` is no seed: a change of learning rate and weight decay that is undone unless the control loss
+# fell by it.
 #
 # ## Ask why
 #
