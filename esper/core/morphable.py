@@ -129,6 +129,13 @@ class MorphableModel(nn.Module):
         """Give the host's output."""
         return self.__dict__["_host"](*args, **kwargs)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the host's call in place, as ``nn.Module.compile`` does; takes what ``torch.compile`` takes.
+
+        The wrapper's own call would stand on the host and call it, which calls the wrapper.
+        """
+        self.__dict__["_host"].compile(*args, **kwargs)
+
     # --- what the host answers ---
 
     def __getattr__(self, name: str) -> Any:

@@ -161,6 +161,14 @@ def test_a_model_compiled_in_place_grows(warm: Any) -> None:
     assert not torch.equal(warm.model(warm.x), before)
 
 
+def test_a_model_compiled_in_place_is_one_graph_and_runs_eagerly_where_that_is_forced(warm: Any, counter: Any) -> None:
+    warm.model.compile(backend=counter, fullgraph=True)
+    assert torch.equal(warm.model(warm.x), warm.twin(warm.x))
+    assert counter.frame_count == 1
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(warm.model(warm.x), warm.twin(warm.x))
+
+
 def test_a_wrapped_dormant_model_goes_through_torch_export(warm: Any) -> None:
     program = torch.export.export(warm.model, (warm.x,))
     torch.testing.assert_close(program.module()(warm.x), warm.twin(warm.x))
