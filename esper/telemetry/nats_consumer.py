@@ -17,7 +17,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsPySubscription
 from typing_extensions import override
 
-from esper.contracts.errors import EsperError, InvalidStateError, NotFoundError
+from esper.contracts.errors import EsperError, InvalidStateError, NotFoundError, UnavailableError
 from esper.telemetry.bus import BusMessage, Consumer, Delivery
 from esper.telemetry.nats_connection import Connection, Link
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _PULL_S: Final = 30.0
 _HEARTBEAT_S: Final = 2.0
 _AWAY_S: Final = 0.1
+_LOOK_S: Final = 0.5
+"""Seconds that a link is waited for before it is looked whether the feed was closed meanwhile."""
 _NANO: Final = 1_000_000_000
 _SETTLE_S: Final = 10.0
 
@@ -103,7 +105,10 @@ class PullFeed:
         await self._unbind()
 
     async def _rebind(self) -> None:
-        link = await self._conn.ready(None)
+        try:
+            link = await self._conn.ready(_LOOK_S)
+        except UnavailableError:
+            return  # the caller looks whether it was closed meanwhile
         try:
             await self.bind(link)
         except NotFoundError:

@@ -161,6 +161,17 @@ async def test_a_waiting_consumer_goes_on_after_a_restart(server: NatsServer, bu
     await second.ack()
 
 
+async def test_a_consumer_that_waits_for_an_absent_server_can_be_closed(server: NatsServer, bus: NatsBus) -> None:
+    consumer = await bus.consume(EVENTS.name, "reader", SEED)
+    server.stop()
+    await eventually(lambda: bus._conn.link is None)
+    waiting = asyncio.ensure_future(anext(consumer, None))
+    await asyncio.sleep(0)  # now it waits for a link
+    await consumer.close()
+    async with asyncio.timeout(5):
+        assert await waiting is None
+
+
 async def test_a_replay_goes_on_after_a_restart(server: NatsServer, bus: NatsBus) -> None:
     sent = [b"%d" % number for number in range(600)]
     for start in range(0, len(sent), 20):  # a few at a time: each is flushed to disk, and an attempt's time is short
