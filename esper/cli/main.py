@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 # A forked DataLoader worker beside a busy gRPC client can crash the trainer; must be set before grpc is imported.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+# A container's first process is not ended by a signal that it has no handler for; a service has one once it serves.
+if os.getpid() == 1:
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 
 import typer
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,17 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Runs:
 
     monkeypatch.setattr(connection, "ChannelTransport", lambda _settings: Transport(Calls()))
     return servicer
+
+
+def test_the_first_process_of_a_container_ends_when_told_to_while_it_still_starts():
+    script = """
+import os, signal
+own, os.getpid = os.getpid(), lambda: 1
+import esper.cli.main
+os.kill(own, signal.SIGTERM)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], check=False, timeout=60)
+    assert ended.returncode == 128 + signal.SIGTERM
 
 
 def test_the_surface_is_frozen() -> None:
