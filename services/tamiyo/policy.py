@@ -272,7 +272,7 @@ class Policy:
         if reading.state is CurveState.UNSTABLE:
             return self._calm(reading, memory)
         removal = find_removal(packet, memory)
-        if removal is not None:
+        if removal is not None and self._reaches(removal.belief, removal.urgency):  # one in doubt holds up nothing else
             return _Draft(
                 kind=AdaptationType.REMOVE_SEED,
                 layer=removal.layer,
@@ -292,6 +292,10 @@ class Policy:
             reading,
             "The control loss is flat while training loss still falls with a wide gap: capacity is not what lacks.",
         )
+
+    def _reaches(self, belief: float, urgency: float) -> bool:
+        """Say whether a decision would be acted on."""
+        return belief >= self.config.confidence_threshold and urgency >= self.config.urgency_threshold
 
     def _may_grow(self, reading: CurveReading, memory: RunMemory) -> bool:
         """Say whether the curve asks for growth, or lets a race be held beside it: a first one, or one after a success.
@@ -477,8 +481,6 @@ class Policy:
         self, packet: SystemStatePacket, reading: CurveReading, draft: _Draft, memory: RunMemory
     ) -> Iterator[tuple[AdaptationDecision, _Choice | None]]:
         """Give the draft as one decision, or as those of a race."""
-        config = self.config
-        reaches = draft.belief >= config.confidence_threshold and draft.urgency >= config.urgency_threshold
         confidence, earlier = self._calibrated(packet, draft, memory)
         whole = AdaptationDecision(
             adaptation_id=adaptation_id(packet.run_id, packet.sequence),
@@ -492,7 +494,7 @@ class Policy:
             urgency=min(max(draft.urgency, 0.0), 1.0),
             curve_state=reading.state,
             evidence=(*reading.evidence, *draft.evidence, *earlier),
-            actionable=draft.asks and reaches,
+            actionable=draft.asks and self._reaches(draft.belief, draft.urgency),
             parameter_change=draft.change,
             explanation=draft.explanation,
             created_at=packet.created_at,

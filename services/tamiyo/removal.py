@@ -6,6 +6,8 @@
 
 What each fossil brings was measured with the others in place: of two that do the same, each looks dispensable. So a
 removal outdates every measurement before it (`RunMemory.measured`), and the next one waits for new figures.
+
+A removal in doubt, which would not be acted on, is no decision: what else there is to do for the run goes on.
 """
 
 from __future__ import annotations

@@ -102,3 +102,15 @@ def test_a_second_measurement_is_no_second_trial(make_packet, fossils, recheck, 
     assert policy.posterior.num_observations == trials
     memory = policy._memory("run-1")
     assert memory.pays, "what came to nothing later speaks against no race"
+
+
+def test_a_fossil_in_doubt_holds_up_nothing_else(flattening, make_layer, make_candidates, recheck):
+    seeds = [SeedStatus(seed_index=index, state=SeedLifecycleState.DORMANT) for index in (1, 2, 3)]
+    kept = SeedStatus(seed_index=0, state=SeedLifecycleState.FOSSILIZED, adaptation_id="a1", alpha=1.0)
+    layers = (make_layer("hidden", seeds=(kept, *seeds)), make_layer("head"))
+    packets = [replace(one, layers=layers) for one in flattening]
+    doubting, sure = Policy(), Policy()
+    doubting.learn(recheck("r1", "a1", 0.038, 0.04))
+    decided = [doubting.analyze(packet, make_candidates()) for packet in packets]
+    assert any(row[0].actionable for row in decided)
+    assert decided == [sure.analyze(packet, make_candidates()) for packet in packets]
