@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import select, update
 
 from esper.blueprints.registry import BlueprintRegistry
+from esper.contracts import wire
 from esper.contracts.blueprint import BlueprintState, Lineage, SiteKind
 from esper.contracts.errors import CorruptDataError
 from esper.mesh.database import Database
@@ -171,6 +172,18 @@ class RotContract:
         assert not await store.blueprints.set_aside((await store.blueprints.get("moving")).id)
         assert await names(store) == ["moving", "moving", "resting"]
         assert not await found_rotten(database)
+
+    async def test_one_set_aside_whose_row_was_mended_is_listed_once_its_graph_is_brought(
+        self, database: Database, store: UrzaStore
+    ) -> None:
+        before = await store.blueprints.get("moving")
+        await rot(database, "moving", 2, "lineage", b"\x0a\x7f")
+        assert await store.blueprints.set_aside(before.id)
+        await rot(database, "moving", 2, "lineage", wire.serialize(before.lineage))
+        assert await names(store) == ["moving", "resting"]
+        again, created = await store.blueprints.create(BlueprintDraft(name="moving", ir=before.ir))
+        assert (again, created) == (before, False)
+        assert await names(store) == ["moving", "moving", "resting"]
 
     async def test_a_part_that_another_release_may_know_is_no_rot(
         self, database: Database, store: UrzaStore, caplog: pytest.LogCaptureFixture

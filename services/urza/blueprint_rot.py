@@ -57,9 +57,9 @@ async def restore(
     ir_bytes: bytes,
     costs: Mapping[SiteKind, BlueprintCost],
 ) -> BlueprintRecord:
-    """Put a rotten blueprint right by a draft of the same graph, and list it again; give it as it rests now.
+    """Put a blueprint right by a draft of the same graph, and list it again; give it as it rests now.
 
-    What can still be read stays as it is. The record was read under its lock, and `set_aside`.
+    What can still be read stays as it is. The record was read under its lock.
     """
     metadata = record.metadata
     found_by = {}

@@ -124,7 +124,7 @@ class BlueprintStore:
         """Store a new version, or give the one that is there; say which.
 
         The same graph under the same name is the same blueprint, whatever is said of it the second time. If its row
-        has rotted, the draft puts right what cannot be read.
+        has rotted, the draft puts right what cannot be read; one that was set aside is listed again.
 
         Raises:
             InvalidBlueprintError: The graph is not legal; the message names the node at fault.
@@ -134,8 +134,8 @@ class BlueprintStore:
         """
         ir_bytes = canonical_bytes(draft.ir)
         blueprint_id = hashlib.sha256(ir_bytes).hexdigest()
-        known = await self._database.read(_by_id(blueprint_id))
-        if known is not None and (known.name != draft.name or rot_of(known) is None):
+        known, is_listed = await self._database.read(_known(blueprint_id))
+        if known is not None and (known.name != draft.name or (is_listed and rot_of(known) is None)):
             return _same_name(known, draft.name), False
         # Laying the graph out at every reference site takes milliseconds that would hold up every other call.
         costs = await asyncio.to_thread(reference_costs, draft.ir, draft.metadata)
@@ -312,8 +312,7 @@ class BlueprintStore:
         await self.set_aside(blueprint_id)
         async with self._database.session() as session:
             record = await _locked(session, blueprint_id)
-            if rot_of(record) is not None:  # else another writer has done so in between
-                record = await restore(session, record, draft, ir_bytes, costs)
+            record = await restore(session, record, draft, ir_bytes, costs)
         extra = {"blueprint_id": blueprint_id, "blueprint": f"{record.name}@{record.version}"}
         log.warning("blueprint_restored", extra=extra)
         return blueprint_of(record)
@@ -385,6 +384,12 @@ def _condition_of(reference: str) -> _Condition:
 def _by_id(blueprint_id: str) -> ReadScript[BlueprintRecord | None]:
     rows = yield Statement(f"SELECT {FIELDS} FROM {SOURCE} WHERE b.id = $1", (blueprint_id,))
     return BlueprintRecord(*rows[0]) if rows else None
+
+
+def _known(blueprint_id: str) -> ReadScript[tuple[BlueprintRecord | None, bool]]:
+    """Give a blueprint with whether listings hold it."""
+    rows = yield Statement(f"SELECT {FIELDS}, {LISTED} FROM {SOURCE} WHERE b.id = $1", (blueprint_id,))
+    return (BlueprintRecord(*rows[0][:-1]), bool(rows[0][-1])) if rows else (None, False)
 
 
 def _versions(name: str) -> ReadScript[tuple[BlueprintRecord, ...]]:
