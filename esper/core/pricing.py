@@ -1,7 +1,7 @@
 """What a seed costs, as a price in units of loss that its effect must beat.
 
     symbol        meaning                                                                        unit
-    L             control loss when the seed is begun                                            loss
+    L             control loss when the seed is begun; of t, when its kernel is there             loss
     n, f          parameters and forward FLOPs per example of the kernel, over those of the host  1
     t             time of a forward pass with the seed over that of the host alone, minus 1       1
     price         L (price_per_host_share n + price_per_host_flops f + price_per_host_latency t)  loss
@@ -52,9 +52,14 @@ def charge(context: RunContext, adaptation: Adaptation) -> None:
 
 
 def charge_latency(context: RunContext, adaptation: Adaptation) -> None:
-    """Add the price of a live seed's time to its price, once; nothing where no price is asked for it."""
+    """Add the price of a live seed's time to its price, once; nothing where no price is asked for it.
+
+    Where the present control loss is no number it is left for later, as in :func:`charge`.
+    """
     rate = context.growth.price_per_host_latency
     if rate == 0.0 or adaptation.slowdown is not None or adaptation.price is None:
+        return
+    if not math.isfinite(context.control_loss):
         return
     adaptation.slowdown = slowdown_of(context, SeedRef(adaptation.layer, adaptation.seed_index))
     adaptation.price += rate * adaptation.slowdown * context.control_loss

@@ -104,6 +104,23 @@ def test_time_is_measured_only_where_it_has_a_price_and_charged_once(
     assert adaptation.price == priced
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_where_the_loss_is_no_number_time_is_charged_later(
+    task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any, loss: float
+) -> None:
+    session = open_session(growth=esper.GrowthConfig(incubation_epochs=9, price_per_host_latency=0.1))
+    decision = grow(session, line, decide, kernel_for)
+    train(session, task, 1)
+    adaptation = session.orchestrator.adaptations[decision.adaptation_id]
+    adaptation.price, adaptation.slowdown = 0.01, None  # as of a kernel that came in this epoch
+    session._context.control_loss = loss
+    session.end_epoch()
+    assert (adaptation.price, adaptation.slowdown) == (0.01, None)
+    session.end_epoch()
+    assert adaptation.slowdown is not None
+    assert math.isfinite(adaptation.price)
+
+
 def test_by_default_nothing_is_timed(task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any) -> None:
     session = open_session(growth=esper.GrowthConfig(incubation_epochs=9))
     decision = grow(session, line, decide, kernel_for)
