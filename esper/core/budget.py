@@ -141,13 +141,15 @@ class BudgetLedger:
         """Give what is reserved, and the adaptations begun, as plain data."""
         booked = {key: serialize(one.cost).hex() for key, one in self._booked.items()}
         blended = [key for key, one in self._booked.items() if one.is_blended]
-        return {"booked": booked, "blended": blended, "begun": self._adaptations}
+        groups = {key: one.group for key, one in self._booked.items()}
+        return {"booked": booked, "groups": groups, "blended": blended, "begun": self._adaptations}
 
     def load_state_dict(self, state: Mapping[str, Any], groups: Mapping[str, str]) -> None:
-        """Take over what :meth:`state_dict` gave; ``groups`` says to which race each belongs that is still in one.
+        """Take over what :meth:`state_dict` gave; adaptations once begun stay counted.
 
-        Adaptations once begun stay counted.
+        ``groups`` says to which race each belongs that is still in one, for states of earlier versions, which do not.
         """
+        groups = state.get("groups", groups)
         found = {key: parse(bytes.fromhex(cost), BlueprintCost) for key, cost in state["booked"].items()}
         blended = frozenset(state.get("blended", ()))
         self._booked = {key: Booking(cost, groups.get(key, _alone(key)), key in blended) for key, cost in found.items()}

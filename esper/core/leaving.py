@@ -87,6 +87,12 @@ class Leaving:
         layer.set_alpha(adaptation.seed_index, 0.0)
         self.rest(adaptation)
 
+    def end_failed(self) -> None:
+        """Take out those whose kernel failed on the way: their layer has freed them, the optimizer holds them yet."""
+        for key, fade in list(self._fades.items()):
+            if self._context.model.kasmina_layers[fade.adaptation.layer].find_seed(fade.adaptation.seed_index) is None:
+                self.end(key)
+
     def end_all(self) -> bool:
         """Take out at once every seed that is on its way out; says whether there was one."""
         found = list(self._fades)

@@ -89,6 +89,7 @@ class RunMemory:
 
     def capture(self) -> TrainingState:
         """Give the whole training state; the tensors are the live ones."""
+        self._orchestrator.end_failed_fades()
         context, clock = self._context, self._context.clock
         tolaria = {
             "run_id": context.run_id,

@@ -150,8 +150,7 @@ class SeedOrchestrator:
             if self._tripped(adaptation):
                 continue
             adaptation.graft_steps += 1
-            layer = self.layers[adaptation.layer]
-            layer.set_alpha(adaptation.seed_index, ramp.alpha_at(adaptation.graft_steps))
+            self.layers[adaptation.layer].set_alpha(adaptation.seed_index, ramp.alpha_at(adaptation.graft_steps))
         self._leaving.tick()
         self._mean.note()
 
@@ -190,6 +189,10 @@ class SeedOrchestrator:
             else:
                 self._fail(adaptation, "the run ended before its kernel came")
         self._leaving.end_all()
+
+    def end_failed_fades(self) -> None:
+        """Let go of seeds that failed on their way out: a pass outside of training may have freed them."""
+        self._leaving.end_failed()
 
     def withdraw_grafts(self, reason: str) -> bool:
         """Take out at once every seed that is blended in or on its way out, as the governor asks; whether any was."""
@@ -400,8 +403,7 @@ class SeedOrchestrator:
 
     def _germinate(self, adaptation: Adaptation, arrival: KernelArrival) -> None:
         assert arrival.kernel is not None
-        context, index = self._context, adaptation.seed_index
-        layer = self.layers[adaptation.layer]
+        context, index, layer = self._context, adaptation.seed_index, self.layers[adaptation.layer]
         with adaptation.span("germinate", context.run_id):
             with self._tell.because("kernel loaded", hoped=True):
                 layer.attach_kernel(
@@ -416,8 +418,7 @@ class SeedOrchestrator:
         self._incubate(adaptation)
 
     def _incubate(self, adaptation: Adaptation) -> None:
-        context = self._context
-        layer = self.layers[adaptation.layer]
+        context, layer = self._context, self.layers[adaptation.layer]
         optimizers.check_fit(
             context.optimizer, layer, layer.seed_parameters(adaptation.seed_index), layer_name=adaptation.layer
         )
@@ -457,8 +458,7 @@ class SeedOrchestrator:
         self._ramps[adaptation.id] = self._context.growth.ramp(self._context.clock.steps_per_epoch)
 
     def _check_graft(self, adaptation: Adaptation) -> None:
-        ramp = self._ramps[adaptation.id]
-        if adaptation.graft_steps >= ramp.num_steps:
+        if adaptation.graft_steps >= self._ramps[adaptation.id].num_steps:
             self._look(adaptation)
 
     def _look(self, adaptation: Adaptation, *, run_ends: bool = False) -> None:

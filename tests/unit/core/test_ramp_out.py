@@ -15,7 +15,7 @@ from esper.contracts.run import AdaptationOutcome
 from esper.recovery import CheckpointConfig, CheckpointManager
 from esper.telemetry.subjects import Kind
 from tests.nested_states import differences
-from tests.unit.core.test_remove_by_decision import fossil, step
+from tests.unit.core.test_remove_by_decision import PASSED, fossil, step
 from tests.unit.core.test_session import grow, train
 
 STEPS = 6
@@ -170,6 +170,47 @@ def test_one_whose_kernel_fails_on_its_way_out_is_gone_with_its_parameters(rig: 
     assert (one.state, one.booked, one.layer.find_seed(0)) == (State.EMBARGOED, 0, None)
     known = {id(value) for value in one.model.parameters()}
     assert all(id(value) in known for group in one.optimizer.param_groups for value in group["params"])
+
+
+def test_one_whose_kernel_fails_while_the_host_is_evaluated_does_not_stop_the_run(rig: Any) -> None:
+    """The epoch's snapshot is taken before the next step would have noticed that its layer has freed it."""
+    one = rig()
+    one.remove()
+    one.steps(1)
+    one.layer.find_seed(0).kernel.register_forward_hook(lambda *_: 1 / 0)
+    one.steps(1)
+    assert one.layer.find_seed(0) is not None, "one failure is none; two batches of the control split are two more"
+    one.session.end_epoch()
+    assert (one.state, one.booked, one.layer.find_seed(0)) == (State.EMBARGOED, 0, None)
+    one.steps(1)
+    one.session._memory.roll_back("a test")
+    assert (one.state, one.booked) == (State.EMBARGOED, 0)
+
+
+def test_what_is_on_its_way_out_is_booked_with_its_race_in_a_run_that_is_taken_up(
+    task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any, tmp_path: Any
+) -> None:
+    settings = {
+        "checkpoints": CheckpointManager(CheckpointConfig(directory=tmp_path)),
+        "budget": esper.Budget(added_params=80),
+    }
+    session = open_session(esper.wrap(task.host()), **settings)
+    train(session, task, 1)
+    first = decide(session._context.model, "0", race_size=2, race_id="race")
+    second = decide(session._context.model, "2", race_size=2, race_id="race")
+    line.incoming += [first, second, kernel_for(first), kernel_for(second)]
+    step(session, task)
+    orchestrator = session.orchestrator
+    grafted, other = (orchestrator.adaptations[one.adaptation_id] for one in (first, second))
+    orchestrator._graft(grafted, PASSED)
+    step(session, task)
+    orchestrator._cull(grafted, "a test", ())
+    assert orchestrator.fading == {grafted.id}
+    books = session._context.ledger.status()
+    assert books.added_parameters == grafted.cost.parameters < 80 < grafted.cost.parameters + other.cost.parameters
+    again = open_session(esper.wrap(task.host()), **settings)
+    again.load_checkpoint(session.save_checkpoint())
+    assert again._context.ledger.status() == books
 
 
 def test_a_culled_graft_is_ramped_out_and_the_next_waits_for_it(
