@@ -102,6 +102,11 @@ class Adaptation:
         """Seed within the layer; 0 where no seed is meant."""
         return self.decision.seed_index or 0
 
+    def unkeep(self, outcome: AdaptationOutcome, reason: str) -> None:
+        """Let what was told as kept have ended otherwise; one that was not kept stays as it ended."""
+        if self.outcome is AdaptationOutcome.KEPT:
+            self.outcome, self.reason = outcome, reason[:500]
+
     @property
     def label(self) -> str:
         """What people call it: blueprint and place."""

@@ -257,10 +257,12 @@ class SeedOrchestrator:
             raise
 
     def abandon_since(self, known: Iterable[str], reason: str) -> None:
-        """End the adaptations begun after those ``known``: the state they stood in was taken back."""
-        for adaptation in self.ongoing():
-            if adaptation.id not in known:
-                self._close(adaptation, AdaptationOutcome.ROLLED_BACK, reason)
+        """End the adaptations begun after those ``known``: the state they stood in, or were kept in, was taken back."""
+        for one in [item for key, item in self.adaptations.items() if key not in known]:
+            if one.open:
+                self._close(one, AdaptationOutcome.ROLLED_BACK, reason)
+            elif one.decision.adaptation_type is not AdaptationType.REMOVE_SEED:  # a removal is carried out, and stays
+                one.unkeep(AdaptationOutcome.ROLLED_BACK, reason)
 
     def remove_again(self, removed: Iterable[Adaptation]) -> None:
         """Take out once more what a loaded state brought back; each was told when it ended, and is not told again."""
@@ -565,8 +567,7 @@ class SeedOrchestrator:
             self._leaving.rest(adaptation)
         if adaptation.open:
             self._close(adaptation, outcome, reason)
-        elif adaptation.outcome is AdaptationOutcome.KEPT:
-            adaptation.outcome, adaptation.reason = outcome, reason[:500]  # told as kept, and no longer so
+        adaptation.unkeep(outcome, reason)
 
     def _close(self, adaptation: Adaptation, outcome: AdaptationOutcome, reason: str) -> None:
         adaptation.outcome, adaptation.reason = outcome, reason[:500]

@@ -11,6 +11,7 @@ import esper
 from esper.contracts.decision import AdaptationType, PlanStatus
 from esper.contracts.lifecycle import SeedLifecycleState as State
 from esper.contracts.run import AdaptationOutcome, Contribution, GateCheck
+from esper.recovery import CheckpointConfig, CheckpointManager
 from esper.telemetry.subjects import Kind
 
 PASSED = GateCheck(name="test", passed=True, detail="by test")
@@ -99,3 +100,22 @@ def test_what_is_not_there_is_not_removed(
     (plan,) = line.values(Kind.PLAN)
     assert (plan.status, plan.reason) == (PlanStatus.REJECTED, reason)
     assert session.orchestrator.adaptations == {}
+
+
+@pytest.mark.parametrize("way", ["load", "roll_back"])
+def test_a_seed_kept_after_the_state_that_a_run_returns_to_is_kept_no_longer(
+    task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any, tmp_path: Any, way: str
+) -> None:
+    store = CheckpointManager(CheckpointConfig(directory=tmp_path))
+    session = open_session(esper.wrap(task.host()), checkpoints=store)
+    saved = session.save_checkpoint()
+    kept = fossil(session, task, line, decide, kernel_for)
+    if way == "load":
+        session.load_checkpoint(saved)
+    else:
+        session._memory.roll_back("a test")
+    report = session.report()
+    assert report.kept == ()
+    assert report.final_params == report.host_params
+    assert (kept.outcome, kept.state) == (AdaptationOutcome.ROLLED_BACK, State.DORMANT)
+    assert kept.reason == ("a test" if way == "roll_back" else f"the run returned to {saved}")
