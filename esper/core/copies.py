@@ -93,18 +93,20 @@ class WeightCopy:
             value.copy_(self._values[name])
 
     def state_dict(self) -> dict[str, Tensor] | None:
-        """Give it by name; ``None`` when it does not fit any more."""
-        return self._values if self.fits else None
+        """Give it by name; ``None`` when it cannot fit again, for what was copied has left the optimizer."""
+        present = {id(value) for value in self._parameters()}
+        return self._values if all(id(value) in present for value in self._moved) else None
 
     @classmethod
     def from_state(cls, optimizer: Optimizer, model: MorphableModel, state: Mapping[str, Tensor]) -> WeightCopy:
         """Take over what :meth:`state_dict` gave; model and optimizer are those of the same moment already.
 
         Raises:
-            KeyError: A weight of the model is not named there.
+            KeyError: It names what the optimizer and the model lack.
         """
         made = cls(optimizer, model)
-        made._values = {name: state[name].to(value.device, copy=True) for name, value in made._values.items()}
+        made._moved = [value for name, value in model.named_parameters() if name in state]
+        made._values = {name: saved.to(made._values[name].device, copy=True) for name, saved in state.items()}
         return made
 
     def _parameters(self) -> list[Tensor]:

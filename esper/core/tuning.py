@@ -45,6 +45,7 @@ class ParameterTrial:
         self._context, self._optimizer = context, context.optimizer
         self._change = change
         self._losses_before: torch.Tensor | None = None
+        self._groups: list[Group] = []
         self._before: list[dict[str, Any]] = []
         self._after: list[dict[str, Any]] = []
         self._state: StateCopy | None = None
@@ -55,6 +56,7 @@ class ParameterTrial:
     def begin(self, losses_before: torch.Tensor, clock: RunClock) -> None:
         """Make the change, and remember what it changed; the model stands at its own weights, not at a mean."""
         self._losses_before, self.begun_epoch, self._begun_step = losses_before, clock.epoch, clock.step
+        self._groups = [group for _, group in optimizers.chosen(self._optimizer, self._change.group)]
         self._before = self._settings()
         if self._context.growth.undone == "snapshot":
             self._state = StateCopy.of(self._optimizer, None)
@@ -62,7 +64,7 @@ class ParameterTrial:
         elif self._change.resets_state:
             self._state = StateCopy.of(self._optimizer, self._change.group)
         for setting, factor in self._factors():
-            for group in self._groups():
+            for group in self._groups:
                 if setting in group:
                     group[setting] = group[setting] * factor
         if self._change.resets_state:
@@ -87,10 +89,10 @@ class ParameterTrial:
     def undo(self) -> int | None:
         """Take the change back, to the bit; give the steps that are lost with it, ``None`` where the weights stay.
 
-        What a scheduler moved meanwhile is divided by the factor instead.
+        What a scheduler moved meanwhile is divided by the factor instead; groups that came since stay as they are.
         """
         for setting, factor in self._factors():
-            for group, before, after in zip(self._groups(), self._before, self._after, strict=True):
+            for group, before, after in zip(self._groups, self._before, self._after, strict=True):
                 if setting in group:
                     untouched = _same(group[setting], after[setting])
                     group[setting] = before[setting] if untouched else group[setting] / factor
@@ -106,9 +108,10 @@ class ParameterTrial:
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a later judgement and :meth:`undo` need."""
-        model = self._context.model
+        model, known = self._context.model, optimizers.groups(self._optimizer)
         return {
             "losses_before": self._losses_before,
+            "groups": [number for number, group in enumerate(known) if any(group is own for own in self._groups)],
             "before": self._before,
             "after": self._after,
             "begun_epoch": self.begun_epoch,
@@ -122,6 +125,9 @@ class ParameterTrial:
         optimizer, model = self._optimizer, self._context.model
         self._losses_before = state["losses_before"]
         self._before, self._after = list(state["before"]), list(state["after"])
+        known = optimizers.groups(optimizer)
+        chosen = range(len(known)) if self._change.group is None else (self._change.group,)
+        self._groups = [known[number] for number in state.get("groups", chosen)]
         self.begun_epoch, self._begun_step = state.get("begun_epoch", begun_epoch), state.get("begun_step", 0)
         kept, weights = state.get("state"), state.get("weights")
         self._state = None if kept is None else StateCopy.from_state(optimizer, model, kept)
@@ -132,12 +138,9 @@ class ParameterTrial:
         asked = [(setting, getattr(self._change, field)) for setting, field in _FACTORS]
         return [(setting, factor) for setting, factor in asked if factor is not None]
 
-    def _groups(self) -> list[Group]:
-        return [group for _, group in optimizers.chosen(self._optimizer, self._change.group)]
-
     def _settings(self) -> list[dict[str, Any]]:
         names = [setting for setting, _ in _FACTORS]
-        return [{name: _copied(group[name]) for name in names if name in group} for group in self._groups()]
+        return [{name: _copied(group[name]) for name in names if name in group} for group in self._groups]
 
 
 class TrialBench:

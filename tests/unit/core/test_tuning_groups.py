@@ -21,6 +21,7 @@ from esper.core.tuning import ParameterTrial
 from esper.recovery import CheckpointManager
 from esper.telemetry.subjects import Kind
 from tests.nested_states import differences
+from tests.unit.core.test_remove_by_decision import PASSED
 
 RESET = ParameterChange(resets_state=True, group=0)
 HARM = ParameterChange(learning_rate_factor=5000.0)
@@ -261,6 +262,49 @@ def test_a_run_taken_up_amid_a_trial_goes_on_to_the_bit(rig: Any, undone: str) -
     assert second.shown.reason == first.shown.reason
     assert differences(states, second.states(0)) == []
     assert differences(first.everything(), second.everything()) == []
+
+
+def test_a_run_taken_up_while_a_copy_does_not_fit_puts_it_back_once_it_does(
+    rig: Any, line: Any, decide: Any, kernel_for: Any
+) -> None:
+    settings = {"undone": "snapshot", "settle_epochs": 2, "incubation_epochs": 9, "cull_epochs": 0}
+    first, second = rig(**settings), rig(**settings)
+    first.ask(HARM)
+    first.epochs(1)
+    decision = decide(first.model)
+    line.incoming += [decision, kernel_for(decision)]
+    first.epochs(1)
+    orchestrator = first.session.orchestrator
+    orchestrator._graft(orchestrator.adaptations[decision.adaptation_id], PASSED)
+    second.session.load_checkpoint(first.session.save_checkpoint())
+    for one in (first, second):
+        one.session.orchestrator.remove_seed("0", 0, "a test")
+        one.epochs(1)
+        assert "weights and optimizer state of 12 steps ago are back" in one.shown.reason
+    assert differences(first.everything(), second.everything()) == []
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_group_that_is_added_amid_a_trial_stays_as_it_is(rig: Any, resumes: bool) -> None:
+    """As who thaws a network layer by layer adds them."""
+
+    def thaw(one: Any) -> None:
+        one.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.25})
+        one.model.register_parameter("late", one.optimizer.param_groups[2]["params"][0])
+
+    one, rest = rig(), rig()
+    settings = one.settings()
+    one.ask(HARM)
+    one.epochs(1)
+    thaw(one)
+    if resumes:
+        saved = one.session.save_checkpoint()
+        thaw(rest)
+        rest.session.load_checkpoint(saved)
+        one = rest
+    one.epochs(1)
+    assert one.shown.outcome == "culled", one.shown.reason
+    assert one.settings() == [*settings, (0.25, 1e-2)]
 
 
 @pytest.mark.parametrize("undone", ["change", "snapshot"])
