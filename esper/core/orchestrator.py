@@ -54,7 +54,7 @@ from esper.telemetry.tracing import adaptation_span
 log = logging.getLogger(__name__)
 
 State = SeedLifecycleState
-_LIVE: Final = frozenset({State.ACTIVE, State.EVALUATING})
+_STANDING: Final = frozenset({State.ACTIVE, State.EVALUATING, State.FOSSILIZED, State.ERROR})
 
 
 class SeedOrchestrator:
@@ -209,10 +209,11 @@ class SeedOrchestrator:
             InvalidStateError: Nothing stands there.
         """
         found = [a for a in self.adaptations.values() if (a.layer, a.seed_index) == (layer, seed_index)]
-        live = next((a for a in reversed(found) if a.state in _LIVE | {State.FOSSILIZED}), None)
+        live = next((a for a in reversed(found) if a.state in _STANDING), None)
         fading = next((a.id for a in found if a.id in self._leaving.fading), None)
         if live is not None:
-            self._remove(live, AdaptationOutcome.CULLED, reason)
+            if not self._tripped(live):  # one that has failed is cleared away as such
+                self._remove(live, AdaptationOutcome.CULLED, reason)
         elif fading is not None:
             self._leaving.end(fading)
         else:

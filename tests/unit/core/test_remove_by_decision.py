@@ -119,3 +119,24 @@ def test_a_seed_kept_after_the_state_that_a_run_returns_to_is_kept_no_longer(
     assert report.final_params == report.host_params
     assert (kept.outcome, kept.state) == (AdaptationOutcome.ROLLED_BACK, State.DORMANT)
     assert kept.reason == ("a test" if way == "roll_back" else f"the run returned to {saved}")
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_one_that_has_failed_is_cleared_away_with_its_books_when_somebody_removes_it(
+    task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any, is_kept: bool
+) -> None:
+    session = open_session(esper.wrap(task.host()))
+    if is_kept:
+        one = fossil(session, task, line, decide, kernel_for)
+    else:
+        decision = decide(session._context.model)
+        line.incoming += [decision, kernel_for(decision)]
+        step(session, task)
+        one = session.orchestrator.adaptations[decision.adaptation_id]
+    layer = session._context.model.kasmina_layers["0"]
+    layer.cut_off(layer.find_seed(0))
+    assert one.state is State.ERROR
+    session.orchestrator.remove_seed("0", 0, "an operator")
+    assert (one.state, one.outcome) == (State.EMBARGOED, AdaptationOutcome.FAILED)
+    assert session._context.ledger.status().added_parameters == 0
+    session.finish()
