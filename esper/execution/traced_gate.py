@@ -39,8 +39,8 @@ _watched: Final = WeakIdKeyDictionary()
 _scaled: Final[WeakKeyDictionary[Seed, bool]] = WeakKeyDictionary()
 """Whether a seed was traced under float16 last."""
 
-_spoilt: Final[WeakKeyDictionary[Seed, bool]] = WeakKeyDictionary()
-"""Seeds that are looked at when the present backward pass is over, and whether one was not finite before averaging."""
+_spoilt: Final[WeakKeyDictionary[Seed, tuple[int, bool]]] = WeakKeyDictionary()
+"""Seeds looked at when a backward pass is over: its number, and whether one was not finite before averaging."""
 
 
 def watch_traced(layer: SeedHolder, seeds: Iterable[Seed]) -> None:
@@ -63,19 +63,20 @@ def _look(layer_ref: ReferenceType[SeedHolder], seed_ref: ReferenceType[Seed], g
         return None
     if gradient.device.type != "cpu":
         return zeroed(gradient)
-    if seed not in _spoilt:
-        _spoilt[seed] = False
+    task = torch._C._current_graph_task_id()
+    if _spoilt.get(seed, (-1, False))[0] != task:  # the first of this pass; one that raised has left its own behind
+        _spoilt[seed] = task, False
         Variable._execution_engine.queue_callback(partial(_settle, layer, seed))
     if seed.breaker.ranks is None or is_finite(gradient):  # without other ranks all are looked at together, later
         return None
-    _spoilt[seed] = True
+    _spoilt[seed] = task, True
     return torch.zeros_like(gradient)
 
 
 @torch.no_grad()
 def _settle(layer: SeedHolder, seed: Seed) -> None:
     """Zero what is not finite and count one failure; a sound pass ends the row."""
-    is_spoilt = _spoilt.pop(seed)
+    _, is_spoilt = _spoilt.pop(seed, (-1, False))
     if seed.breaker.has_failed_backward:  # an eager pass, which has settled this itself
         return
     own = own_gradients((seed,))

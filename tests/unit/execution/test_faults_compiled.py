@@ -158,6 +158,22 @@ def test_a_loss_that_is_not_finite_is_no_fault_of_a_kernel_in_a_graph(overflowin
     assert not all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+def test_a_backward_pass_that_raised_blinds_nobody_to_the_next(overflowing: Any) -> None:
+    """What the engine is to do when a pass is over it does not do after one that raised (out of memory, say)."""
+    model, layer = overflowing.model, overflowing.model.layer1
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    inputs = overflowing.x.clone().requires_grad_() * 1.0
+    inputs.register_hook(lambda _: 1 / 0)  # runs when the parameters have their gradients
+    loss = compiled(inputs).square().sum() * 1e-30
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+    model.zero_grad()
+    (compiled(overflowing.x).square().sum() * 1e6).backward()
+    assert layer.state_layout.errors[0] == 1
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
 def test_eager_passes_of_a_compiled_model_count_a_failure_once(overflowing: Any) -> None:
     compiled = torch.compile(overflowing.model, backend="aot_eager", fullgraph=True)
     (compiled(overflowing.x).square().sum() * 1e-30).backward()
