@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _DRIVER_ERRORS: Final = (
-    *(exc.TimeoutError, exc.DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError, sqlite3.Error),
+    *(exc.TimeoutError, exc.DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError),
+    sqlite3.Error,
 )
 _CLOSE_S: Final = 2.0
 """Longest wait of a store that is closed for the transactions under way, in seconds."""
@@ -313,7 +314,8 @@ class Database:
         if _is(origin, _SQLITE_DAMAGED, _POSTGRES_DAMAGED) or _is_undecodable(origin):
             return CorruptDataError(f"store {self.url} is damaged: {reason}")
         lost = isinstance(error, exc.DBAPIError) and error.connection_invalidated
-        if lost or isinstance(error, asyncpg.InterfaceError) or _is(origin, _SQLITE_AWAY, _POSTGRES_AWAY):
+        broken = isinstance(error, (asyncpg.InterfaceError, asyncpg.InternalClientError))
+        if lost or broken or _is(origin, _SQLITE_AWAY, _POSTGRES_AWAY):
             return UnavailableError(f"store {self.url} cannot be used: {reason}")
         return None
 

@@ -110,7 +110,12 @@ class PostgresReads:
                 await self._pool
                 self._opened = True
         async with self._pool.acquire(timeout=self._wait_s) as connection:
-            return await advance_async(script, lambda one: connection.fetch(one.text, *one.parameters))
+            try:
+                return await advance_async(script, lambda one: connection.fetch(one.text, *one.parameters))
+            except asyncpg.InternalClientError:
+                # A server that died between two messages of a statement leaves the driver's state at neither.
+                connection.terminate()
+                raise
 
     async def close(self) -> None:
         """Close, without waiting for scripts that run."""
