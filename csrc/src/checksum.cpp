@@ -54,7 +54,50 @@ std::uint64_t consume_tail(std::uint64_t hash, const std::byte* at, const std::b
   return hash;
 }
 
+constexpr std::uint64_t kSecrets[4] = {0xA0761D6478BD642FULL, 0xE7037ED1A0B428DBULL,
+                                       0x8EBC6AF09C88C6E3ULL, 0x589965CC75374CC3ULL};
+constexpr std::ptrdiff_t kBlock = 64;
+
+__extension__ using Product = unsigned __int128;
+
+std::uint64_t fold(std::uint64_t a, std::uint64_t b) noexcept {
+  const Product product = static_cast<Product>(a) * b;
+  return static_cast<std::uint64_t>(product) ^ static_cast<std::uint64_t>(product >> 64);
+}
+
+struct Lanes {
+  std::uint64_t a = kSecrets[0], b = kSecrets[1], c = kSecrets[2], d = kSecrets[3];
+
+  void take(const std::byte* at) noexcept {
+    a = fold(word(at, 0) ^ kSecrets[0], word(at, 1) ^ a);
+    b = fold(word(at, 2) ^ kSecrets[1], word(at, 3) ^ b);
+    c = fold(word(at, 4) ^ kSecrets[2], word(at, 5) ^ c);
+    d = fold(word(at, 6) ^ kSecrets[3], word(at, 7) ^ d);
+  }
+
+  static std::uint64_t word(const std::byte* at, int number) noexcept {
+    return load<std::uint64_t>(at + 8 * number);
+  }
+};
+
 }  // namespace
+
+std::uint64_t fold64(std::span<const std::byte> data) noexcept {
+  Lanes lanes;
+  const std::byte* at = data.data();
+  const std::byte* end = at + data.size();
+  for (; end - at >= kBlock; at += kBlock) lanes.take(at);
+  if (at != end) {
+    std::byte last[kBlock] = {};
+    std::memcpy(last, at, static_cast<std::size_t>(end - at));
+    lanes.take(last);
+  }
+  std::uint64_t hash = fold(data.size() ^ kSecrets[0], kSecrets[1]);
+  for (const std::uint64_t lane : {lanes.a, lanes.b, lanes.c, lanes.d}) {
+    hash = fold(hash ^ lane ^ kSecrets[2], kSecrets[3]);
+  }
+  return hash;
+}
 
 std::uint64_t xxh64(std::span<const std::byte> data) noexcept {
   const std::byte* at = data.data();

@@ -1,6 +1,6 @@
 // Snapshot format, little-endian: Header, then each column's first `num_seeds` values without
 // padding, in the order of for_each_column. The checksum is XXH64 of the header, whose checksum
-// field holds meanwhile the XXH64 of everything after the header.
+// field holds meanwhile that of everything after the header: fold64, in version 2 XXH64.
 
 #include <algorithm>
 #include <cstring>
@@ -14,7 +14,8 @@ namespace esper {
 namespace {
 
 constexpr char kMagic[8] = {'E', 'S', 'P', 'R', 'S', 'E', 'E', 'D'};
-constexpr std::uint32_t kVersion = 2;  // 1 had no windows, and health counts of 8 bytes
+constexpr std::uint32_t kVersion = 3;
+constexpr std::uint32_t kOldestVersion = 2;  // 1 had no windows, and health counts of 8 bytes
 
 struct Header {
   char magic[8];
@@ -30,8 +31,7 @@ std::size_t payload_bytes_per_seed() noexcept {
 }
 
 std::uint64_t checksum_of(Header header, std::span<const std::byte> payload) noexcept {
-  const std::uint64_t body = xxh64(payload);
-  header.checksum = body;
+  header.checksum = header.version == kVersion ? fold64(payload) : xxh64(payload);
   return xxh64(std::as_bytes(std::span(&header, 1)));
 }
 
@@ -45,8 +45,9 @@ Header checked_header(std::span<const std::byte> bytes) {
   if (!std::equal(std::begin(kMagic), std::end(kMagic), std::begin(header.magic))) {
     throw CorruptData("snapshot must begin with the magic ESPRSEED, got other bytes");
   }
-  if (header.version != kVersion) {
-    throw CorruptData("snapshot must have version " + std::to_string(kVersion) + ", got " +
+  if (header.version < kOldestVersion || header.version > kVersion) {
+    throw CorruptData("snapshot must have a version from " + std::to_string(kOldestVersion) +
+                      " to " + std::to_string(kVersion) + ", got " +
                       std::to_string(header.version));
   }
   const std::span<const std::byte> payload = bytes.subspan(sizeof header);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <thread>
@@ -25,6 +26,42 @@ TEST(Checksum, MatchesPublishedVectors) {
   EXPECT_EQ(xxh64(bytes_of("a")), 0xD24EC4F1A98C6E5BULL);
   EXPECT_EQ(xxh64(bytes_of("abc")), 0x44BC2CF5AD770999ULL);
   EXPECT_EQ(xxh64(bytes_of("Nobody inspects the spammish repetition")), 0xFBCEA83C8A378BF1ULL);
+}
+
+TEST(Checksum, FoldSeesEveryBitAndTheLength) {
+  std::vector<std::byte> data(201);
+  for (std::size_t i = 0; i < data.size(); ++i) data[i] = static_cast<std::byte>(i * 37);
+  for (const std::size_t size : {1UL, 8UL, 63UL, 64UL, 65UL, 128UL, 201UL}) {
+    const std::span<const std::byte> part = std::span(data).first(size);
+    const std::uint64_t sum = fold64(part);
+    for (std::size_t bit = 0; bit < 8 * size; ++bit) {
+      data[bit / 8] ^= static_cast<std::byte>(1U << (bit % 8));
+      EXPECT_NE(fold64(part), sum) << size << " bytes, bit " << bit;
+      data[bit / 8] ^= static_cast<std::byte>(1U << (bit % 8));
+    }
+    EXPECT_EQ(fold64(part), sum);
+  }
+  const std::vector<std::byte> zeros(130);
+  std::vector<std::uint64_t> sums;
+  for (std::size_t size = 0; size <= zeros.size(); ++size) {
+    sums.push_back(fold64(std::span(zeros).first(size)));
+  }
+  std::sort(sums.begin(), sums.end());
+  EXPECT_EQ(std::adjacent_find(sums.begin(), sums.end()), sums.end()) << "zeros at the end count";
+}
+
+TEST(Checksum, FoldSeesBlocksThatChangePlaces) {
+  std::vector<std::byte> data(256);
+  for (std::size_t i = 0; i < data.size(); ++i) data[i] = static_cast<std::byte>(i);
+  std::vector<std::byte> swapped = data;
+  std::swap_ranges(swapped.begin(), swapped.begin() + 64, swapped.begin() + 128);
+  EXPECT_NE(fold64(data), fold64(swapped));
+}
+
+TEST(Checksum, FoldStaysWhatItIs) {  // snapshots on disk depend on it
+  EXPECT_EQ(fold64(bytes_of("")), 0x6628F09E59CCEE70ULL);
+  EXPECT_EQ(fold64(bytes_of("abc")), 0x6C69C8D3355372F8ULL);
+  EXPECT_EQ(fold64(bytes_of(std::string(100, 'x'))), 0xFD8A94A2E8A0DCA7ULL);
 }
 
 TEST(StateLayout, StartsDormantAndUnmeasured) {
@@ -130,6 +167,28 @@ TEST(StateLayout, RestoreRefusesEveryFlippedBit) {
     EXPECT_THROW(target.restore(std::span(good).first(size)), CorruptData);
   }
   EXPECT_EQ(target.snapshot(), before);
+}
+
+// Version 2 differs in the checksum of what follows the header of 32 bytes: XXH64.
+TEST(StateLayout, RestoreTakesTheVersionBefore) {
+  StateLayout layout(3);
+  layout.transition(1, SeedState::LOADING, 42);
+  std::vector<std::byte> older = layout.snapshot();
+  const auto put = [&older](std::size_t at, auto value) {
+    std::memcpy(older.data() + at, &value, sizeof value);
+  };
+  put(8, std::uint32_t{2});
+  put(24, xxh64(std::span(older).subspan(32)));
+  put(24, xxh64(std::span(older).first(32)));
+  StateLayout other(3);
+  other.restore(older);
+  EXPECT_EQ(other.snapshot(), layout.snapshot());
+  older.back() ^= std::byte{1};
+  EXPECT_THROW(other.restore(older), CorruptData);
+  for (const std::uint32_t version : {1U, 4U}) {
+    put(8, version);
+    EXPECT_THROW(other.restore(older), CorruptData);
+  }
 }
 
 TEST(StateLayout, RestoreRefusesOtherSizes) {

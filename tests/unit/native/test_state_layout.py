@@ -163,7 +163,7 @@ def test_a_snapshot_restores_every_column() -> None:
     [
         (lambda b: b[:10], "at least 32 bytes long, got 10"),
         (lambda b: b"X" + b[1:], "magic ESPRSEED"),
-        (lambda b: b[:8] + b"\x01" + b[9:], "version 2, got 1"),
+        (lambda b: b[:8] + b"\x01" + b[9:], "version from 2 to 3, got 1"),
         (lambda b: b[:-1], "121 bytes for each of its 3 seeds"),
         (lambda b: b[:-1] + bytes([b[-1] ^ 1]), "checksum"),
     ],
