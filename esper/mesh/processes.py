@@ -270,11 +270,24 @@ class ProcessSupervisor:
                 )
                 return
             await asyncio.sleep(self._pause_s(child.failures))
+            await self._await_needed(child.spec)
             try:
                 self._restart(child)
                 await _wait_ready(child)
             except UnavailableError as error:
                 log.warning("process_restart_failed", extra={"process_name": child.spec.name, "error": str(error)})
+
+    async def _await_needed(self, spec: ProcessSpec) -> None:
+        """Wait until what a process needs answers, each as long as it may take to start.
+
+        Where both have died, the one that needs the other would only end again, and be given up in the end.
+        """
+        for name in spec.after:
+            needed = self._children[name].spec
+            try:
+                await asyncio.wait_for(_ask_until_ready(needed), needed.ready_deadline_s)
+            except TimeoutError:  # what needs it says best what it makes of that
+                log.warning("process_needs_another", extra={"process_name": spec.name, "needed": name})
 
     def _disowned(self, child: _Child) -> bool:
         """Tell whether somebody else took the mesh down, or even started another one in its place."""

@@ -45,6 +45,10 @@ TELLING = (
     "s = socket.create_server(('127.0.0.1', int(sys.argv[1])))\n"
     "while True: s.accept()[0].close()\n"
 )
+# Takes a while until it listens.
+SLOW = "import signal\nsignal.sigtimedwait([], 0.5)\n" + LISTEN
+# Ends at once where what it needs is not there.
+NEEDY = "import socket, sys\nsocket.create_connection(('127.0.0.1', int(sys.argv[2]))).close()\n" + LISTEN
 STUBBORN = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + LISTEN
 
 
@@ -65,6 +69,14 @@ def spec(tmp_path: Path, name: str, script: str = LISTEN, **options: Any) -> Pro
         address=f"127.0.0.1:{port}",
         **{"ready": connect(port), "ready_deadline_s": 20.0, **options},
     )
+
+
+async def answers(ready: Callable[[], Any]) -> bool:
+    try:
+        await ready()
+    except OSError:
+        return False
+    return True
 
 
 @pytest.fixture
@@ -180,6 +192,23 @@ async def test_killed_process_is_started_again(supervisor: ProcessSupervisor, tm
     recorded = read_state(tmp_path).find("one")
     assert recorded is not None
     assert recorded.pid == after.pid
+
+
+async def test_a_process_is_started_again_once_what_it_needs_is_there(
+    supervisor: ProcessSupervisor, tmp_path: Path
+) -> None:
+    bus = spec(tmp_path, "bus", SLOW)
+    service = spec(tmp_path, "service", NEEDY, after=("bus",))
+    await supervisor.start([bus, replace(service, argv=(*service.argv, bus.address.rpartition(":")[2]))])
+    died = supervisor.records
+    for record in died:
+        os.kill(record.pid, signal.SIGKILL)
+    assert service.ready is not None
+    await until(lambda: all(new.pid != old.pid for new, old in zip(supervisor.records, died, strict=True)))
+    async with asyncio.timeout(10):
+        while not await answers(service.ready):  # noqa: ASYNC110 -- as in `until`
+            await asyncio.sleep(0.005)
+    assert [record.restarts for record in supervisor.records] == [1, 1]
 
 
 async def test_process_that_keeps_dying_is_given_up(supervisor: ProcessSupervisor, tmp_path: Path) -> None:
