@@ -108,7 +108,7 @@ def time_case(loop: Loop, plane: CompilePlane, case: Case, rounds: int) -> Paire
     spec = case.spec()
 
     def compile_whole() -> object:
-        return approve(loop.wait(plane.pool.compile(spec)), spec, plane.key)
+        return approve(loop.wait(plane.pool.compile(spec)), spec, plane.key, processes=plane.pool.processes)
 
     return time_pair(compile_whole, lambda: _script_and_save(module), seconds=0.0, min_rounds=rounds, warmup=1)
 
