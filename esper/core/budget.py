@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from esper.contracts.blueprint import BlueprintCost
-from esper.contracts.errors import BudgetExceededError, InvalidInputError
+from esper.contracts.errors import BudgetExceededError, CorruptDataError, InvalidInputError
 from esper.contracts.run import BudgetStatus
 from esper.contracts.wire import parse, serialize
 
@@ -148,11 +148,17 @@ class BudgetLedger:
         """Take over what :meth:`state_dict` gave; adaptations once begun stay counted.
 
         ``groups`` says to which race each belongs that is still in one, for states of earlier versions, which do not.
+
+        Raises:
+            CorruptDataError: A group is no name.
         """
-        groups = state.get("groups", groups)
+        races: Mapping[str, Any] = state.get("groups", groups)
+        odd = [race for race in races.values() if not isinstance(race, str)]
+        if odd:
+            raise CorruptDataError(f"budget's groups must be names, got {odd[0]!r}")
         found = {key: parse(bytes.fromhex(cost), BlueprintCost) for key, cost in state["booked"].items()}
         blended = frozenset(state.get("blended", ()))
-        self._booked = {key: Booking(cost, groups.get(key, _alone(key)), key in blended) for key, cost in found.items()}
+        self._booked = {key: Booking(cost, races.get(key, _alone(key)), key in blended) for key, cost in found.items()}
         self._adaptations = max(state["begun"], self._adaptations)
 
     def clear(self) -> None:
