@@ -58,13 +58,13 @@ test: $(VENV)/.setup-dev
 # The services live in services/ and are imported as esper.services: the tools read a tree laid out like the installed package.
 build/tree/esper: FORCE
 	@rm -rf build/tree && mkdir -p build/tree && cp -r esper build/tree/esper && cp -r services build/tree/esper/services
-	@cp pyproject.toml build/tree/
+	@cp -r bench pyproject.toml build/tree/
 FORCE:
 
 lint: $(VENV)/.setup-dev build/tree/esper
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd build/tree && ../../$(BIN)/mypy --cache-dir ../mypy -p esper
+	cd build/tree && ../../$(BIN)/mypy --cache-dir ../mypy -p esper -p bench
 	cd build/tree && PYTHONPATH=. ../../$(BIN)/lint-imports --config pyproject.toml --no-cache
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 	cd proto && ../$(BIN)/buf lint

@@ -175,8 +175,8 @@ class Toy:
         )
         solution = torch.linalg.lstsq(x, at_site).solution
         with torch.no_grad():
-            model.get_submodule("0").weight.copy_(solution.T)
-            model.get_submodule("1").weight.copy_(v.T)
+            model.get_parameter("0.weight").copy_(solution.T)
+            model.get_parameter("1.weight").copy_(v.T)
         best = torch.linalg.lstsq(phi, at_site - x @ solution).solution
         return cls(model=model, x=x, y=at_site @ v, wanted=phi @ best)
 
@@ -342,7 +342,7 @@ def plain_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: LossFunction, batch: Sequence[Tensor]
 ) -> None:
     """Take a training step."""
-    loss_fn(model(batch[0]), batch[1]).backward()
+    loss_fn(model(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad()
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -96,11 +97,11 @@ def active_figure(host: Host, num_seeds: int, mode: Pass, seconds: float, *, is_
     batch = host.batch()
     with torch.set_grad_enabled(mode == "step"):
         for _ in range(_COPIES):
-            ours, by_hand = grown_pair(host, num_seeds)
+            pair: Sequence[Any] = grown_pair(host, num_seeds)
             if is_compiled:
                 torch.compiler.reset()
-                ours, by_hand = torch.compile(ours, fullgraph=True), torch.compile(by_hand, fullgraph=True)
-            calls = [training_call(model, batch, mode) for model in (ours, by_hand)]
+                pair = [torch.compile(model, fullgraph=True) for model in pair]
+            calls = [training_call(model, batch, mode) for model in pair]
             repeats = calls_lasting(calls[1], _SAMPLE_S, time.thread_time_ns)
             times = time_pair(
                 *calls, seconds=seconds / _COPIES, calls=repeats, min_rounds=_MIN_ROUNDS, clock=time.thread_time_ns

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.paired import MIN_ROUNDS, PairedTimes, no_collector, spread, time_pair
+from bench.paired import MIN_ROUNDS, Call, PairedTimes, no_collector, spread, time_pair
 from bench.report import Figure, Goal, Result, at_most
 from esper.execution._native import SignalRing, StateLayout
 
@@ -117,7 +117,7 @@ def bulk_figures(seconds: float, num_seeds: int = NUM_SEEDS) -> list[Figure]:
     def copy_into() -> None:
         room[:] = snapshot
 
-    pairs = {
+    pairs: dict[str, tuple[Call, Call, Goal | None]] = {
         "snapshot, over a copy of the same bytes": (layout.snapshot, lambda: bytes(memory), at_most(3.0)),
         "restore, over a copy of the same bytes": (lambda: layout.restore(snapshot), copy_into, None),
         "all records, over a copy of a structured array": (layout.read_all, records.copy, None),
