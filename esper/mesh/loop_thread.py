@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import threading
-import weakref
 from collections.abc import Coroutine, Generator
 from typing import Any, Final, TypeVar
 
@@ -24,7 +23,7 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
-        self._asked: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
+        self._asked: set[asyncio.Task[Any]] = set()
         self._loop.set_task_factory(self._make_task)
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
@@ -104,7 +103,9 @@ class LoopThread:
         """Make a task; one that no task of the loop begins was asked for by another thread."""
         task = asyncio.Task(work, loop=loop, **settings)
         if asyncio.current_task(loop) is None:
+            # A loop knows its tasks but weakly: one that nobody else holds would be collected, not ended.
             self._asked.add(task)
+            task.add_done_callback(self._asked.discard)
         return task
 
     async def _end_others(self) -> None:

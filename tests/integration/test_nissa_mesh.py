@@ -163,7 +163,9 @@ async def test_a_second_node_goes_on_where_the_first_stopped(bus: NatsBus, tmp_p
         await _until_chained(second, 2)
         verdict = await second.nissa.store.verify_chain("run-1")
         assert (verdict.intact, verdict.length) == (True, 2)
-        assert (await second.get_current_metrics()).training.epoch == 2
+        async with asyncio.timeout(20):  # the chain comes first
+            while (await second.get_current_metrics()).training.epoch != 2:
+                continue
 
 
 async def _until_chained(node: NissaNode, length: int) -> None:

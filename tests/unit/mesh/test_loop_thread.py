@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -77,6 +78,16 @@ def test_work_has_ended_when_an_interrupt_comes_through(loop: LoopThread) -> Non
     with pytest.raises(KeyboardInterrupt):
         loop.run(slow.run(), 30.0)
     thread.join(5)
+    assert slow.cleaned.is_set()
+
+
+def test_work_that_nobody_holds_goes_on(loop: LoopThread) -> None:
+    slow = Slow()
+    loop.submit(slow.run())
+    assert slow.began.wait(5)
+    loop.run(asyncio.sleep(0), 5.0)  # it waits now
+    gc.collect()
+    loop.close()
     assert slow.cleaned.is_set()
 
 
