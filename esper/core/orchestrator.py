@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -36,11 +36,11 @@ from esper.core.evaluation import (
     is_trifle,
     judge,
     level_per_look,
-    seed_contribution,
 )
 from esper.core.incubator import Incubator, affordable_way
 from esper.core.leaving import Leaving
 from esper.core.link import KernelArrival
+from esper.core.looks import Looks
 from esper.core.pacing import SeedPacer
 from esper.core.race_desk import Hands, RaceDesk
 from esper.core.rechecks import Rechecks
@@ -75,6 +75,7 @@ class SeedOrchestrator:
         self._tell = Teller(context)
         self._leaving = Leaving(context, self._pacer, self._tell, self._places)
         self._desk = RaceDesk(context, self._mean, self._leaving, self._hands())
+        self._looks = Looks(context, self._mean)
         self._rechecks = Rechecks(context, self._mean, self._tell)
         self._unsubscribe = context.model.seed_states.subscribe(self._on_transition)
         self._starters: Mapping[AdaptationType, Callable[[AdaptationDecision], list[GateCheck]]] = {
@@ -183,7 +184,7 @@ class SeedOrchestrator:
                 reason = f"undone: the run ended before it was judged{self._trials.undo(adaptation)}"
                 self._close(adaptation, AdaptationOutcome.CULLED, reason)
             elif adaptation.state is State.EVALUATING:
-                self._look(adaptation, run_ends=True)
+                self._look(adaptation, self._blended(), run_ends=True)
             elif adaptation.state is State.ACTIVE:
                 self._remove(adaptation, AdaptationOutcome.CULLED, "the run ended before it was grafted")
             else:
@@ -197,7 +198,7 @@ class SeedOrchestrator:
     def withdraw_grafts(self, reason: str) -> bool:
         """Take out at once every seed that is blended in or on its way out, as the governor asks; whether any was."""
         faded = self._leaving.end_all()
-        blended = [item for item in self.ongoing() if item.state is State.EVALUATING]
+        blended = self._blended()
         for adaptation in blended:
             self._remove(adaptation, AdaptationOutcome.ROLLED_BACK, reason)
         return faded or bool(blended)
@@ -210,7 +211,7 @@ class SeedOrchestrator:
         """
         found = [a for a in self.adaptations.values() if (a.layer, a.seed_index) == (layer, seed_index)]
         live = next((a for a in reversed(found) if a.state in _STANDING), None)
-        fading = next((a.id for a in found if a.id in self._leaving.fading), None)
+        fading = next((a.id for a in found if a.id in self.fading), None)
         if live is not None:
             if not self._tripped(live):  # one that has failed is cleared away as such
                 self._remove(live, AdaptationOutcome.CULLED, reason)
@@ -461,15 +462,19 @@ class SeedOrchestrator:
         self._ramps[adaptation.id] = self._context.growth.ramp(self._context.clock.steps_per_epoch)
 
     def _check_graft(self, adaptation: Adaptation) -> None:
-        if adaptation.graft_steps >= self._ramps[adaptation.id].num_steps:
-            self._look(adaptation)
+        company = [item for item in self._blended() if item.graft_steps >= self._ramps[item.id].num_steps]
+        if any(item is adaptation for item in company):
+            self._look(adaptation, company)
 
-    def _look(self, adaptation: Adaptation, *, run_ends: bool = False) -> None:
+    def _blended(self) -> list[Adaptation]:
+        return [item for item in self.ongoing() if item.state is State.EVALUATING]
+
+    def _look(self, adaptation: Adaptation, company: Sequence[Adaptation], *, run_ends: bool = False) -> None:
         max_looks = self._context.growth.max_looks
         if not adaptation.looks or self._gate_step != self._context.clock.step:  # else: looked at as the epoch ended
             level = level_per_look(self._context.growth.confidence_level, 2 * max_looks)
             with adaptation.span("evaluate", self._context.run_id):
-                adaptation.contribution = self._measure(adaptation, level)
+                adaptation.contribution = self._looks.effect(adaptation, company, level=level)
             adaptation.looks += 1
         if self._tripped(adaptation):
             return
@@ -487,10 +492,6 @@ class SeedOrchestrator:
         """One that may still pay, or helps if not yet by its price, goes on learning: it has just been grafted."""
         dear = judgement is Judgement.DOES_NOT_PAY and is_hopeless(effect, price, looks_left)
         return dear or is_trifle(effect, self._context.control_loss)
-
-    def _measure(self, adaptation: Adaptation, level: float) -> Contribution:
-        with self._mean.applied():
-            return seed_contribution(self._context, adaptation, level=level)
 
     # ------------------------------------------------------------------ ending
 
@@ -511,9 +512,8 @@ class SeedOrchestrator:
         reasons = self._context.ledger.keep(adaptation.id)
         for other in [item for item in self.ongoing() if item.decision.group == adaptation.decision.group]:
             if other.id in reasons or other.state is State.LOADING:  # the others may be grafted beside it
-                reason = reasons.get(other.id, "its kernel had not come")
-                lost = f"lost its race to {adaptation.label}, which was kept: {reason}"
-                self._remove(other, AdaptationOutcome.CULLED, lost)
+                lost = f"lost its race to {adaptation.label}, which was kept: "
+                self._remove(other, AdaptationOutcome.CULLED, lost + reasons.get(other.id, "its kernel had not come"))
 
     def _fail(self, adaptation: Adaptation, reason: str) -> None:
         self._remove(adaptation, AdaptationOutcome.FAILED, reason)

@@ -21,9 +21,10 @@ is due in full, and would have those stay that do nothing for nothing.
 
 Where nobody visibly helps after the last round either, or most do harm after an early one, learning alone tells
 nothing: in a host that still lacks capacity for what it knows, new units help once the host learns beside them, and not
-before (experiment 0010). Then nobody goes, and all take turns in company. In a turn those are blended in together that
-promise most, one at a site, as many as the budget holds; each is judged by its own effect with the others in place, and
-when one has had its turn the next follows, three times at a site at most.
+before (experiment 0010). Most show it after an epoch, so that much is looked for then (experiment 0013). Then nobody
+goes, and all take turns in company. In a turn those are blended in together that promise most, one at a site, as many
+as the budget holds; each is judged by its own effect with the others in place, and when one has had its turn the next
+follows, three times at a site at most.
 
 Sources: O. Maron, A. Moore, Hoeffding races, NIPS 1993 (here with paired t-intervals); Z. Karnin, T. Koren, O. Somekh,
 Almost optimal exploration in multi-armed bandits, ICML 2013 (halving).
@@ -104,11 +105,14 @@ def round_ends(incubation_epochs: int, rounds: int) -> tuple[int, ...]:
     return tuple(sorted(ends))
 
 
-def run_round(context: RunContext, rivals: Sequence[Adaptation], *, last: bool, won: bool = False) -> Round:
+def run_round(
+    context: RunContext, rivals: Sequence[Adaptation], *, last: bool = False, won: bool = False, glance: bool = False
+) -> Round:
     """Measure the rivals on the control split, and say who goes.
 
     Each rival's effect is written down on it. Seeds, streams and the model stay as they are. ``won`` says that one of
-    the race was kept: then even the best of the rest goes where it is not worth its price.
+    the race was kept: then even the best of the rest goes where it is not worth its price. After a ``glance`` nobody
+    goes.
     """
     growth, refs = context.growth, [SeedRef(item.layer, item.seed_index) for item in rivals]
     off = dict.fromkeys(refs, 0.0)
@@ -122,7 +126,7 @@ def run_round(context: RunContext, rivals: Sequence[Adaptation], *, last: bool, 
     loss = context.control_loss
     measured = [one for one in found if one.is_measured]
     is_telling = bool(measured) and (won or helps_by(VISIBLE_SHARE * loss, measured))
-    gone = losers(measured, last=last, won=won) if is_telling else []
+    gone = losers(measured, last=last, won=won) if is_telling and not glance else []
     if losses[0].isfinite().all():
         gone += [one for one in found if not one.is_measured]
     left = [one for one in found if one not in gone]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.run import AdaptationOutcome, GateCheck
@@ -14,6 +15,9 @@ from esper.core.context import RunContext
 from esper.core.evaluation import seed_contribution
 from esper.core.leaving import Leaving
 from esper.core.smoothing import EpochMean
+
+GLANCE_EPOCHS: Final = 1
+"""Epochs of learning alone after which it is looked whether most rivals do harm: then more of it is wasted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +59,8 @@ class RaceDesk:
             return  # one race at a time; until its turn comes the seed goes on learning
         if last or learnt in race.round_ends(growth.incubation_epochs, growth.race_rounds):
             rivals = self._run_round(rivals, last=last)
+        elif learnt == GLANCE_EPOCHS:
+            rivals = self._run_round(rivals, glance=True)
         if rivals and rivals[0].awaits_turn:
             self._take_turns(rivals[0], rivals)
         elif last and rivals:
@@ -63,7 +69,7 @@ class RaceDesk:
     def _ongoing(self) -> list[Adaptation]:
         return [item for item in self._hands.records() if item.open]
 
-    def _run_round(self, rivals: list[Adaptation], *, last: bool) -> list[Adaptation]:
+    def _run_round(self, rivals: list[Adaptation], *, last: bool = False, glance: bool = False) -> list[Adaptation]:
         """Hold the rivals of a race against each other; gives those that stay, best first."""
         groups = {item.decision.group for item in rivals}
         kept = (item for item in self._hands.records() if item.outcome is AdaptationOutcome.KEPT)
@@ -71,10 +77,10 @@ class RaceDesk:
         if len(rivals) < (1 if won else 2):
             return rivals
         with self._mean.applied():
-            found = race.run_round(self._context, rivals, last=last, won=won)
+            found = race.run_round(self._context, rivals, last=last, won=won, glance=glance)
         sound = [item for item in rivals if not self._hands.tripped(item)]
         if len(sound) < len(rivals):
-            return self._run_round(sound, last=last)
+            return self._run_round(sound, last=last, glance=glance)
         for item, check in found.gone:
             self._hands.cull(item, check.detail, (check,))
         for item in found.stay:

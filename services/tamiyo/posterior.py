@@ -184,10 +184,10 @@ class RewardPosterior:
         """Rewards learned and still in use."""
         return len(self._observations)
 
-    def tried(self) -> set[tuple[str, str, str]]:
-        """Give blueprint id, family of operators and reach of every reward that was learned."""
+    def tried(self) -> set[tuple[str, str, str, str]]:
+        """Give blueprint id, family of operators, reach and place of every reward that was learned."""
         seen = (one.features for one in self._observations.values())
-        return {(one.blueprint_id, one.family, one.reach) for one in seen}
+        return {(one.blueprint_id, one.family, one.reach, one.layer) for one in seen}
 
     def learn(self, observation: Observation) -> bool:
         """Learn one reward; false, and nothing changes, when its report was learned before.

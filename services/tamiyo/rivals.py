@@ -4,9 +4,10 @@ Thompson sampling in batches: draw k brings in the candidate that is best in it.
 reach, and widening and deepening the host are families of their own: which kind of blueprint stands where can matter
 far more than its size, and only what is tried is learnt about. So kinds of which no reward was ever learned come first,
 one rival each and every family before a second kind of one: a prior is no reason to leave out the one kind that a task
-may want. Beyond them every rival costs: where they fill a quarter of the race nobody else enters; else what promises
-most on average does, and against it the winners of draws (top-two sampling), where they promise anything. The more is
-known, the smaller a race.
+may want. What places they leave free go to widening and deepening where neither was drawn yet, for plain capacity
+lacks in one layer and not in another (experiment 0013). Beyond them every rival costs: where they fill a quarter of
+the race nobody else enters; else what promises most on average does, and against it the winners of draws (top-two
+sampling), where they promise anything. The more is known, the smaller a race.
 
 Source: E. Kaufmann, N. Korda, R. Munos, Thompson sampling, ALT 2012; in batches: K. Kandasamy et al., Parallelised
 Bayesian optimisation via Thompson sampling, AISTATS 2018; top two: D. Russo, Simple Bayesian algorithms for best arm
@@ -66,16 +67,13 @@ def draw_rivals(
 
     ``free`` holds the dormant seeds of each layer; no more rivals than those stand at one.
     """
-    asked = [features for _, features in candidates]
-    drawn = posterior.draw(asked, random, count=size)
-    kinds = [_kind(*one) for one in candidates]
-    families = {features.blueprint_id: family for (family, _), features in zip(kinds, asked, strict=True)}
-    tried = {(families.get(name, family), reach) for name, family, reach in posterior.tried()}
+    drawn = posterior.draw([features for _, features in candidates], random, count=size)
+    gaps = _Gaps(candidates, posterior)
     left = Counter(free)
     chosen: dict[int, float] = {}
     for draw in drawn.draws:
         open_rows = [row for row, (one, _) in enumerate(candidates) if row not in chosen and left[one.layer] > 0]
-        unknown = _of_unknown_kinds(kinds, tried, open_rows, chosen)
+        unknown = gaps.of(open_rows, chosen)
         if not open_rows or (not unknown and len(chosen) >= _KNOWN_SHARE * size):
             break
         promised = draw if unknown or chosen else drawn.mean
@@ -91,14 +89,31 @@ def draw_rivals(
     return Field(rivals, max(probability_positive(one.belief.mean, one.belief.deviation) for one in rivals))
 
 
-def _of_unknown_kinds(
-    kinds: Sequence[Kind], tried: Collection[Kind], rows: Sequence[int], chosen: Collection[int]
-) -> list[int]:
-    """Give the rows of kinds that nothing is known of and nobody chosen is of; of new families where there are any."""
-    taken = {kinds[row] for row in chosen}
-    families = {family for family, _ in taken}
-    unknown = [row for row in rows if kinds[row] not in taken and kinds[row] not in tried]
-    return [row for row in unknown if kinds[row][0] not in families] or unknown
+class _Gaps:
+    """Which candidates nothing is known of; those are told by their row."""
+
+    def __init__(self, candidates: Sequence[tuple[Candidate, Features]], posterior: RewardPosterior) -> None:
+        self._kinds = [_kind(*one) for one in candidates]
+        rows = [(family, features) for (family, _), (_, features) in zip(self._kinds, candidates, strict=True)]
+        families = {features.blueprint_id: family for family, features in rows}
+        past = [(families.get(name, family), reach, place) for name, family, reach, place in posterior.tried()]
+        self._tried = {(family, reach) for family, reach, _ in past}
+        settled = {(family, place) for family, _, place in past}
+        at_places = [(family, features.layer) for family, features in rows]
+        self._changes = [one if one[0] in _HOST_CHANGES and one not in settled else None for one in at_places]
+
+    def of(self, rows: Sequence[int], chosen: Collection[int]) -> list[int]:
+        """Give those of some rows that come first: of new families, else of new kinds, else what was drawn elsewhere.
+
+        The last are changes of the host where none of their kind was tried, beside what is new itself.
+        """
+        taken = {self._kinds[row] for row in chosen}
+        families = {family for family, _ in taken}
+        unknown = [row for row in rows if self._kinds[row] not in taken and self._kinds[row] not in self._tried]
+        if unknown or taken <= self._tried:
+            return [row for row in unknown if self._kinds[row][0] not in families] or unknown
+        made = {self._changes[row] for row in chosen}
+        return [row for row in rows if self._changes[row] is not None and self._changes[row] not in made]
 
 
 def _kind(candidate: Candidate, features: Features) -> Kind:

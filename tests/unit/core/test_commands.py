@@ -198,7 +198,7 @@ def test_cull_removes_a_fossil_and_the_report_says_so(desk: Any) -> None:
     one.ask(germinate())
     (adaptation,) = one.session.orchestrator.ongoing()
     one.session.orchestrator._graft(adaptation, GateCheck(name="test", passed=True, detail=""))
-    adaptation.contribution = one.session.orchestrator._measure(adaptation, 0.95)
+    adaptation.contribution = one.session.orchestrator._looks.effect(adaptation, [], level=0.95)
     one.session.orchestrator._fossilize(adaptation, GateCheck(name="test", passed=True, detail="by test"))
     assert one.state_of(1) is State.FOSSILIZED
     assert one.session._context.ledger.status().added_parameters > 0

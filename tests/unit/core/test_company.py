@@ -16,6 +16,8 @@ from esper.core import race
 from esper.core.adaptation import Adaptation
 from esper.core.budget import Budget, BudgetLedger
 from esper.core.evaluation import is_hopeless, is_last_look, is_trifle
+from esper.execution.counterfactual import evaluate_configurations
+from esper.execution.overrides import SeedRef
 from tests.unit.core.test_session import train
 
 RACE = "a" + "f" * 32
@@ -83,6 +85,51 @@ def test_one_that_is_kept_leaves_the_others_of_its_company_blended_in(race_of: A
     assert "lost its race" not in rivals["norm_shift"].reason
 
 
+def test_those_of_a_company_are_measured_in_the_same_passes(
+    race_of: Any, large_task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, rivals = race_of(growth=replace(DEAF, max_looks=9))
+    looks: list[list[dict[SeedRef, float]]] = []
+    effects: dict[SeedRef, float] = {}
+
+    def noting(model: Any, batches: Any, loss: Any, configurations: Any) -> Any:
+        found = evaluate_configurations(model, batches, loss, configurations)
+        looks.append([dict(one) for one in configurations])
+        for number, ref in enumerate(configurations[0], start=1):
+            alone = evaluate_configurations(model, batches, loss, [configurations[number], configurations[0]])
+            effects[ref] = float((alone[0] - alone[1]).mean())
+        return found
+
+    monkeypatch.setattr("esper.core.looks.evaluate_configurations", noting)
+    train(session, large_task, 1)
+    one, two = SeedRef("0", 1), SeedRef("2", 0)
+    assert looks == [[{one: 1.0, two: 1.0}, {one: 0.0, two: 1.0}, {one: 1.0, two: 0.0}]], "three passes, not four"
+    for name, ref in (("gated_mlp", one), ("norm_shift", two)):
+        assert rivals[name].looks == 1
+        assert rivals[name].contribution.estimate == pytest.approx(effects[ref], abs=1e-9)
+    session.finish()
+    assert len(looks) == 1, "what was looked at as the epoch ended is not measured again"
+
+
+def test_when_a_kernel_fails_while_it_is_measured_the_others_are_measured_without_it(
+    race_of: Any, large_task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, rivals = race_of(growth=replace(DEAF, max_looks=9))
+    train(session, large_task, 1)
+    sound, failing = rivals["gated_mlp"], rivals["norm_shift"]
+    kernel = session._context.model.kasmina_layers["2"].find_seed(0).kernel
+    whole, calls = kernel.forward, iter((True,))
+    monkeypatch.setattr(kernel, "forward", lambda *given: whole(*given) if next(calls, False) else 1 / 0)
+    effect = session.orchestrator._looks.effect(sound, [failing], level=0.95)
+    assert failing.state is State.ERROR
+    ref, context = SeedRef("0", 1), session._context
+    with session.orchestrator._mean.applied():
+        on, off = evaluate_configurations(
+            context.model, context.control.batches, context.loss_rows, [{ref: 1.0}, {ref: 0.0}]
+        )
+    assert effect.estimate == pytest.approx(float((off - on).mean()), abs=1e-12)
+
+
 def test_no_more_are_blended_in_at_once_than_the_budget_holds(race_of: Any) -> None:
     session, rivals = race_of(budget=esper.Budget(added_params=88))
     assert [one.cost.parameters for one in rivals.values()] == [72, 86, 4]
@@ -114,6 +161,34 @@ def test_a_race_that_tells_nothing_yet_learns_on_alone_till_its_last_round(race_
     growth = replace(DEAF, incubation_epochs=4, race_rounds=2)
     _, patient = race_of(growth=growth)
     assert set(states(patient).values()) == {State.ACTIVE}, "who does neither good nor harm learns on"
+
+
+@pytest.mark.parametrize("do_harm", [True, False])
+def test_where_most_do_harm_after_an_epoch_all_take_turns_at_once(
+    race_of: Any, monkeypatch: pytest.MonkeyPatch, do_harm: bool
+) -> None:
+    monkeypatch.setattr(race, "mostly_harm", lambda _: do_harm)
+    growth = replace(DEAF, incubation_epochs=6, race_rounds=2)
+    _, rivals = race_of(growth=growth, epochs=1)
+    blended = {name for name, one in rivals.items() if one.state is State.EVALUATING}
+    assert blended == ({"gated_mlp", "norm_shift"} if do_harm else set())
+
+
+def test_nobody_goes_after_one_epoch_of_a_longer_race(race_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    helps = Contribution(estimate=1.0, low=0.5, high=1.5, num_examples=9)
+    idle = Contribution(estimate=0.0, low=-0.5, high=0.5, num_examples=9)
+
+    def telling(rivals: Any, *_: Any, **__: Any) -> list[race.Standing]:
+        first, *rest = sorted(rivals, key=lambda one: -one.cost.parameters)
+        beaten = [race.Standing(adaptation=one, effect=idle, price=0.0, behind=helps) for one in rest]
+        return [race.Standing(adaptation=first, effect=helps, price=0.0, behind=None), *beaten]
+
+    monkeypatch.setattr(race, "standings", telling)
+    growth = replace(DEAF, incubation_epochs=4, race_rounds=2)
+    _, rivals = race_of(growth=growth, epochs=1)
+    assert set(states(rivals).values()) == {State.ACTIVE}
+    _, halved = race_of(growth=growth, epochs=2)
+    assert AdaptationOutcome.CULLED in {one.outcome for one in halved.values()}
 
 
 def test_most_rivals_do_harm_where_more_than_half_do_beyond_doubt(decide: Any, large_task: Any) -> None:

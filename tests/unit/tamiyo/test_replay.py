@@ -38,7 +38,7 @@ from tests.unit.tamiyo.test_memory import Calls
 from tests.unit.tamiyo.test_service import Library
 
 KEPT, CULLED = AdaptationOutcome.KEPT, AdaptationOutcome.CULLED
-CAUTIOUS = TamiyoConfig(confidence_threshold=0.999)
+CAUTIOUS = TamiyoConfig(confidence_threshold=1.0)
 
 
 class Services:
@@ -168,7 +168,7 @@ async def test_other_settings_are_found_and_named(services, flattening, url):
     first = found[acted_on[0] - 1]
     assert first.sequence == 3
     assert ReplayDifference(field="decisions[0].actionable", recorded="True", replayed="False") in first.differences
-    assert found[0].changes == (ReplayDifference(field="confidence_threshold", recorded="0.7", replayed="0.999"),)
+    assert found[0].changes == (ReplayDifference(field="confidence_threshold", recorded="0.7", replayed="1.0"),)
     assert not any(packet.changes for packet in found[1:])
 
 

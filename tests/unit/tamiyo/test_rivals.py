@@ -184,6 +184,59 @@ def test_every_family_comes_in_before_a_second_reach_of_one(make_candidates):
         assert {kind_of(one.candidate) for one in field.rivals} == kinds
 
 
+def two_layers(make_candidates):
+    candidates = [one for one in make_candidates(["hidden", "head"]) if kind_of(one) != "pointwise"]
+    return [
+        (
+            one,
+            features_of(
+                one.site,
+                one.blueprint.id,
+                parameters=1,
+                progress=None,
+                family=family_of(one.blueprint.ir),
+                place=f"run-1/{one.layer}",
+                reach="own",
+            ),
+        )
+        for one in candidates
+    ]
+
+
+def changes_of(field):
+    rivals = [(kind_of(one.candidate), one.candidate.layer) for one in field.rivals]
+    return sorted(one for one in rivals if one[0] in ("widening", "deepening"))
+
+
+def test_places_left_free_go_to_changes_of_the_host_at_every_layer(make_candidates):
+    asked = two_layers(make_candidates)
+    everywhere = sorted({(kind, layer) for kind in ("widening", "deepening") for layer in ("hidden", "head")})
+    for seed in range(10):
+        field = draw_rivals(
+            RewardPosterior(PosteriorConfig(prior_mean=-1.0)),
+            asked,
+            size=8,
+            free={"hidden": 8, "head": 8},
+            random=np.random.default_rng(seed),
+        )
+        assert changes_of(field) == everywhere
+        kinds = [kind_of(one.candidate) for one in field.rivals]
+        assert len(set(kinds)) == len(kinds) - 2, "of other kinds one each"
+        assert len(set(kinds[: len(set(kinds))])) == len(set(kinds)), "every kind comes first"
+
+
+def test_where_a_change_of_the_host_was_tried_none_of_its_kind_is_drawn_for_a_free_place(make_candidates):
+    asked = two_layers(make_candidates)
+    known = RewardPosterior(PosteriorConfig(prior_mean=-1.0))
+    (features,) = [two for one, two in asked if (kind_of(one), one.layer) == ("widening", "head")]
+    known.learn(Observation(report_id="r1", features=features, reward=-1.0, variance=0.01))
+    for seed in range(10):
+        random = np.random.default_rng(seed)
+        field = draw_rivals(known, asked, size=8, free={"hidden": 8, "head": 8}, random=random)
+        assert ("widening", "head") not in changes_of(field)
+        assert ("widening", "hidden") in changes_of(field)
+
+
 def test_a_seed_that_was_only_outrun_may_try_again(flattening, make_candidates, make_report):
     policy = Policy(TamiyoConfig(race_size=2, pending_epochs=1, layer_cooldown_epochs=0))
     first, second = grown(policy, flattening, make_candidates())
