@@ -37,14 +37,15 @@ class Looks:
         return self._found.pop(adaptation.id)
 
     def _measure(self, due: Sequence[Adaptation], level: float) -> None:
-        """Measure all; those whose kernel fails meanwhile are left out, and the rest is measured without them."""
+        """Measure all; of others, what a kernel that fails meanwhile took part in is not told, or measured anew."""
         context, on = self._context, {SeedRef(one.layer, one.seed_index): 1.0 for one in due}
         configurations = [on, *({**on, ref: 0.0} for ref in on)]
         with self._mean.applied():
             losses = evaluate_configurations(context.model, context.control.batches, context.loss_rows, configurations)
-        sound = [due[0], *(one for one in due[1:] if one.state is not SeedLifecycleState.ERROR)]
-        if len(sound) < len(due):
-            self._measure(sound, level)
+        failed = [one for one in due if one.state is SeedLifecycleState.ERROR]
+        if failed and failed[0] is not due[0]:
+            self._measure([one for one in due if one not in failed], level)
             return
-        for one, off in zip(due, losses[1:], strict=True):
+        told = due[:1] if failed else due
+        for one, off in zip(told, losses[1:], strict=False):
             self._found[one.id] = paired_interval(off - losses[0], confidence_level=level)

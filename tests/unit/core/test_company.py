@@ -111,8 +111,9 @@ def test_those_of_a_company_are_measured_in_the_same_passes(
     assert len(looks) == 1, "what was looked at as the epoch ended is not measured again"
 
 
+@pytest.mark.parametrize("asked_first", ["the failing", "the sound"])
 def test_when_a_kernel_fails_while_it_is_measured_the_others_are_measured_without_it(
-    race_of: Any, large_task: Any, monkeypatch: pytest.MonkeyPatch
+    race_of: Any, large_task: Any, monkeypatch: pytest.MonkeyPatch, asked_first: str
 ) -> None:
     session, rivals = race_of(growth=replace(DEAF, max_looks=9))
     train(session, large_task, 1)
@@ -120,7 +121,10 @@ def test_when_a_kernel_fails_while_it_is_measured_the_others_are_measured_withou
     kernel = session._context.model.kasmina_layers["2"].find_seed(0).kernel
     whole, calls = kernel.forward, iter((True,))
     monkeypatch.setattr(kernel, "forward", lambda *given: whole(*given) if next(calls, False) else 1 / 0)
-    effect = session.orchestrator._looks.effect(sound, [failing], level=0.95)
+    looks = session.orchestrator._looks
+    if asked_first == "the failing":
+        looks.effect(failing, [sound], level=0.95)
+    effect = looks.effect(sound, [failing] if asked_first == "the sound" else [], level=0.95)
     assert failing.state is State.ERROR
     ref, context = SeedRef("0", 1), session._context
     with session.orchestrator._mean.applied():
