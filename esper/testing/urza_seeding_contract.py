@@ -26,7 +26,7 @@ from esper.services.urza.store import UrzaStore
 from esper.services.urza.template_releases import TemplateReleases
 from esper.testing.urza_samples import field_report, graph, kernel_bytes
 
-ACTIVE, DEPRECATED = BlueprintState.ACTIVE, BlueprintState.DEPRECATED
+ACTIVE, DEPRECATED, RETIRED = BlueprintState.ACTIVE, BlueprintState.DEPRECATED, BlueprintState.RETIRED
 
 
 def release(number: int) -> BlueprintRegistry:
@@ -230,3 +230,78 @@ class UnshippedContract:
             await store.blueprints.create(BlueprintDraft(name=name, ir=graph(number), lineage=made, state=ACTIVE))
         await seed_library(store.blueprints, shipping(stays=2))
         assert await offered(store) == [("stays", 1)]
+
+
+class ShippedAgainContract:
+    """What the registry took out of the offer comes back when a later release ships it again, and nothing else does."""
+
+    @pytest.fixture
+    async def store(self, database: Database) -> UrzaStore:
+        """Give a store."""
+        return UrzaStore(database)
+
+    async def test_a_template_that_is_shipped_again_is_offered_again_until_it_goes_again(
+        self, store: UrzaStore, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level(logging.INFO):
+            for with_it, without in ((10, 11), (12, 13)):
+                await seed_library(store.blueprints, shipping(comes=2, other=with_it))
+                assert ("comes", 1) in await offered(store)
+                await seed_library(store.blueprints, shipping(other=without))
+                assert ("comes", 1) not in await offered(store)
+            for _ in range(2):
+                seeded = await seed_library(store.blueprints, shipping(comes=2, other=14))
+                assert [(one.name, one.version, one.state) for one in seeded] == [
+                    ("comes", 1, ACTIVE),
+                    ("other", 5, ACTIVE),
+                ]
+        history = await store.blueprints.history(content_id(graph(2)))
+        assert [step.to_state for step in history[2:]] == [ACTIVE, DEPRECATED, ACTIVE, DEPRECATED, ACTIVE]
+        assert (history[-1].actor, history[-1].reason) == ("registry", f"shipped again with Esper {__version__}")
+        assert caplog.messages.count("template_shipped_again") == 2
+
+    async def test_a_graph_that_is_shipped_again_supersedes_the_one_that_superseded_it(self, store: UrzaStore) -> None:
+        first, second, third = shipping(moving=1), shipping(moving=2), shipping(moving=1, other=9)
+        for registry in (first, second):
+            await seed_library(store.blueprints, registry)
+        for registry in (third, second, first, third):
+            await seed_library(store.blueprints, registry)
+            assert await offered(store) == [("moving", 1), ("other", 1)]
+        last = (await store.blueprints.history(content_id(graph(2))))[-1]
+        assert (last.to_state, last.actor, last.reason) == (DEPRECATED, "registry", "superseded by moving@1")
+
+    @pytest.mark.parametrize("steps", [(DEPRECATED,), (DEPRECATED, RETIRED), (DEPRECATED, ACTIVE, DEPRECATED)])
+    async def test_what_was_withdrawn_by_hand_stays_so(
+        self, store: UrzaStore, steps: tuple[BlueprintState, ...]
+    ) -> None:
+        await seed_library(store.blueprints, shipping(comes=2, other=10))
+        for state in steps:
+            await store.blueprints.set_state(content_id(graph(2)), state, actor="ann", reason="worse here")
+        for registry in (shipping(other=11), shipping(comes=2, other=12)):
+            await seed_library(store.blueprints, registry)
+        assert (await store.blueprints.get("comes")).state is steps[-1]
+        assert (await store.blueprints.history(content_id(graph(2))))[-1].actor == "ann"
+
+    async def test_what_was_put_back_and_withdrawn_by_hand_stays_so(self, store: UrzaStore) -> None:
+        for registry in (shipping(comes=2, other=10), shipping(other=11)):
+            await seed_library(store.blueprints, registry)
+        for state in (ACTIVE, DEPRECATED):
+            await store.blueprints.set_state(content_id(graph(2)), state, actor="ann", reason="on second thoughts")
+        await seed_library(store.blueprints, shipping(comes=2, other=12))
+        assert await offered(store) == [("other", 3)]
+
+    async def test_a_release_that_is_overtaken_neither_offers_nor_withdraws(
+        self, database: Database, store: UrzaStore
+    ) -> None:
+        """A newer one starts just before each of the older one's steps."""
+
+        class Overtaken(BlueprintStore):
+            async def set_state(self, blueprint_id: str, state: BlueprintState, **said: Any) -> Blueprint:
+                await seed_library(store.blueprints, shipping(other=10, stays=3))
+                return await super().set_state(blueprint_id, state, **said)
+
+        for registry in (shipping(comes=2, other=10, stays=3), shipping(other=10, stays=3, more=4)):
+            await seed_library(store.blueprints, registry)
+        slow = Overtaken(database, max_blueprints=100)
+        await seed_library(slow, shipping(comes=2, other=11))
+        assert await offered(store) == [("other", 1), ("stays", 1)]

@@ -277,20 +277,25 @@ class BlueprintStore:
         actor: str,
         reason: str,
         before: BlueprintState | None = None,
+        release: str = "",
     ) -> Blueprint:
         """Take a step of the life cycle, on or back to the offer; asking for the state that holds changes nothing.
 
-        With ``before``, only from that state: who decided by what was read is not overtaken by another's steps.
+        With ``before``, only from that state: who decided by what was read is not overtaken by another's steps. With
+        ``release``, only while none newer than that release of templates is known.
 
         Raises:
             InvalidInputError: The id, actor or reason breaks its rule.
             NotFoundError: The blueprint is not stored.
-            InvalidTransitionError: The life cycle does not lead there from where it stands, or it stands elsewhere.
+            InvalidTransitionError: The life cycle does not lead there from where it stands, or it stands elsewhere, or
+                a newer release is known.
         """
         require_content_id("blueprint_id", blueprint_id)
         require_text("actor", actor, max_chars=MAX_ACTOR_CHARS)
         require_text("reason", reason, max_chars=MAX_REASON_CHARS)
         async with self._database.session() as session:
+            if release:
+                await self.templates.require_newest(session, release)
             record = await _locked(session, blueprint_id)
             held = BlueprintState(record.state)
             if state is not held:

@@ -55,7 +55,7 @@ NEXT_STATES: Final = {
     BlueprintState.DEPRECATED: (BlueprintState.RETIRED, BlueprintState.ACTIVE),
     BlueprintState.RETIRED: (),
 }
-"""Where each state leads; the way back from DEPRECATED is for people, the library itself never takes it."""
+"""Where each state leads; the library itself takes the way back from DEPRECATED for templates alone (`seeding`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,8 @@
 Where a release ships another graph under a template's name, that is a new version. It names the one shipped before as
 its parent, and what was shipped before is DEPRECATED: no longer offered, while runs and checkpoints that use it go on
 and find it, with its kernels and what was reported of it. So is a template that a release no longer ships at all,
-unless a newer release has been here: that one's templates an older one does not know.
+unless a newer release has been here: that one's templates an older one does not know. What left the offer in one of
+these ways comes back when a later release ships it again; what a person withdrew does not.
 
 A version whose row has rotted is set aside; the release's own is stored anew in its place.
 """
@@ -54,7 +55,7 @@ async def seed_library(blueprints: BlueprintStore, registry: BlueprintRegistry) 
     num_new = 0
     for name in registry.names():
         try:
-            template, created = await _seed(blueprints, registry, name)
+            template, created = await _seed(blueprints, registry, name, release)
         except AlreadyExistsError as error:
             log.warning("template_stored_under_another_name", extra={"template": name, "error": str(error)})
         except InvalidInputError as error:  # parts that parse and break a rule: a newer release may know it
@@ -67,7 +68,9 @@ async def seed_library(blueprints: BlueprintStore, registry: BlueprintRegistry) 
     return tuple(seeded)
 
 
-async def _seed(blueprints: BlueprintStore, registry: BlueprintRegistry, name: str) -> tuple[Blueprint, bool]:
+async def _seed(
+    blueprints: BlueprintStore, registry: BlueprintRegistry, name: str, release: str
+) -> tuple[Blueprint, bool]:
     own_id = registry.create_blueprint(name).id
     others = [one for one in await blueprints.version_records(name) if one.id != own_id]
     shipped = [one for one in await _sound(blueprints, others) if _is_shipped(one)]
@@ -75,7 +78,8 @@ async def _seed(blueprints: BlueprintStore, registry: BlueprintRegistry, name: s
     for before, after, reason in _STEPS:
         if template.state is before:
             template = await _step(blueprints, template.id, before, after, reason)
-    await _supersede(blueprints, template, shipped)
+    template = await _offer_again(blueprints, template, release)
+    await _supersede(blueprints, template, shipped, release)
     return template, created
 
 
@@ -95,15 +99,31 @@ def _is_shipped(record: BlueprintRecord) -> bool:
     return (lineage.operator, lineage.author) == ("template", REGISTRY)
 
 
-async def _supersede(blueprints: BlueprintStore, template: Blueprint, shipped: list[BlueprintRecord]) -> None:
-    """Deprecate what was shipped before a template; a template that is not offered itself supersedes nothing."""
+async def _offer_again(blueprints: BlueprintStore, template: Blueprint, release: str) -> Blueprint:
+    """Put a template back that the registry itself took out of the offer, unless this is an older release."""
+    if template.state is not BlueprintState.DEPRECATED:
+        return template
+    if (await blueprints.history(template.id))[-1].actor != REGISTRY:
+        return template
+    reason = f"shipped again with Esper {__version__}"
+    step = BlueprintState.DEPRECATED, BlueprintState.ACTIVE, reason
+    after = await _step(blueprints, template.id, *step, release=release)
+    if after.state is BlueprintState.ACTIVE:
+        log.info("template_shipped_again", extra={"template": f"{template.name}@{template.version}"})
+    return after
+
+
+async def _supersede(
+    blueprints: BlueprintStore, template: Blueprint, shipped: list[BlueprintRecord], release: str
+) -> None:
+    """Deprecate what else was shipped under a template's name; one that is not offered itself supersedes nothing."""
     if template.state is not BlueprintState.ACTIVE:
         extra = {"template": f"{template.name}@{template.version}", "state": template.state.name}
         log.warning("template_not_offered", extra=extra)
         return
     reason = f"superseded by {template.name}@{template.version}"
     for one in shipped:
-        if one.version < template.version and await _deprecate(blueprints, one, reason):
+        if await _deprecate(blueprints, one, reason, release):
             log.info("template_superseded", extra={"template": f"{one.name}@{one.version}", "by": template.version})
 
 
@@ -122,26 +142,35 @@ async def _withdraw_unshipped(blueprints: BlueprintStore, registry: BlueprintReg
         log.info("templates_of_newer_release", extra={"templates": [f"{one.name}@{one.version}" for one in gone]})
         return
     for one in gone:
-        if await _deprecate(blueprints, one, f"no longer shipped with Esper {__version__}"):
+        if await _deprecate(blueprints, one, f"no longer shipped with Esper {__version__}", release):
             log.info("template_no_longer_shipped", extra={"template": f"{one.name}@{one.version}"})
 
 
-async def _deprecate(blueprints: BlueprintStore, one: BlueprintRecord, reason: str) -> bool:
-    """Take a template that is offered out of the offer, unless somebody put it back by hand."""
+async def _deprecate(blueprints: BlueprintStore, one: BlueprintRecord, reason: str, release: str) -> bool:
+    """Take a template out of the offer, unless somebody put it back by hand or this is an older release."""
     if one.state != BlueprintState.ACTIVE:
         return False
-    if (await blueprints.history(one.id))[-1].from_state is BlueprintState.DEPRECATED:
+    last = (await blueprints.history(one.id))[-1]
+    if last.from_state is BlueprintState.DEPRECATED and last.actor != REGISTRY:
         return False
-    await _step(blueprints, one.id, BlueprintState.ACTIVE, BlueprintState.DEPRECATED, reason)
-    return True
+    step = BlueprintState.ACTIVE, BlueprintState.DEPRECATED, reason
+    return (await _step(blueprints, one.id, *step, release=release)).state is BlueprintState.DEPRECATED
 
 
 async def _step(
-    blueprints: BlueprintStore, blueprint_id: str, before: BlueprintState, after: BlueprintState, reason: str
+    blueprints: BlueprintStore,
+    blueprint_id: str,
+    before: BlueprintState,
+    after: BlueprintState,
+    reason: str,
+    *,
+    release: str = "",
 ) -> Blueprint:
+    """Take a step; where another replica took this one and the next, or a newer release is known, change nothing."""
+    said = {"actor": REGISTRY, "reason": reason}
     try:
-        return await blueprints.set_state(blueprint_id, after, actor=REGISTRY, reason=reason, before=before)
-    except InvalidTransitionError:  # another replica has taken this step and the next
+        return await blueprints.set_state(blueprint_id, after, before=before, release=release, **said)
+    except InvalidTransitionError:
         return await blueprints.get(blueprint_id)
 
 

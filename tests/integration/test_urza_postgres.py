@@ -27,7 +27,7 @@ from esper.testing.urza_query_contract import (
     TotalContract,
 )
 from esper.testing.urza_rot_contract import RotContract
-from esper.testing.urza_seeding_contract import SeedingContract, UnshippedContract
+from esper.testing.urza_seeding_contract import SeedingContract, ShippedAgainContract, UnshippedContract
 from esper.testing.urza_template import Library, rows_of
 
 
@@ -79,6 +79,10 @@ class TestSeeding(SeedingContract):
 
 
 class TestUnshipped(UnshippedContract):
+    pass
+
+
+class TestShippedAgain(ShippedAgainContract):
     pass
 
 

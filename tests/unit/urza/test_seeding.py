@@ -8,7 +8,7 @@ import pytest
 
 from esper.mesh.database import Database
 from esper.testing.urza_rot_contract import RotContract
-from esper.testing.urza_seeding_contract import SeedingContract, UnshippedContract
+from esper.testing.urza_seeding_contract import SeedingContract, ShippedAgainContract, UnshippedContract
 from esper.testing.urza_template import lay_out
 
 
@@ -24,6 +24,10 @@ class TestSeeding(SeedingContract):
 
 
 class TestUnshipped(UnshippedContract):
+    pass
+
+
+class TestShippedAgain(ShippedAgainContract):
     pass
 
 
