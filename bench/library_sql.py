@@ -20,11 +20,13 @@ import asyncpg  # type: ignore[import-untyped]
 
 from bench.library_rows import OWNER, TABLES, Row, Samples, Shelf, blueprint_id
 from esper.contracts.errors import UnavailableError
+from esper.mesh.driver_reads import SQLITE_CACHE_KIB
 from esper.services.urza.models import Base
 
 FIELDS: Final = "b.*, s.trials, s.kept, s.contribution_sum, s.contribution_count"
 """What is said of a blueprint."""
 
+_CACHE: Final = f"cache_size = -{SQLITE_CACHE_KIB}"
 _STATISTICS: Final = "LEFT JOIN urza_statistics s ON s.blueprint_id = b.id"
 _HAS: Final = "EXISTS (SELECT 1 FROM urza_blueprint_tags WHERE blueprint_id = b.id AND tag = {})"
 _PAGE: Final = "ORDER BY b.name, b.version LIMIT 51"
@@ -101,7 +103,7 @@ class SqliteSql:
 
     def __init__(self, path: Path) -> None:
         self._connection = sqlite3.connect(path, isolation_level=None)
-        for setting in ("foreign_keys = ON", "journal_mode = WAL", "synchronous = FULL"):
+        for setting in ("foreign_keys = ON", "journal_mode = WAL", "synchronous = FULL", _CACHE):
             self._connection.execute(f"PRAGMA {setting}")
 
     async def fetch(self, statement: str, *parameters: Any) -> Sequence[Any]:
@@ -138,7 +140,7 @@ class SqliteSql:
             "wal_checkpoint(TRUNCATE)",
             "foreign_keys = ON",
             "synchronous = FULL",
-            "cache_size = -2000",
+            _CACHE,
         ):
             self._connection.execute(f"PRAGMA {setting}").fetchall()
 

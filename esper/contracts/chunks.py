@@ -105,6 +105,7 @@ class Assembler:
         self._held_bytes = 0
         self._total_bytes: int | None = None
         self._sha256 = b""
+        self._digest = hashlib.sha256()
 
     @property
     def offset(self) -> int:
@@ -132,9 +133,10 @@ class Assembler:
         if self._total_bytes is None:
             self._begin(chunk)
         assert self._total_bytes is not None
-        if len(chunk.data) > self._max_chunk_bytes:
+        data = chunk.data  # once: a message copies its bytes out every time
+        if len(data) > self._max_chunk_bytes:
             raise InvalidInputError(
-                f"data must be at most {self._max_chunk_bytes} bytes a chunk, got {len(chunk.data)} bytes",
+                f"data must be at most {self._max_chunk_bytes} bytes a chunk, got {len(data)} bytes",
                 parameter="data",
             )
         if chunk.offset != self._held_bytes:
@@ -142,14 +144,15 @@ class Assembler:
                 f"offset must be {self._held_bytes}, where the chunk before ended, got {chunk.offset}",
                 parameter="offset",
             )
-        if zlib.crc32(chunk.data) != chunk.crc32:
+        if zlib.crc32(data) != chunk.crc32:
             raise CorruptDataError(f"crc32 must match the data of the chunk at offset {chunk.offset}, it does not")
-        if self._held_bytes + len(chunk.data) > self._total_bytes:
+        if self._held_bytes + len(data) > self._total_bytes:
             raise CorruptDataError(
                 f"the chunks must hold {self._total_bytes} bytes as announced, got more at offset {chunk.offset}"
             )
-        self._held.append(chunk.data)
-        self._held_bytes += len(chunk.data)
+        self._held.append(data)
+        self._held_bytes += len(data)
+        self._digest.update(data)  # while the next chunk is on its way
 
     def finish(self) -> bytes:
         """Give the payload, proven against its digest.
@@ -160,12 +163,11 @@ class Assembler:
         if self._total_bytes is None or self._held_bytes != self._total_bytes:
             announced = "an unknown number of" if self._total_bytes is None else self._total_bytes
             raise CorruptDataError(f"the chunks must hold {announced} bytes as announced, got {self._held_bytes}")
-        payload = b"".join(self._held)
-        if hashlib.sha256(payload).digest() != self._sha256:
+        if self._digest.digest() != self._sha256:
             raise CorruptDataError(
-                f"sha256 must match the {len(payload)} bytes of the whole, it does not", parameter="sha256"
+                f"sha256 must match the {self._held_bytes} bytes of the whole, it does not", parameter="sha256"
             )
-        return payload
+        return b"".join(self._held)
 
     def _begin(self, chunk: ChunkLike) -> None:
         if chunk.total_bytes < 1:

@@ -90,6 +90,7 @@ class _Outcome:
     incident_id: str | None = None
 
 
+_CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 _Body = Callable[[], Awaitable[Any]]
 
 
@@ -272,8 +273,7 @@ def _set_code(context: Any) -> grpc.StatusCode:
     raw = context.code()
     if isinstance(raw, grpc.StatusCode):
         return raw
-    number = int(raw or 0)
-    return next((code for code in grpc.StatusCode if code.value[0] == number), grpc.StatusCode.UNKNOWN)
+    return _CODES.get(int(raw or 0), grpc.StatusCode.UNKNOWN)
 
 
 def _note(info: RpcInfo, outcome: _Outcome, error: EsperError) -> None:

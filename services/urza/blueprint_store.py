@@ -194,7 +194,8 @@ class BlueprintStore:
 
     async def search_records(self, query: BlueprintQuery, page: PageRequest) -> Page[BlueprintRecord]:
         """As `search`, at rest."""
-        token = decode_page_token(page.token, scope=query.scope, arity=2, key=self._token_key)
+        scope = query.scope if page.token else ""  # a first page is bound to nothing
+        token = decode_page_token(page.token, scope=scope, arity=2, key=self._token_key)
         after = None if token is None else (str(token[0]), int(token[1] or 0))
         found = await self._database.read(queries.search(query, after, page.limit + 1, self._counts))
         shown = found[: fitting([len(record.ir) for record in found[: page.limit]])]

@@ -340,14 +340,14 @@ class KernelStore:
             return
         index, within = divmod(offset, _CHUNK_BYTES)
         num_pieces = -(-row.size_bytes // _CHUNK_BYTES)
-        ahead = asyncio.create_task(self._pieces(row, index))
+        ahead = asyncio.create_task(self._pieces(row, index, 1))  # so that something is soon on its way
         place = offset
         try:
             while index < num_pieces:
                 pieces = await ahead
                 index += len(pieces)
                 if index < num_pieces:
-                    ahead = asyncio.create_task(self._pieces(row, index))
+                    ahead = asyncio.create_task(self._pieces(row, index, _PIECES_PER_READ))
                 for data, crc32 in pieces:
                     rest = data[within:] if within else data
                     yield _chunk(row, place, rest, zlib.crc32(rest) if within else crc32)
@@ -356,9 +356,9 @@ class KernelStore:
         finally:
             await _given_up(ahead)
 
-    async def _pieces(self, row: KernelRow, index: int) -> Sequence[_Piece]:
-        """Give the proven pieces from a number on, at most 2 MiB of them."""
-        end = min(-(-row.size_bytes // _CHUNK_BYTES), index + _PIECES_PER_READ)
+    async def _pieces(self, row: KernelRow, index: int, most: int) -> Sequence[_Piece]:
+        """Give the proven pieces from a number on, ``most`` of them or fewer at the end."""
+        end = min(-(-row.size_bytes // _CHUNK_BYTES), index + most)
         found = await (self._outside_pieces if row.outside else self._inside_pieces)(row, index, end)
         for number in range(index, end):
             piece = found[number - index] if number - index < len(found) else None

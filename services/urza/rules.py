@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Final, Generic, TypeVar
 
 from esper.contracts.blueprint import (
@@ -114,6 +114,7 @@ class BlueprintQuery:
     @property
     def scope(self) -> str:
         """What a page token of this query is bound to; equal for equal conditions in any order."""
+        figures = (getattr(self.bounds, one.name) for one in fields(self.bounds))
         parts = (
             sorted(set(self.all_tags)),
             sorted(set(self.any_tags)),
@@ -122,7 +123,7 @@ class BlueprintQuery:
             self.text.casefold(),
             int(self.site_kind or 0),
             str(self.tags or ""),
-            [value if value is None else float(value) for value in astuple(self.bounds)],
+            [None if value is None else float(value) for value in figures],
         )
         return f"SearchBlueprints|{hashlib.sha256(repr(parts).encode()).hexdigest()}"
 

@@ -82,7 +82,7 @@ class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
             text=request.text,
             site_kind=_site_kind_of(request.site_kind) if request.site_kind else None,
             tags=parse_tags(request.tag_expression),
-            bounds=from_wire(request.bounds, BlueprintBounds),
+            bounds=from_wire(request.bounds, BlueprintBounds) if request.HasField("bounds") else BlueprintBounds(),
         )
         page = await self._store.blueprints.search_records(query, _page_of(request))
         async with self._store.blueprints.watching_rot(page.items):

@@ -186,7 +186,7 @@ def test_a_served_library_is_measured_whole(tmp_path: Path) -> None:
 
     figures = dialect_figures("sqlite", url, tmp_path / "keys", tiny)
     names = [figure.name for figure in figures]
-    assert len(names) == len(set(names)) == 3 * len(CALLS) + 4
+    assert len(names) == len(set(names)) == 3 * len(CALLS) + 5
     assert all(figure.value is not None and figure.value > 0 for figure in figures)
     assert all(DIALECTS["sqlite"] in name for name in names)
     goals = {figure.name for figure in figures if figure.goal is not None}

@@ -53,6 +53,29 @@ def test_wire_messages_are_chunks() -> None:
     assert assembler.finish() == PAYLOAD
 
 
+def test_the_bytes_of_a_chunk_are_taken_out_once() -> None:
+    """A message copies them every time: five times a chunk cost more than to hash it."""
+
+    class Counted:
+        total_bytes, offset = len(PAYLOAD), 0
+        times = 0
+
+        def __init__(self, chunk: Chunk) -> None:
+            self.sha256, self.crc32, self._data = chunk.sha256, chunk.crc32, chunk.data
+
+        @property
+        def data(self) -> bytes:
+            self.times += 1
+            return self._data
+
+    [chunk] = split(PAYLOAD)
+    counted = Counted(chunk)
+    assembler = Assembler(max_bytes=len(PAYLOAD))
+    assembler.add(counted)
+    assert assembler.finish() == PAYLOAD
+    assert counted.times == 1
+
+
 def test_a_flipped_bit_is_found_in_its_chunk() -> None:
     chunks = list(split(PAYLOAD, chunk_bytes=512))
     chunks[1] = dataclasses.replace(chunks[1], data=bytes([chunks[1].data[0] ^ 1]) + chunks[1].data[1:])

@@ -12,7 +12,7 @@ from sqlalchemy import Column, Integer, MetaData, Table, insert
 
 from esper.contracts.errors import CorruptDataError, NotFoundError, UnavailableError
 from esper.mesh.database import Database
-from esper.mesh.driver_reads import ReadScript, Statement
+from esper.mesh.driver_reads import SQLITE_CACHE_KIB, ReadScript, Statement
 
 METADATA = MetaData()
 NUMBERS = Table("numbers", METADATA, Column("number", Integer, primary_key=True))
@@ -63,6 +63,16 @@ async def test_an_error_of_the_script_s_own_rises_and_the_next_script_works(data
         with pytest.raises(NotFoundError, match="nothing of mine is there"):
             await database.read(refuses())
     assert await database.read(within(0, 9)) == []
+
+
+async def test_a_connection_that_reads_a_file_holds_the_inner_nodes_of_large_indexes(tmp_path: Path) -> None:
+    def cache_size() -> ReadScript[int]:
+        [[size]] = yield Statement("SELECT cache_size FROM pragma_cache_size")
+        return size
+
+    async with Database.open(f"sqlite:///{tmp_path}/x.db") as database:
+        await database.create_all(METADATA)
+        assert await database.read(cache_size()) == -SQLITE_CACHE_KIB == -16_384
 
 
 async def test_a_script_cannot_write(tmp_path: Path) -> None:

@@ -7,11 +7,18 @@ from collections.abc import AsyncIterator
 import pytest
 from sqlalchemy import update
 
+from esper.contracts import wire
 from esper.contracts.blueprint import Blueprint, BlueprintMetadata, BlueprintState, Lineage, SiteKind
 from esper.contracts.errors import CorruptDataError
 from esper.contracts.wire import from_wire, to_wire
 from esper.mesh.database import Database
-from esper.services.urza.blueprint_records import BlueprintRecord, blueprint_of, message_of, page_message
+from esper.services.urza.blueprint_records import (
+    BlueprintRecord,
+    _kept_wire_of,
+    blueprint_of,
+    message_of,
+    page_message,
+)
 from esper.services.urza.models import BlueprintRow
 from esper.services.urza.rules import BlueprintDraft, BlueprintQuery, PageRequest
 from esper.services.urza.store import UrzaStore
@@ -49,6 +56,25 @@ async def test_the_message_is_the_one_that_the_blueprint_has_on_the_wire(store: 
     answer = page_message(found, "next")
     assert list(answer.blueprints) == [message_of(record) for record in found]
     assert answer.next_page_token == "next"
+
+
+async def test_what_was_answered_before_is_answered_as_it_is_now(store: UrzaStore) -> None:
+    [plain, rich] = await records(store)
+    assert page_message([plain, rich], "") == page_message([plain, rich], "")
+    later = plain._replace(state=int(BlueprintState.DEPRECATED), trials=7)
+    assert page_message([later], "").blueprints[0] == to_wire(blueprint_of(later))
+    with pytest.raises(CorruptDataError, match=r"ir of plain@1 must be the graph that [0-9a-f]{64} names"):
+        page_message([plain._replace(ir=rich.ir)], "")
+
+
+async def test_answers_are_kept_for_small_blueprints_alone(store: UrzaStore) -> None:
+    [plain, _] = await records(store)
+    page_message([plain], "")
+    kept = _kept_wire_of.cache_info().currsize
+    for number in range(3):
+        large = plain._replace(metadata=wire.serialize(BlueprintMetadata(description="d" * 4_096 + str(number))))
+        assert message_of(large).metadata.description.endswith(str(number))
+    assert _kept_wire_of.cache_info().currsize == kept
 
 
 @pytest.mark.parametrize(

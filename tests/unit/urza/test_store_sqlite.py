@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from esper.mesh.database import Database
+from esper.mesh.driver_reads import ReadScript, Row
+from esper.services.urza import kernel_store
+from esper.services.urza.models import KernelRow
+from esper.services.urza.store import UrzaStore
 from esper.testing.urza_contract import (
+    KEY,
     BlueprintStoreContract,
     KernelStoreContract,
     MigrationContract,
     ReportStoreContract,
+    content,
 )
 from esper.testing.urza_query_contract import (
     BoundsContract,
@@ -21,6 +27,7 @@ from esper.testing.urza_query_contract import (
     TagExpressionContract,
     TotalContract,
 )
+from esper.testing.urza_samples import kernel_bytes
 from esper.testing.urza_template import lay_out
 
 
@@ -71,3 +78,21 @@ class TestFiguresMigration(FiguresMigrationContract):
 
 class TestMigrations(MigrationContract):
     pass
+
+
+async def test_the_first_piece_of_a_transfer_does_not_wait_for_others(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[range] = []
+    read = kernel_store._pieces_of
+
+    def noted(row: KernelRow, index: int, end: int) -> ReadScript[Sequence[Row] | None]:
+        wanted.append(range(index, end))
+        return read(row, index, end)
+
+    monkeypatch.setattr(kernel_store, "_pieces_of", noted)
+    store = UrzaStore(database, key_ring=KEY.ring())
+    payload = kernel_bytes(KEY, weight_floats=1_200_000)
+    record, _ = await store.kernels.put(payload)
+    assert await content(store, record.artifact_id) == payload
+    assert wanted == [range(1), range(1, 9), range(9, 17), range(17, 19)]
