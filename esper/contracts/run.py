@@ -23,6 +23,21 @@ class RunPhase(IntEnum):
     FAILED = 6
 
 
+class GrowthPhase(IntEnum):
+    """What growth's own work in the training thread is booked under."""
+
+    BIRTH = 1
+    """Decisions are taken up, seeds germinate, their weights are fitted to a batch."""
+    ISOLATION = 2
+    """Seeds learn alone."""
+    RACE = 3
+    """Seeds that learn alone are held against each other."""
+    EVALUATION = 4
+    """Seeds that are blended in or kept, and settings on trial, are measured; where nothing is, the gates are asked."""
+    CONTROL = 5
+    """The model as it stands is looked at on the control split, at the end of each epoch."""
+
+
 GROWING_TYPES = frozenset({"add_seed", "modify_architecture"})
 """Types of adaptation that germinate a seed."""
 RECHECK: Final = "recheck"
@@ -153,6 +168,18 @@ class CacheTierStatus:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GrowthCost:
+    """What one phase of growth has cost the training thread since the session was opened."""
+
+    phase: GrowthPhase
+    """Phase."""
+    seconds: float
+    """Wall time."""
+    flops: int | None = None
+    """FLOPs of matrix products, convolutions and attention; ``None`` where they were not counted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SystemStatePacket:
     """State of a run at the end of an epoch or on a change of phase."""
 
@@ -202,6 +229,8 @@ class SystemStatePacket:
     """Why a run FAILED or STOPPED."""
     allowed_blueprints: str = ""
     """Expression over tags that a blueprint must keep to stand in the run; empty lets every one stand."""
+    growth_costs: tuple[GrowthCost, ...] = ()
+    """What growth has cost the training thread, phase by phase; empty from a run of a version that did not tell."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.optim import Optimizer
 
 from esper.core.budget import BudgetLedger
 from esper.core.clock import RunClock
 from esper.core.control import ControlSplit
+from esper.core.costs import CostMeter
 from esper.core.growth import GrowthConfig
 from esper.core.link import RunLink
 from esper.core.losses import LossFunction, PerExampleLoss
@@ -47,6 +48,8 @@ class RunContext:
     """Seed of the run."""
     control_loss: float
     """Last mean control loss."""
+    costs: CostMeter = field(default_factory=CostMeter)
+    """What growth has cost so far."""
 
     def birth_seed(self, seed_index: int) -> int:
         """Give the random seed of a seed's first weights: kernels are shared between runs, their draw is the run's."""

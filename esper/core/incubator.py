@@ -15,8 +15,10 @@ import torch
 from torch.optim import AdamW
 
 from esper.contracts.errors import InvalidInputError
+from esper.contracts.run import GrowthPhase
 from esper.core.batches import Batch
 from esper.core.capture import cloned
+from esper.core.costs import CostMeter
 from esper.core.growth import GrowthConfig, IncubationChoice
 from esper.core.losses import LossFunction, grows_in_proportion
 from esper.core.morphable import MorphableModel
@@ -135,8 +137,10 @@ class Incubator:
         learning_rate: float,
         way: LearningWay = LearningWay(kind="trial"),
         fitting_seed: int | None = None,
+        costs: CostMeter | None = None,
     ) -> None:
         """With a ``fitting_seed`` the seed's weights are fitted to the first batch that it learns from."""
+        self._costs = costs or CostMeter()
         self._model = model
         self._loss_fn = loss_fn
         self._ref = SeedRef(layer, seed_index)
@@ -162,6 +166,10 @@ class Incubator:
 
         Gives false where nothing could be learnt.
         """
+        with self._costs.phase(GrowthPhase.ISOLATION):
+            return self._learn_by_its_way(batch)
+
+    def _learn_by_its_way(self, batch: Batch | None) -> bool:
         if batch is not None and (self._way.kind == "trial" or self._is_damped(batch)):
             self.learn(*batch)
             return True
@@ -173,7 +181,8 @@ class Incubator:
         """Take one step down the run's own loss, on a trial branch with the seed fully blended in."""
         self._learns_locally = False
         if self._fitting_seed is not None:
-            self._fit_to(self._seen_with(inputs))
+            with self._costs.phase(GrowthPhase.BIRTH):
+                self._fit_to(self._seen_with(inputs))
         inputs, targets = self._part(inputs), self._part(targets)
         with self._precision(inputs.device):
             off = (1.0 - self._way.host_share) * self._host_output(inputs) if self._takes_damping else None
@@ -203,7 +212,8 @@ class Incubator:
         if sample is None or seed is None:
             return False  # the first step after germination: the hook was not there yet
         if self._fitting_seed is not None:
-            self._fit_to((sample.x, sample.h))
+            with self._costs.phase(GrowthPhase.BIRTH):
+                self._fit_to((sample.x, sample.h))
         try:
             with frozen_streams():
                 loss = local_regression_loss(seed.kernel, sample, reach=self._reach)

@@ -65,7 +65,7 @@ class SeedOrchestrator:
         self.adaptations: dict[str, Adaptation] = {}
         self._incubators: dict[str, Incubator] = {}
         self._ramps: dict[str, BlendSchedule] = {}
-        self._mean = EpochMean(context.model)
+        self._mean = EpochMean(context.model, context.costs)
         self._trials = TrialBench(context, self._mean)
         self._pacer = SeedPacer(context.optimizer, context.clock, context.growth)
         self._early_kernels: dict[str, KernelArrival] = {}
@@ -435,6 +435,7 @@ class SeedOrchestrator:
             learning_rate=growth.incubation_learning_rate,
             way=affordable_way(growth, kernel_flops=0 if cost is None else cost.flops, host_flops=context.host_flops),
             fitting_seed=context.fitting_seed(adaptation.seed_index),
+            costs=context.costs,
         )
 
     def _check_loading(self, adaptation: Adaptation) -> None:
@@ -584,9 +585,8 @@ class SeedOrchestrator:
     # ------------------------------------------------------------------ steps of seeds
 
     def _move(self, adaptation: Adaptation, to: State, reason: str, checks: tuple[GateCheck, ...] = ()) -> None:
-        layout = self.layers[adaptation.layer].state_layout
         with self._tell.because(reason, checks):
-            layout.transition(adaptation.seed_index, to, self._context.clock.step)
+            self.layers[adaptation.layer].state_layout.transition(adaptation.seed_index, to, self._context.clock.step)
 
     def _on_transition(self, transition: SeedTransition) -> None:
         """Write down and tell every step a seed takes, whoever made it."""

@@ -88,4 +88,5 @@ class PacketBuilder:
             created_at=datetime.now(UTC),
             phase_reason=reason[:500],
             allowed_blueprints=context.growth.allowed_blueprints,
+            growth_costs=context.costs.costs(),
         )

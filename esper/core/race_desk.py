@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.contracts.run import AdaptationOutcome, GateCheck
+from esper.contracts.run import AdaptationOutcome, GateCheck, GrowthPhase
 from esper.core import race
 from esper.core.adaptation import Adaptation
 from esper.core.context import RunContext
@@ -76,7 +76,7 @@ class RaceDesk:
         won = any(item.decision.group in groups for item in kept)
         if len(rivals) < (1 if won else 2):
             return rivals
-        with self._mean.applied():
+        with self._context.costs.phase(GrowthPhase.RACE), self._mean.applied():
             found = race.run_round(self._context, rivals, last=last, won=won, glance=glance)
         sound = [item for item in rivals if not self._hands.tripped(item)]
         if len(sound) < len(rivals):
@@ -121,7 +121,7 @@ class RaceDesk:
         return [item for item in waiting if item.open]
 
     def _check_isolated(self, adaptation: Adaptation) -> None:
-        with self._mean.applied():
+        with self._context.costs.phase(GrowthPhase.RACE), self._mean.applied():
             contribution = seed_contribution(self._context, adaptation, level=self._context.growth.confidence_level)
         adaptation.contribution = contribution
         if self._hands.tripped(adaptation):

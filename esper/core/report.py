@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from esper.contracts.run import GROWING_TYPES, Contribution
+from esper.contracts.run import GROWING_TYPES, Contribution, GrowthCost
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +87,23 @@ class EpochRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseCost:
+    """What one phase of growth cost the training thread since the session was opened."""
+
+    phase: str
+    """Name of the phase (``esper.contracts.run.GrowthPhase``), lower case."""
+    seconds: float
+    """Wall time."""
+    flops: int | None
+    """FLOPs; ``None`` where they were not counted (``SessionConfig.counts_flops``)."""
+
+    @classmethod
+    def of(cls, cost: GrowthCost) -> PhaseCost:
+        """Give a cost as reports have it."""
+        return cls(phase=cost.phase.name.lower(), seconds=cost.seconds, flops=cost.flops)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunReport:
     """What became of a run."""
 
@@ -106,6 +123,8 @@ class RunReport:
     """Times the whole training state was taken back."""
     notes: tuple[str, ...] = field(default_factory=tuple)
     """What a reader should know, e.g. services that were away."""
+    costs: tuple[PhaseCost, ...] = ()
+    """What growth cost the training thread, phase by phase."""
 
     @property
     def kept(self) -> tuple[AdaptationSummary, ...]:
@@ -127,7 +146,8 @@ class RunReport:
         ]
         if first is not None and last is not None:
             lines += ["", f"Control loss {first.control_loss:.4f} -> {last.control_loss:.4f}."]
-        lines += ["", "## Adaptations", "", *_adaptation_rows(self.adaptations), "", "## History", ""]
+        lines += ["", "## Adaptations", "", *_adaptation_rows(self.adaptations)]
+        lines += ["", "## What growth cost", "", *_cost_rows(self.costs, self.history), "", "## History", ""]
         lines += _history_rows(self.history)
         if self.notes:
             lines += ["", "## Notes", "", *(f"- {note}" for note in self.notes)]
@@ -189,6 +209,19 @@ def _adaptation_rows(adaptations: tuple[AdaptationSummary, ...]) -> list[str]:
             f"| {item.begun_epoch} | {_cell(item.place)} | {_cell(item.blueprint or item.adaptation_type)} "
             f"| {item.outcome} | {effect} | {price} | {item.parameters:,} | {_cell(item.reason)} |"
         )
+    return rows
+
+
+def _cost_rows(costs: tuple[PhaseCost, ...], history: tuple[EpochRecord, ...]) -> list[str]:
+    """Give the time of each phase, with its share of the epochs' wall time, and its FLOPs where they were counted."""
+    if not costs:
+        return ["Not measured."]
+    whole_s = sum(record.seconds for record in history)
+    rows = ["| phase | seconds | share of the epochs' time | FLOPs |", "|---|---|---|---|"]
+    for cost in costs:
+        share = f"{cost.seconds / whole_s:.1%}" if whole_s else "no epoch ended"
+        flops = "not counted" if cost.flops is None else f"{cost.flops:,}"
+        rows.append(f"| {cost.phase} | {cost.seconds:.3f} | {share} | {flops} |")
     return rows
 
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from esper.contracts.decision import BUDGET_TOO_SMALL, AdaptationDecision, ControlAction, ControlCommand
 from esper.contracts.errors import InvalidInputError, InvalidStateError
-from esper.contracts.run import RunPhase
+from esper.contracts.run import GrowthCost, GrowthPhase, RunPhase
 from esper.core.batches import Batch, BatchWatcher
 from esper.core.budget import Budget, BudgetLedger
 from esper.core.capture import Stateful
@@ -29,6 +29,7 @@ from esper.core.clock import RunClock
 from esper.core.commands import CommandDesk
 from esper.core.context import RunContext
 from esper.core.control import ControlSplit
+from esper.core.costs import CostMeter
 from esper.core.flops import forward_flops
 from esper.core.governor import Governor, Verdict
 from esper.core.leftovers import clear_leftovers
@@ -40,7 +41,7 @@ from esper.core.optimizers import require_supported
 from esper.core.orchestrator import SeedOrchestrator
 from esper.core.overlap import OverlapWatch
 from esper.core.packets import EpochMeter, PacketBuilder
-from esper.core.report import EpochRecord, RunReport
+from esper.core.report import EpochRecord, PhaseCost, RunReport
 from esper.core.settings import SessionConfig
 from esper.core.size import output_parameters
 from esper.execution.layers.ranks import world_size
@@ -86,8 +87,7 @@ class Session:
         self.run_id = self.config.resolve_run_id()
         require_supported(optimizer)
         clear_leftovers(model, optimizer)
-        device = next(model.parameters()).device
-        control = ControlSplit(control_loader, device=device)
+        control = ControlSplit(control_loader, device=next(model.parameters()).device)
         loss_rows = per_example(loss_fn)
         first = control.evaluate(model, loss_rows)
         host_flops = forward_flops(model, control.example_inputs())
@@ -119,6 +119,7 @@ class Session:
                 host_flops=host_flops,
                 random_seed=seed,
                 control_loss=first.loss,
+                costs=CostMeter(counts_flops=self.config.counts_flops),
             )
             self._orchestrator = SeedOrchestrator(self._context)
             leaving.callback(self._orchestrator.close)
@@ -171,8 +172,10 @@ class Session:
             )
         context, clock = self._context, self._context.clock
         clock.end_epoch()
-        self._orchestrator.end_epoch()
-        figures = context.control.evaluate(context.model, context.loss_rows)
+        with context.costs.phase(GrowthPhase.EVALUATION):
+            self._orchestrator.end_epoch()
+        with context.costs.phase(GrowthPhase.CONTROL):
+            figures = context.control.evaluate(context.model, context.loss_rows)
         context.control_loss = figures.loss
         seconds = time.monotonic() - self._epoch_began_s
         record = EpochRecord(
@@ -194,7 +197,8 @@ class Session:
 
     def finish(self) -> None:
         """End growth: what is still open is measured, kept if it pays, else removed; idempotent."""
-        self._orchestrator.finish()
+        with self._context.costs.phase(GrowthPhase.EVALUATION):
+            self._orchestrator.finish()
 
     def report(self) -> RunReport:
         """End growth (see :meth:`finish`) and give the report."""
@@ -211,6 +215,7 @@ class Session:
             history=tuple(self._history),
             rollbacks=self._memory.rollbacks,
             notes=tuple(self._notes),
+            costs=tuple(PhaseCost.of(one) for one in context.costs.costs()),
         )
 
     # ------------------------------------------------------------------ what else a loop may use
@@ -234,6 +239,11 @@ class Session:
     def step_count(self) -> int:
         """Optimizer steps completed."""
         return self._context.clock.step
+
+    @property
+    def growth_costs(self) -> tuple[GrowthCost, ...]:
+        """What growth has cost this thread so far, by phase."""
+        return self._context.costs.costs()
 
     def track(self, name: str, item: Stateful) -> None:
         """Let snapshots and checkpoints hold the state of a scheduler, gradient scaler, EMA ... under ``name``.
@@ -269,7 +279,7 @@ class Session:
         try:
             if phase is RunPhase.FINISHED:
                 phase = RunPhase.STOPPED if self._desk.stop_asked else phase
-                self._orchestrator.finish()
+                self.finish()
         except BaseException as error:
             phase, reason = RunPhase.FAILED, f"{type(error).__name__}: {error}"
             raise
@@ -342,11 +352,13 @@ class Session:
         for arrival in self._context.link.arrivals():
             match arrival:
                 case AdaptationDecision():
-                    self._orchestrator.decide(arrival)
+                    with self._context.costs.phase(GrowthPhase.BIRTH):
+                        self._orchestrator.decide(arrival)
                     self._note_answer(arrival)
                     self._note_budget(arrival)
                 case KernelArrival():
-                    self._orchestrator.receive_kernel(arrival)
+                    with self._context.costs.phase(GrowthPhase.BIRTH):
+                        self._orchestrator.receive_kernel(arrival)
                 case ControlCommand():
                     answer = self._desk.carry_out(arrival)
                     if answer.accepted and arrival.action is ControlAction.ROLLBACK:

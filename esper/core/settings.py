@@ -38,6 +38,9 @@ class SessionConfig:
     equal runs wherever the services are; 0 never waits."""
     gradient_norm_interval: int = 16
     """Steps between two samples of the gradient norm, at least 1."""
+    counts_flops: bool = False
+    """Whether the FLOPs of growth's own work are told by phase, beside its time: they are counted operator by operator,
+    which takes time itself wherever growth is at work."""
     checkpoints: CheckpointStore | None = None
     """Where checkpoints go, e.g. ``esper.recovery.CheckpointManager``; ``None`` writes none."""
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from esper.contracts.run import GrowthPhase
+from esper.core.costs import CostMeter
 from esper.core.morphable import MorphableModel
 
 
@@ -29,8 +31,9 @@ class EpochMean:
     short type the small steps of a late mean round away. Costs a copy of the weights, and a pass over them every step.
     """
 
-    def __init__(self, model: MorphableModel) -> None:
+    def __init__(self, model: MorphableModel, costs: CostMeter | None = None) -> None:
         self._model = model
+        self._costs = costs or CostMeter()
         self._names: list[str] = []
         self._live: list[Tensor] = []
         self._means: list[Tensor] = []
@@ -39,6 +42,10 @@ class EpochMean:
     @torch.no_grad()
     def note(self) -> None:
         """Take in the weights after a step; the first step of an epoch copies them."""
+        with self._costs.phase(GrowthPhase.EVALUATION):
+            self._take_in()
+
+    def _take_in(self) -> None:
         self._steps += 1
         if self._steps == 1:
             self._watch(dict(_averaged(self._model)))

@@ -63,6 +63,42 @@ RUN_PHASE_FAILED: RunPhase.ValueType  # 6
 """Ended by an error."""
 Global___RunPhase: _TypeAlias = RunPhase  # noqa: Y015
 
+class _GrowthPhase:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GrowthPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GrowthPhase.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GROWTH_PHASE_UNSPECIFIED: _GrowthPhase.ValueType  # 0
+    """Not a phase; readers reject it."""
+    GROWTH_PHASE_BIRTH: _GrowthPhase.ValueType  # 1
+    """Decisions are taken up, seeds germinate, their weights are fitted to a batch."""
+    GROWTH_PHASE_ISOLATION: _GrowthPhase.ValueType  # 2
+    """Seeds learn alone."""
+    GROWTH_PHASE_RACE: _GrowthPhase.ValueType  # 3
+    """Seeds that learn alone are held against each other."""
+    GROWTH_PHASE_EVALUATION: _GrowthPhase.ValueType  # 4
+    """Seeds that are blended in or kept, and settings on trial, are measured."""
+    GROWTH_PHASE_CONTROL: _GrowthPhase.ValueType  # 5
+    """The model as it stands is looked at on the control split, at the end of each epoch."""
+
+class GrowthPhase(_GrowthPhase, metaclass=_GrowthPhaseEnumTypeWrapper):
+    """What growth's own work in the training thread is booked under."""
+
+GROWTH_PHASE_UNSPECIFIED: GrowthPhase.ValueType  # 0
+"""Not a phase; readers reject it."""
+GROWTH_PHASE_BIRTH: GrowthPhase.ValueType  # 1
+"""Decisions are taken up, seeds germinate, their weights are fitted to a batch."""
+GROWTH_PHASE_ISOLATION: GrowthPhase.ValueType  # 2
+"""Seeds learn alone."""
+GROWTH_PHASE_RACE: GrowthPhase.ValueType  # 3
+"""Seeds that learn alone are held against each other."""
+GROWTH_PHASE_EVALUATION: GrowthPhase.ValueType  # 4
+"""Seeds that are blended in or kept, and settings on trial, are measured."""
+GROWTH_PHASE_CONTROL: GrowthPhase.ValueType  # 5
+"""The model as it stands is looked at on the control split, at the end of each epoch."""
+Global___GrowthPhase: _TypeAlias = GrowthPhase  # noqa: Y015
+
 class _TierBreaker:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -536,6 +572,7 @@ class SystemStatePacket(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     PHASE_REASON_FIELD_NUMBER: _builtins.int
     ALLOWED_BLUEPRINTS_FIELD_NUMBER: _builtins.int
+    GROWTH_COSTS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Run, [a-z0-9][a-z0-9-]{0,63}."""
     sequence: _builtins.int
@@ -592,6 +629,12 @@ class SystemStatePacket(_message.Message):
     def created_at(self) -> _timestamp_pb2.Timestamp:
         """When it was made."""
 
+    @_builtins.property
+    def growth_costs(self) -> _containers.RepeatedCompositeFieldContainer[Global___GrowthCost]:
+        """What growth has cost the training thread since its session was opened, one entry a phase. Empty from versions that
+        did not tell.
+        """
+
     def __init__(
         self,
         *,
@@ -618,10 +661,11 @@ class SystemStatePacket(_message.Message):
         created_at: _timestamp_pb2.Timestamp | None = ...,
         phase_reason: _builtins.str = ...,
         allowed_blueprints: _builtins.str = ...,
+        growth_costs: _abc.Iterable[Global___GrowthCost] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_control_accuracy", b"_control_accuracy", "_control_loss", b"_control_loss", "_control_loss_se", b"_control_loss_se", "_examples_per_second", b"_examples_per_second", "_gradient_norm", b"_gradient_norm", "_host_flops", b"_host_flops", "_learning_rate", b"_learning_rate", "_planned_epochs", b"_planned_epochs", "_train_loss", b"_train_loss", "budget", b"budget", "control_accuracy", b"control_accuracy", "control_loss", b"control_loss", "control_loss_se", b"control_loss_se", "created_at", b"created_at", "examples_per_second", b"examples_per_second", "gradient_norm", b"gradient_norm", "host_flops", b"host_flops", "learning_rate", b"learning_rate", "planned_epochs", b"planned_epochs", "train_loss", b"train_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_control_accuracy", b"_control_accuracy", "_control_loss", b"_control_loss", "_control_loss_se", b"_control_loss_se", "_examples_per_second", b"_examples_per_second", "_gradient_norm", b"_gradient_norm", "_host_flops", b"_host_flops", "_learning_rate", b"_learning_rate", "_planned_epochs", b"_planned_epochs", "_train_loss", b"_train_loss", "allowed_blueprints", b"allowed_blueprints", "budget", b"budget", "cache_tiers", b"cache_tiers", "control_accuracy", b"control_accuracy", "control_loss", b"control_loss", "control_loss_se", b"control_loss_se", "created_at", b"created_at", "current_parameters", b"current_parameters", "epoch", b"epoch", "examples_per_second", b"examples_per_second", "gradient_norm", b"gradient_norm", "host_flops", b"host_flops", "host_parameters", b"host_parameters", "layers", b"layers", "learning_rate", b"learning_rate", "phase", b"phase", "phase_reason", b"phase_reason", "planned_epochs", b"planned_epochs", "random_seed", b"random_seed", "run_id", b"run_id", "sequence", b"sequence", "step", b"step", "train_loss", b"train_loss"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_control_accuracy", b"_control_accuracy", "_control_loss", b"_control_loss", "_control_loss_se", b"_control_loss_se", "_examples_per_second", b"_examples_per_second", "_gradient_norm", b"_gradient_norm", "_host_flops", b"_host_flops", "_learning_rate", b"_learning_rate", "_planned_epochs", b"_planned_epochs", "_train_loss", b"_train_loss", "allowed_blueprints", b"allowed_blueprints", "budget", b"budget", "cache_tiers", b"cache_tiers", "control_accuracy", b"control_accuracy", "control_loss", b"control_loss", "control_loss_se", b"control_loss_se", "created_at", b"created_at", "current_parameters", b"current_parameters", "epoch", b"epoch", "examples_per_second", b"examples_per_second", "gradient_norm", b"gradient_norm", "growth_costs", b"growth_costs", "host_flops", b"host_flops", "host_parameters", b"host_parameters", "layers", b"layers", "learning_rate", b"learning_rate", "phase", b"phase", "phase_reason", b"phase_reason", "planned_epochs", b"planned_epochs", "random_seed", b"random_seed", "run_id", b"run_id", "sequence", b"sequence", "step", b"step", "train_loss", b"train_loss"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__control_accuracy: _TypeAlias = _typing.Literal["control_accuracy"]  # noqa: Y015
     _WhichOneofArgType__control_accuracy: _TypeAlias = _typing.Literal["_control_accuracy", b"_control_accuracy"]  # noqa: Y015
@@ -661,6 +705,38 @@ class SystemStatePacket(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__train_loss) -> _WhichOneofReturnType__train_loss | None: ...
 
 Global___SystemStatePacket: _TypeAlias = SystemStatePacket  # noqa: Y015
+
+@_typing.final
+class GrowthCost(_message.Message):
+    """What one phase of growth has cost."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PHASE_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    FLOPS_FIELD_NUMBER: _builtins.int
+    phase: Global___GrowthPhase.ValueType
+    """Phase."""
+    seconds: _builtins.float
+    """Wall time in the training thread, in seconds. Not negative."""
+    flops: _builtins.int
+    """FLOPs of matrix products, convolutions and attention; a multiply-add counts 2. Absent where they were not counted."""
+    def __init__(
+        self,
+        *,
+        phase: Global___GrowthPhase.ValueType = ...,
+        seconds: _builtins.float = ...,
+        flops: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_flops", b"_flops", "flops", b"flops"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_flops", b"_flops", "flops", b"flops", "phase", b"phase", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__flops: _TypeAlias = _typing.Literal["flops"]  # noqa: Y015
+    _WhichOneofArgType__flops: _TypeAlias = _typing.Literal["_flops", b"_flops"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__flops) -> _WhichOneofReturnType__flops | None: ...
+
+Global___GrowthCost: _TypeAlias = GrowthCost  # noqa: Y015
 
 @_typing.final
 class CacheTierStatus(_message.Message):

@@ -58,6 +58,7 @@ def build_report(
             "kernels": plain(metrics.kernels),
         },
         "architecture": _architecture(packets),
+        "growth_costs": plain(packets[-1].growth_costs) if packets else [],
         "decisions": decisions,
         "adaptations": adaptations,
         "interventions": _interventions(events),

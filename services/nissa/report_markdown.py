@@ -22,6 +22,8 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         _figures(report["figures"]),
         "## Architecture",
         _architecture(report["architecture"]),
+        "## What growth cost",
+        _growth_costs(report["growth_costs"]),
         f"## Adaptations\n\n{_decisions(report['decisions'])}",
         *(_adaptation(one) for one in report["adaptations"]),
         "## Interventions",
@@ -83,6 +85,13 @@ def _architecture(architecture: Mapping[str, Any]) -> str:
         ],
     )
     return f"{_table(('figure', 'value'), rows)}\n\n{seeds if architecture['seeds'] else 'No seed stands.'}"
+
+
+def _growth_costs(costs: Sequence[Mapping[str, Any]]) -> str:
+    if not costs:
+        return "The run told none."
+    rows = [(cost["phase"], cost["seconds"], cost["flops"]) for cost in costs]
+    return f"In the training thread:\n\n{_table(('phase', 'seconds', 'FLOPs'), rows)}"
 
 
 def _decisions(decisions: Mapping[str, Any]) -> str:
