@@ -26,6 +26,8 @@ MEASURES: Final = {
     "incubation": "ways in which a seed learns alone: quality and cost of each",
     "g2_counterfactual": "the effects of eight rivals in fused passes, over one configuration after the other",
     "g3_memory": "how much less is tried by a run whose mesh has seen another of its kind",
+    "g4_without_trace": "bits that differ, after seeds have gone, from a run that never grew",
+    "g5_cost": "what growing takes by phase, in FLOPs and time, and how long it holds a step up",
     "growth": "grown networks against their controls on a sealed test",
 }
 """Every measure, and what it tells; each is a module of this package with ``measure(quick)``."""
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     if asked.list:
         for name, summary in MEASURES.items():
-            print(f"{name:14} {summary}")
+            print(f"{name:16} {summary}")
         return 0
     if asked.name is None:
         _parser().error(f"name a measure: {', '.join(MEASURES)}, or all")

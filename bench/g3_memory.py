@@ -1,7 +1,7 @@
 """G3: what a run tries and keeps where its mesh has seen another of its kind, over the same run through a new mesh.
 
-    fresh     seed b through a mesh that knows nothing
-    second    seed b through a mesh that seed a has grown in before
+    fresh     a seed through a mesh that knows nothing
+    second    the same seed through a mesh that the seed before it has grown in
 
 Both have the same weights, batches and random streams, so that only what Tamiyo and Karn remember differs. Tried are
 adaptations that were begun; those that failed for want of a kernel are left out. The sealed split is looked at once a
@@ -23,6 +23,7 @@ from bench.growth_hosts import Cell, make_cell
 from bench.growth_tasks import TaskName
 from bench.growth_training import Outcome
 from bench.report import Figure, Result, Spread, at_least, at_most
+from esper.execution.counterfactual import paired_interval
 
 TRIALS_GOAL: Final = at_most(2 / 3)
 PER_KEPT_GOAL: Final = at_most(8)
@@ -40,33 +41,39 @@ class Pair:
 
 
 def measure(*, quick: bool) -> Result:
-    """Grow pairs of seeds: four each on digits and mnist1d, or one on digits."""
+    """Grow five seeds each on digits and mnist1d, or two on digits."""
     torch.set_num_threads(1)
     tasks: Sequence[TaskName] = ("digits",) if quick else ("digits", "mnist1d")
-    num_pairs = 1 if quick else 4
+    num_seeds = 2 if quick else 5
     figures: list[Figure] = []
     for task in tasks:
         cell = make_cell(task, "mlp")
-        pairs = [grow_pair(esper.Mesh.embedded, cell, first=2 * one, second=2 * one + 1) for one in range(num_pairs)]
-        figures += figures_of(cell.name, pairs)
+        figures += figures_of(cell.name, grow_ring(esper.Mesh.embedded, cell, num_seeds=num_seeds))
     notes = (
-        f"{num_pairs} pairs of seeds a task, perceptrons; settings and splits as in `growth`.",
-        "Spreads are over the pairs.",
+        f"{num_seeds} seeds a task, perceptrons; settings and splits as in `growth`.",
+        "The spread of the ratio is over the seeds; that of accuracy is the 95 % interval of its mean (Student's t): "
+        "'unsure' where it holds 0.",
     )
     return Result(name="g3_memory", figures=tuple(figures), notes=notes)
 
 
-def grow_pair(
-    open_mesh: OpenMesh, cell: Cell, *, first: int, second: int, grow: Callable[..., Outcome] = grow_once
-) -> Pair:
-    """Grow seed ``second`` through a new mesh, and through one that has grown seed ``first``."""
-    with open_mesh() as mesh:
-        fresh = grow(mesh, cell, seed=second)
-    with open_mesh() as mesh:
-        grow(mesh, cell, seed=first)
-        later = grow(mesh, cell, seed=second)
-    print(f"{cell.name} seed {second}: tried {tried(fresh)}, then {tried(later)}", file=sys.stderr, flush=True)
-    return Pair(fresh=fresh, second=later)
+def grow_ring(
+    open_mesh: OpenMesh, cell: Cell, *, num_seeds: int, grow: Callable[..., Outcome] = grow_once
+) -> list[Pair]:
+    """Grow every seed through a new mesh, which has seen it when the next one grows; the last is followed by the first.
+
+    REQUIRES: two seeds or more.
+    """
+    fresh: dict[int, Outcome] = {}
+    second: dict[int, Outcome] = {}
+    for seed in range(num_seeds):
+        following = (seed + 1) % num_seeds
+        with open_mesh() as mesh:
+            fresh[seed] = grow(mesh, cell, seed=seed)
+            second[following] = grow(mesh, cell, seed=following)
+        told = f"tried {tried(fresh[seed])}, seed {following} after it {tried(second[following])}"
+        print(f"{cell.name} seed {seed}: {told}", file=sys.stderr, flush=True)
+    return [Pair(fresh=fresh[seed], second=second[seed]) for seed in range(num_seeds)]
 
 
 def tried(outcome: Outcome) -> int:
@@ -82,9 +89,11 @@ def kept(outcome: Outcome) -> int:
 def figures_of(name: str, pairs: Sequence[Pair]) -> list[Figure]:
     """Give the figures of one cell; a ratio is of sums over the pairs."""
     fresh, second = [one.fresh for one in pairs], [one.second for one in pairs]
-    gains = [one.second.accuracy - one.fresh.accuracy for one in pairs]
+    gains = [100 * (one.second.accuracy - one.fresh.accuracy) for one in pairs]
     ratios = [_over(tried(one.second), tried(one.fresh)) for one in pairs]
     known = [one for one in ratios if one is not None]
+    gain = paired_interval(torch.tensor(gains, dtype=torch.float64)) if len(pairs) > 1 else None
+    interval = None if gain is None else Spread(gain.low, gain.high)
     return [
         Figure(
             name=f"{name}: tried by the second run over tried by the same run alone",
@@ -95,10 +104,11 @@ def figures_of(name: str, pairs: Sequence[Pair]) -> list[Figure]:
         ),
         Figure(
             name=f"{name}: sealed accuracy, second less alone",
-            value=100 * sum(gains) / len(gains),
+            value=sum(gains) / len(gains),
             unit="points",
             goal=at_least(0),
-            spread=Spread(100 * min(gains), 100 * max(gains)),
+            spread=interval,
+            certain=interval,
         ),
         _per_kept(f"{name}: tried for one kept, alone", fresh),
         _per_kept(f"{name}: tried for one kept, second run", second),

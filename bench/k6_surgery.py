@@ -12,9 +12,9 @@ import time
 from typing import Final
 
 import torch
-from torch import Tensor
 
 import esper
+from bench.bits import differing_values
 from bench.hosts import HOSTS, Host
 from bench.k1_dormant import training_call
 from bench.k2_active import grown_model
@@ -98,19 +98,12 @@ def bits_figure(host: Host) -> Figure:
     fresh.load_state_dict(torch.load(file, weights_only=True))
     there, back = grown.state_dict(), fresh.state_dict()
     missing = sum(value.numel() for name, value in there.items() if name not in back)
-    differing = sum(_differing(value, back[name]) for name, value in there.items() if name in back)
+    differing = sum(differing_values(value, back[name]) for name, value in there.items() if name in back)
     with torch.no_grad():
-        outputs = _differing(grown.eval()(host.batch()), fresh.eval()(host.batch()))
+        outputs = differing_values(grown.eval()(host.batch()), fresh.eval()(host.batch()))
     name = f"{host.name} grown, saved, loaded: values that differ"
     value = missing + differing + outputs
     return Figure(name=name, value=value, unit="values", goal=Goal(sign="==", limit=0))
-
-
-def _differing(ours: Tensor, other: Tensor) -> int:
-    if ours.shape != other.shape or ours.dtype != other.dtype:
-        return ours.numel()
-    left, right = (value.detach().contiguous().reshape(-1).view(torch.uint8) for value in (ours, other))
-    return int((left != right).reshape(ours.numel(), -1).any(dim=1).sum()) if ours.numel() else 0
 
 
 def _ms(act: Call) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.g3_memory import Pair, figures_of, grow_pair
+from bench.g3_memory import Pair, figures_of, grow_ring
 from bench.growth_hosts import make_cell
 from bench.growth_training import Outcome, Tried
 
@@ -47,16 +47,20 @@ def test_trials_are_summed_over_pairs_and_what_failed_to_run_is_no_trial() -> No
     assert ratio.spread is not None
     assert ratio.spread == (0.4, 1.0)
     assert gain.value == pytest.approx(1.5)
+    assert gain.certain is not None
+    assert gain.certain == pytest.approx((1.5 - 12.706 * 0.5, 1.5 + 12.706 * 0.5), rel=1e-3)
+    assert gain.holds is None, "two pairs are not enough to tell"
     assert (alone.value, alone.holds) == (8, True)
     assert second.value == 2.5
 
 
 def test_where_nothing_was_kept_there_is_no_figure() -> None:
-    *_, alone, second = figures_of("digits/mlp", [Pair(fresh=outcome("cc"), second=outcome(""))])
+    _, gain, alone, second = figures_of("digits/mlp", [Pair(fresh=outcome("cc"), second=outcome(""))])
     assert (alone.value, second.value) == (None, None)
+    assert (gain.value, gain.certain) == (0.0, None)
 
 
-def test_the_second_run_alone_has_a_mesh_that_has_seen_another() -> None:
+def test_every_seed_grows_alone_and_after_the_one_before_it() -> None:
     opened: list[list[int]] = []
 
     @contextmanager
@@ -66,8 +70,9 @@ def test_the_second_run_alone_has_a_mesh_that_has_seen_another() -> None:
 
     def grow(mesh: list[int], _: Any, *, seed: int) -> Outcome:
         mesh.append(seed)
-        return outcome("c" * len(mesh))
+        return outcome("c" * len(mesh), accuracy=seed / 10)
 
-    pair = grow_pair(open_mesh, make_cell("digits", "mlp"), first=4, second=5, grow=grow)
-    assert opened == [[5], [4, 5]]
-    assert (len(pair.fresh.tried), len(pair.second.tried)) == (1, 2)
+    pairs = grow_ring(open_mesh, make_cell("digits", "mlp"), num_seeds=3, grow=grow)
+    assert opened == [[0, 1], [1, 2], [2, 0]]
+    assert [(len(one.fresh.tried), len(one.second.tried)) for one in pairs] == [(1, 2)] * 3
+    assert [(one.fresh.accuracy, one.second.accuracy) for one in pairs] == [(0.0, 0.0), (0.1, 0.1), (0.2, 0.2)]
