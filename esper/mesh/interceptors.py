@@ -10,8 +10,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, aclosing, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -177,13 +177,8 @@ class RpcEnvelope(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     self._metrics.finished(info.service, info.method, outcome.code.name, duration_s)
                 _log_access(info, context, outcome, duration_s)
 
-    @contextmanager
-    def _span(self, info: RpcInfo, context: Any) -> Iterator[Any]:
-        if info.exempt:
-            yield None
-            return
-        with server_span(self._tracer, info.path, context.invocation_metadata()) as span:
-            yield span
+    def _span(self, info: RpcInfo, context: Any) -> AbstractContextManager[Any]:
+        return nullcontext() if info.exempt else server_span(self._tracer, info.path, context.invocation_metadata())
 
     async def _settle(self, info: RpcInfo, context: Any, body: _Body, outcome: _Outcome) -> Any:
         """Run the body; turn whatever it raises into a status, and note in ``outcome`` how it ended."""
@@ -228,23 +223,24 @@ class RpcEnvelope(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self._num_running -= 1
 
     async def _within_deadline(self, info: RpcInfo, context: Any, body: _Body) -> Any:
-        policy = self._policy
         left_s = context.time_remaining()
-        default_s = policy.default_stream_deadline_s if info.streams_responses else policy.default_deadline_s
-        budget_s = default_s if left_s is None else left_s
-        async with AsyncExitStack() as stack:
-            stack.enter_context(deadline_scope(budget_s))
-            limit = asyncio.timeout(budget_s)
-            try:
+        if left_s is not None:  # the call ends at its caller's deadline by itself: this task is cancelled then
+            with deadline_scope(left_s):
+                return await body()
+        policy = self._policy
+        budget_s = policy.default_stream_deadline_s if info.streams_responses else policy.default_deadline_s
+        limit = asyncio.timeout(budget_s)
+        try:
+            with deadline_scope(budget_s):
                 async with limit:
                     return await body()
-            except TimeoutError as error:
-                if not limit.expired() or isinstance(error, EsperError):
-                    raise
-                whose = "the server's default" if left_s is None else "the caller's"
-                raise DeadlineExceededError(
-                    f"{info.path.lstrip('/')} must finish within {whose} deadline, got no result in {budget_s:.3f} s"
-                ) from error
+        except TimeoutError as error:
+            if not limit.expired() or isinstance(error, EsperError):
+                raise
+            raise DeadlineExceededError(
+                f"{info.path.lstrip('/')} must finish within the server's default deadline, got no result in "
+                f"{budget_s:.3f} s"
+            ) from error
 
 
 async def _call(behaviour: Callable[..., Any], request: Any, context: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Final
 
 import grpc
 from opentelemetry import propagate, trace
-from opentelemetry.context import Context
+from opentelemetry.context import Context, get_current
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, TracerProvider
 
 Metadata = tuple[tuple[str, str | bytes], ...]
@@ -49,14 +49,18 @@ def server_span(tracer: Tracer, path: str, metadata: Iterable[tuple[str, str | b
     """
     carrier = {key: value for key, value in metadata or () if isinstance(value, str)}
     parent = propagate.extract(carrier, context=Context())
-    with tracer.start_as_current_span(
+    span = tracer.start_span(
         path.lstrip("/"),
         context=parent,
         kind=SpanKind.SERVER,
         attributes=_attributes(path),
         record_exception=False,
         set_status_on_exception=False,
-    ) as span:
+    )
+    if not parent and _says_nothing(span):
+        yield span
+        return
+    with trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
         yield span
 
 
@@ -68,10 +72,17 @@ def client_span(tracer: Tracer, path: str, target: str) -> Span:
 
 def inject(span: Span, metadata: Metadata) -> Metadata:
     """Give ``metadata`` with the span's trace context in the place of any it had."""
+    if _says_nothing(span):
+        return metadata
     carrier: dict[str, str] = {}
     propagate.inject(carrier, context=trace.set_span_in_context(span))
     kept = tuple((key, value) for key, value in metadata if key not in carrier)
     return kept + tuple(carrier.items())
+
+
+def _says_nothing(span: Span) -> bool:
+    """Tell whether a span is of no trace and nothing else is to be handed on: it need not be made the current one."""
+    return not get_current() and not span.get_span_context().is_valid
 
 
 def set_outcome(span: Span, code: grpc.StatusCode, reason: str | None, *, server: bool) -> None:
