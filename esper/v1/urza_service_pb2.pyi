@@ -716,19 +716,25 @@ class GetKernelRequest(_message.Message):
 
     ARTIFACT_ID_FIELD_NUMBER: _builtins.int
     CONTENT_KEY_FIELD_NUMBER: _builtins.int
+    MANIFEST_SHA256_FIELD_NUMBER: _builtins.int
     artifact_id: _builtins.str
     """Id of the kernel."""
     content_key: _builtins.str
     """Content key of the compile request."""
+    manifest_sha256: _builtins.bytes
+    """SHA-256 of the serialised manifest that the caller has read before, 32 bytes. Where it is that of the kernel, the response
+    gives the size alone. Default: empty, and the response gives all.
+    """
     def __init__(
         self,
         *,
         artifact_id: _builtins.str = ...,
         content_key: _builtins.str = ...,
+        manifest_sha256: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "content_key", b"content_key", "key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "content_key", b"content_key", "key", b"key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "content_key", b"content_key", "key", b"key", "manifest_sha256", b"manifest_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_key: _TypeAlias = _typing.Literal["artifact_id", "content_key"]  # noqa: Y015
     _WhichOneofArgType_key: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
@@ -749,11 +755,11 @@ class GetKernelResponse(_message.Message):
     """Size of the serialised KernelArtifact, in bytes."""
     @_builtins.property
     def manifest(self) -> _kernel_pb2.KernelManifest:
-        """The manifest."""
+        """The manifest. Absent where it is the one that the request's manifest_sha256 is of."""
 
     @_builtins.property
     def statistics(self) -> _blueprint_pb2.KernelStatistics:
-        """What runs reported of it. Absent while no report came."""
+        """What runs reported of it. Absent while no report came, and where the manifest is."""
 
     def __init__(
         self,

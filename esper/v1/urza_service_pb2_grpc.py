@@ -169,6 +169,7 @@ class UrzaServiceServicer:
 
     def GetKernel(self, request, context):
         """Give a kernel's manifest by id or content key. NOT_FOUND when there is none, DATA_LOSS when it is damaged; then it was removed.
+        A caller who has read the manifest before and says so is told in few bytes that it still stands.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

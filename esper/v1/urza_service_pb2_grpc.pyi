@@ -58,7 +58,9 @@ class UrzaServiceStub:
     DownloadKernel: _grpc.UnaryStreamMultiCallable[_urza_service_pb2.DownloadKernelRequest, _urza_service_pb2.DownloadKernelResponse]
     """Give a kernel in chunks, in order, from an offset. NOT_FOUND when there is none, DATA_LOSS when it is damaged; then it was removed."""
     GetKernel: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.GetKernelRequest, _urza_service_pb2.GetKernelResponse]
-    """Give a kernel's manifest by id or content key. NOT_FOUND when there is none, DATA_LOSS when it is damaged; then it was removed."""
+    """Give a kernel's manifest by id or content key. NOT_FOUND when there is none, DATA_LOSS when it is damaged; then it was removed.
+    A caller who has read the manifest before and says so is told in few bytes that it still stands.
+    """
     PinKernel: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.PinKernelRequest, _urza_service_pb2.PinKernelResponse]
     """Keep a kernel from every sweep, or no longer. NOT_FOUND when one that is to be pinned is not there. Idempotent."""
     SweepLibrary: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.SweepLibraryRequest, _urza_service_pb2.SweepLibraryResponse]
@@ -100,7 +102,9 @@ class UrzaServiceAsyncStub(UrzaServiceStub):
     DownloadKernel: _aio.UnaryStreamMultiCallable[_urza_service_pb2.DownloadKernelRequest, _urza_service_pb2.DownloadKernelResponse]  # type: ignore[assignment]
     """Give a kernel in chunks, in order, from an offset. NOT_FOUND when there is none, DATA_LOSS when it is damaged; then it was removed."""
     GetKernel: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.GetKernelRequest, _urza_service_pb2.GetKernelResponse]  # type: ignore[assignment]
-    """Give a kernel's manifest by id or content key. NOT_FOUND when there is none, DATA_LOSS when it is damaged; then it was removed."""
+    """Give a kernel's manifest by id or content key. NOT_FOUND when there is none, DATA_LOSS when it is damaged; then it was removed.
+    A caller who has read the manifest before and says so is told in few bytes that it still stands.
+    """
     PinKernel: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.PinKernelRequest, _urza_service_pb2.PinKernelResponse]  # type: ignore[assignment]
     """Keep a kernel from every sweep, or no longer. NOT_FOUND when one that is to be pinned is not there. Idempotent."""
     SweepLibrary: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.SweepLibraryRequest, _urza_service_pb2.SweepLibraryResponse]  # type: ignore[assignment]
@@ -193,7 +197,9 @@ class UrzaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _urza_service_pb2.GetKernelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_urza_service_pb2.GetKernelResponse, _abc.Awaitable[_urza_service_pb2.GetKernelResponse]]:
-        """Give a kernel's manifest by id or content key. NOT_FOUND when there is none, DATA_LOSS when it is damaged; then it was removed."""
+        """Give a kernel's manifest by id or content key. NOT_FOUND when there is none, DATA_LOSS when it is damaged; then it was removed.
+        A caller who has read the manifest before and says so is told in few bytes that it still stands.
+        """
 
     @_abc_1.abstractmethod
     def PinKernel(

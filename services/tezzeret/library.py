@@ -6,6 +6,7 @@ and the digest of the graph is known here. Whoever loads the kernel verifies the
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Final
@@ -41,19 +42,27 @@ class StoredKernel:
 
 
 class KernelLookup:
-    """Asks the library for kernels; an answer checked before is known by its bytes. Belongs to one event loop."""
+    """Asks the library for kernels; an answer checked before is known by its digest. Belongs to one event loop."""
 
     def __init__(self, stub: Any) -> None:
         self._stub = stub
         self._checked: OrderedDict[str, tuple[bytes, StoredKernel]] = OrderedDict()
 
     async def find(self, spec: CompileSpec, key: str) -> StoredKernel:
-        """Ask for the kernel of a content key, as `find_kernel` does."""
-        response = await _ask(self._stub, key)
+        """Ask for the kernel of a content key, as `find_kernel` does.
+
+        The library is asked each time; of a manifest that was checked before it says only that the kernel still stands.
+        """
+        sha256, known = self._checked.get(key, (b"", None))
+        response = await _ask(self._stub, key, sha256)
+        if known is not None and not response.HasField("manifest"):
+            if known.size_bytes == response.size_bytes:
+                return known
+            response = await _ask(self._stub, key)
         said = response.manifest.SerializeToString(deterministic=True)
-        known = self._checked.get(key)
-        if known is not None and known[0] == said and known[1].size_bytes == response.size_bytes:
-            return known[1]
+        # A library of before it took digests says all of it each time.
+        if known is not None and _digest(said) == sha256 and known.size_bytes == response.size_bytes:
+            return known
         found = check_answer(response, spec, key)
         self._remember(key, said, found)
         return found
@@ -71,9 +80,13 @@ class KernelLookup:
         return found
 
     def _remember(self, key: str, said: bytes, found: StoredKernel) -> None:
-        self._checked[key] = (said, found)
+        self._checked[key] = (_digest(said), found)
         while len(self._checked) > _MAX_CHECKED:
             self._checked.popitem(last=False)
+
+
+def _digest(said: bytes) -> bytes:
+    return hashlib.sha256(said).digest()
 
 
 async def find_kernel(stub: Any, spec: CompileSpec, key: str) -> StoredKernel:
@@ -131,8 +144,8 @@ def check_kept(data: bytes) -> KernelManifest:
     return check_parts(read_artifact(data))
 
 
-async def _ask(stub: Any, key: str) -> urza_service_pb2.GetKernelResponse:
-    request = urza_service_pb2.GetKernelRequest(content_key=key)
+async def _ask(stub: Any, key: str, manifest_sha256: bytes = b"") -> urza_service_pb2.GetKernelResponse:
+    request = urza_service_pb2.GetKernelRequest(content_key=key, manifest_sha256=manifest_sha256)
     try:
         response: urza_service_pb2.GetKernelResponse = await stub.GetKernel(request, timeout=_LOOKUP_TIMEOUT_S)
     except grpc.RpcError as error:

@@ -382,6 +382,8 @@ class TezzeretService:
             async with asyncio.timeout(None if left_s is None else max(0.0, left_s - _ANSWER_MARGIN_S)):
                 async for changed in self._changes.follow(job.job_id):
                     job = changed
+        if job.phase is JobPhase.SUCCEEDED:
+            self._remember(job)  # the next answer is of this very object, whose message is made by then
         return job
 
     def _remember(self, job: CompileJob) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Final
 
 from sqlalchemy import ColumnElement, and_, delete, true
@@ -54,11 +56,26 @@ class KernelRecord:
     """When the library took it."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StandingKernel:
+    """What there is to know of a stored kernel to somebody who has read its manifest before."""
+
+    manifest_sha256: bytes
+    """Digest of the serialised manifest."""
+    key_id: str
+    """Id of the signing key."""
+    size_bytes: int
+    """Size of the serialised artefact, in bytes."""
+
+
 def row_digest(row: KernelRow) -> bytes:
     """Give the SHA-256 over every column of a row but the digest itself, whatever became of their values."""
+    return _digest_of(getattr(row, name) for name in _SEALED)
+
+
+def _digest_of(sealed: Iterable[object]) -> bytes:
     digest = hashlib.sha256(b"esper-kernel-row-v1\n")
-    for name in _SEALED:
-        value: object = getattr(row, name)
+    for value in sealed:
         data = value if isinstance(value, bytes) else str(value).encode("utf-8", ROTTEN)
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.digest()
@@ -78,9 +95,7 @@ def use_key(manifest: bytes) -> str:
 
 def find_row(column: str, wanted: str, dialect: str) -> ReadScript[KernelRow | None]:
     """Give the row in which a column of text has a value, whatever became of its other columns."""
-    text = "CAST({} AS BLOB)" if dialect == "sqlite" else "convert_to({}, 'UTF8')"
-    columns = ", ".join(text.format(name) if name in _TEXTS else name for name in _COLUMNS)
-    rows = yield Statement(f"SELECT {columns} FROM urza_kernels WHERE {column} = $1", (wanted,))  # noqa: S608
+    rows = yield Statement(_select(column, dialect), (wanted,))
     if not rows:
         return None
     values = dict(zip(_COLUMNS, rows[0], strict=True))
@@ -88,6 +103,30 @@ def find_row(column: str, wanted: str, dialect: str) -> ReadScript[KernelRow | N
         if isinstance(values[name], bytes):
             values[name] = values[name].decode("utf-8", ROTTEN)
     return KernelRow(**values)
+
+
+def find_standing(column: str, wanted: str, dialect: str) -> ReadScript[StandingKernel | None]:
+    """Give what there is to know of a kernel that its reader knows; ``None`` where its row is gone or not sound."""
+    rows = yield Statement(_select(column, dialect), (wanted,))
+    if not rows:
+        return None
+    *sealed, row_sha256 = rows[0]
+    if _digest_of(sealed) != row_sha256:
+        return None
+    values = dict(zip(_SEALED, sealed, strict=True))
+    return StandingKernel(
+        manifest_sha256=hashlib.sha256(values["manifest"]).digest(),
+        key_id=values["key_id"].decode(),
+        size_bytes=values["size_bytes"],
+    )
+
+
+@lru_cache(maxsize=8)
+def _select(column: str, dialect: str) -> str:
+    """Give the text by which all columns of a row are read, those of text as bytes."""
+    text = "CAST({} AS BLOB)" if dialect == "sqlite" else "convert_to({}, 'UTF8')"
+    columns = ", ".join(text.format(name) if name in _TEXTS else name for name in _COLUMNS)
+    return f"SELECT {columns} FROM urza_kernels WHERE {column} = $1"  # noqa: S608
 
 
 def record_of(row: KernelRow) -> KernelRecord:

@@ -42,6 +42,7 @@ from esper.services.urza.kernel_rows import (
     KernelRecord,
     delete_copy,
     find_row,
+    find_standing,
     is_sound,
     record_of,
     row_digest,
@@ -175,6 +176,13 @@ class KernelStore:
         column, wanted = _named(artifact_id, content_key)
         row, counted = await self._database.read(_with_counts(column, wanted, self._database.dialect))
         return record_of(await self._usable(row, column, wanted)), counted
+
+    async def size_if_known(self, manifest_sha256: bytes, *, artifact_id: str = "", content_key: str = "") -> int:
+        """Give the size of a kernel, in bytes; 0 where `get_counted` would not give one of this very manifest."""
+        column, wanted = _named(artifact_id, content_key)
+        found = await self._database.read(find_standing(column, wanted, self._database.dialect))
+        same = found is not None and found.manifest_sha256 == manifest_sha256 and self._trusts(found.key_id)
+        return found.size_bytes if found is not None and same else 0
 
     async def complete(self, sha256: bytes) -> KernelRecord | None:
         """Give the stored and trusted kernel whose serialised artefact has a digest; ``None`` where there is none."""
@@ -413,7 +421,10 @@ class KernelStore:
         return not is_sound(row) or self._outdated(row)
 
     def _outdated(self, row: KernelRow) -> bool:
-        return self._key_ring is not None and row.key_id not in self._key_ring
+        return not self._trusts(row.key_id)
+
+    def _trusts(self, key_id: str) -> bool:
+        return self._key_ring is None or key_id in self._key_ring
 
     async def _write_and_insert(
         self, blobs: Blobs, proven: ProvenKernel, row: KernelRow, payload: bytes

@@ -161,7 +161,11 @@ class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
             )
 
     async def GetKernel(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
-        """Give a kernel's manifest by id or content key, with what runs reported of it."""
+        """Give a kernel's manifest by id or content key, with its reports; to who knows that, the size alone."""
+        if request.manifest_sha256:
+            size_bytes = await self._size_if_known(request)
+            if size_bytes:
+                return urza_service_pb2.GetKernelResponse(size_bytes=size_bytes)
         record, statistics = await self._store.kernels.get_counted(
             artifact_id=request.artifact_id, content_key=request.content_key
         )
@@ -169,6 +173,13 @@ class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
             manifest=_manifest(record.manifest),
             size_bytes=record.size_bytes,
             statistics=None if statistics is None else to_message(statistics, blueprint_pb2.KernelStatistics),
+        )
+
+    async def _size_if_known(self, request: Any) -> int:
+        if len(request.manifest_sha256) != SHA256_BYTES:
+            raise InvalidInputError.of("manifest_sha256", f"be {SHA256_BYTES} bytes", request.manifest_sha256)
+        return await self._store.kernels.size_if_known(
+            request.manifest_sha256, artifact_id=request.artifact_id, content_key=request.content_key
         )
 
     async def ListKernels(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802

@@ -73,14 +73,25 @@ async def test_a_spec_that_was_read_before_is_known_by_its_bytes(
     await channel.close()
 
 
-async def test_a_known_spec_is_answered_as_its_job_stands(mill: Mill, spec: CompileSpec) -> None:
+async def test_a_known_spec_is_answered_as_its_job_stands(
+    mill: Mill, spec: CompileSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     channel = InProcessChannel()
     channel.add_servicer(REGISTRAR, TezzeretServicer(mill.service))
     stub: Any = TezzeretServiceStub(channel)
     asked = pb.CompileRequest(spec=to_wire(spec), wait=True)  # type: ignore[arg-type]
     first = await stub.Compile(asked, timeout=60)
+    made: list[str] = []
+    wire = server.to_wire
+
+    def counted(job: Any) -> Any:
+        made.append(job.job_id)
+        return wire(job)
+
+    monkeypatch.setattr(server, "to_wire", counted)
     second = await stub.Compile(asked, timeout=60)
     assert (second.cached, second.job) == (True, first.job)
+    assert made == [], "the message of a job that has ended is made once"
     mill.library.kernels.clear()
     mill.pool.gate.clear()
     asked.wait = False
