@@ -72,6 +72,10 @@ class LoopSource:
             self._source.learn(kernel.manifest)
         return kernel
 
+    def at_hand(self, artifact_id: str) -> VerifiedKernel | None:
+        """Give a small kernel that is in the first tier now, ``None`` for any other."""
+        return self._source.at_hand(artifact_id)
+
     def answer_to(self, spec: CompileSpec) -> str | None:
         """Give the id of the kernel that the compiler named here for an equal request and has not taken back."""
         return self._source.answer_to(spec)

@@ -3,10 +3,10 @@
 Everything that waits (bus, channels, kernel fetches) lives on the publisher's thread, and begins there as a message
 comes in; the training thread appends to and pops from deques. A decision is read and checked there too, once.
 
-A kernel that the compiler named for an equal request before is fetched as the decision comes in, and arrives with it;
-the announcement that follows confirms it, or changes what the next decision finds; a seed that has begun goes on. Where
-none was named, where the compiler has taken it back since, or where it cannot be fetched, the announcement brings the
-kernel, or says why there is none.
+A kernel that the compiler named for an equal request before is fetched as the decision comes in, and arrives with it,
+at the same step boundary where it is in memory; the announcement that follows confirms it, or changes what the next
+decision finds; a seed that has begun goes on. Where none was named, where the compiler has taken it back since, or
+where it cannot be fetched, the announcement brings the kernel, or says why there is none.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ class TieredSource(Protocol):
 
     async def fetch(self, artifact_id: str, *, announced: bool = False) -> VerifiedKernel:
         """Give a verified kernel, from the nearest tier that has it; one just announced, whatever was found before."""
+
+    def at_hand(self, artifact_id: str) -> VerifiedKernel | None:
+        """Give a kernel that can be had at once, without waiting for anything; ``None`` for any other."""
 
     def answer_to(self, spec: CompileSpec) -> str | None:
         """Give the id of the kernel that the compiler named for an equal request and has not taken back, if any."""
@@ -141,7 +144,7 @@ class BusLink:
         self._source = source
         self._fetched: deque[KernelArrival] = deque()
         self._read: dict[Mail[decision_pb2.AdaptationDecision], AdaptationDecision] = {}
-        self._looks: OrderedDict[str, asyncio.Task[str | None] | None] = OrderedDict()
+        self._looks: OrderedDict[str, asyncio.Future[str | None] | None] = OrderedDict()
         self._fetches: set[asyncio.Task[None]] = set()
         self._decisions = self._open(Kind.DECISION, decision_pb2.AdaptationDecision, self._begin_to_look)
         self._kernels = self._open(Kind.KERNEL, kernel_pb2.KernelReady, self._begin_to_fetch)
@@ -255,10 +258,23 @@ class BusLink:
             artifact_id=artifact_id,
         )
         with _joined_trace(mail):
-            look = asyncio.create_task(self._look_near(ready), name=f"kernel-look-{decision.adaptation_id}")
-        self._remember(decision.adaptation_id, look)
+            self._remember(decision.adaptation_id, self._look(ready))
 
-    def _remember(self, adaptation_id: str, look: asyncio.Task[str | None] | None) -> None:
+    def _look(self, ready: KernelReady) -> asyncio.Future[str | None]:
+        """Have a kernel arrive that was named before: before the decision can be read where it is at hand."""
+        try:
+            kernel = self._source.at_hand(ready.artifact_id)
+        except Exception:  # a defect of the first tier; the kernel is fetched like one that is not at hand
+            log.exception("kernel_not_at_hand", extra={"artifact_id": ready.artifact_id})
+            kernel = None
+        if kernel is None:
+            return asyncio.create_task(self._look_near(ready), name=f"kernel-look-{ready.adaptation_id}")
+        found: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        with adaptation_span("load", ready.adaptation_id, artifact_id=ready.artifact_id):
+            found.set_result(self._arrived(ready, kernel))
+        return found
+
+    def _remember(self, adaptation_id: str, look: asyncio.Future[str | None] | None) -> None:
         self._looks[adaptation_id] = look
         while len(self._looks) > _LOOKS_KEPT:
             self._looks.popitem(last=False)
@@ -274,6 +290,10 @@ class BusLink:
         except Exception:  # a defect of a tier; the announcement says what becomes of the kernel
             log.exception("kernel_not_near", extra={"artifact_id": ready.artifact_id})
             return None
+        return self._arrived(ready, kernel)
+
+    def _arrived(self, ready: KernelReady, kernel: VerifiedKernel) -> str:
+        """Hand a kernel to the training thread, and give its id."""
         job_id = job_id_of(kernel.manifest.content_key)
         arrival = KernelArrival(ready=replace(ready, job_id=job_id, size_bytes=kernel.size_bytes), kernel=kernel)
         self._fetched.append(arrival)
@@ -295,7 +315,7 @@ class BusLink:
         fetch.add_done_callback(self._fetches.discard)
 
     async def _follow(
-        self, ready: KernelReady, mail: Mail[kernel_pb2.KernelReady], look: asyncio.Task[str | None] | None
+        self, ready: KernelReady, mail: Mail[kernel_pb2.KernelReady], look: asyncio.Future[str | None] | None
     ) -> None:
         """Have what an announcement is about arrive, unless it arrived with its decision."""
         try:

@@ -95,6 +95,8 @@ class VerifiedKernel:
     """Everything that is said of it."""
     ir: BlueprintIR
     """The graph, ready for ``esper.blueprints.to_module``."""
+    ir_bytes: bytes
+    """Its canonical bytes, whose SHA-256 is the manifest's blueprint id."""
     weights: Mapping[str, torch.Tensor]
     """``state_dict`` at birth, on the CPU; copy before changing."""
     binary: bytes
@@ -258,6 +260,7 @@ def verify(data: bytes, ring: KeyRing, *, artifact_id: str | None = None) -> Ver
     return VerifiedKernel(
         manifest=manifest,
         ir=ir,
+        ir_bytes=artifact.ir,
         weights=load_weights(artifact.weights),
         binary=artifact.binary,
         size_bytes=len(data),

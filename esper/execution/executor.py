@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from esper.blueprints import content_id, to_module
+from esper.blueprints import to_module
 from esper.contracts.blueprint import BlueprintIR, Site
 from esper.contracts.errors import CorruptDataError, InvalidInputError, KernelExecutionError, ShapeMismatchError
 from esper.contracts.kernel import CompileTarget
@@ -223,7 +223,7 @@ class KernelExecutor:
         else:
             module = build_kernel(kernel.ir, site, placement, random_seed=random_seed)
             require_fit_of(module, kernel.weights)
-        check_shapes(module, site, placement, structure=content_id(kernel.ir))
+        check_shapes(module, site, placement, structure=kernel.manifest.blueprint_id)
         return module
 
     def inference_form(self, kernel: VerifiedKernel, site: Site, placement: Placement) -> nn.Module:

@@ -68,6 +68,7 @@ class HeldKernel:
         return VerifiedKernel(
             manifest=self.manifest,
             ir=ir,
+            ir_bytes=self.ir,
             weights=load_weights(self.weights),
             binary=self.binary,
             size_bytes=self.size_bytes,

@@ -164,6 +164,14 @@ class TieredKernelSource:
         held = self._held(artifact_id)
         return None if held is None else self._taken(held)
 
+    def at_hand(self, artifact_id: str) -> VerifiedKernel | None:
+        """Give what `cached` gives, of a kernel that it takes no longer than 1 ms for; ``None`` for any other.
+
+        What is not there is not counted as missed: it is then fetched, and counted by that.
+        """
+        held: HeldKernel | None = self._l1.get(artifact_id) if artifact_id in self._l1 else None
+        return None if held is None or held.size_bytes > _SMALL_BYTES else self._taken(held)
+
     async def near(self, artifact_id: str) -> VerifiedKernel | None:
         """Give what `cached` gives, on any event loop, which it holds up for no longer than 1 ms."""
         held = self._held(artifact_id)

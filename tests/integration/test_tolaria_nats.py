@@ -37,6 +37,9 @@ class NoKernels:
     async def fetch(self, artifact_id: str, *, announced: bool = False) -> Any:
         raise NotFoundError(f"there is no kernel {artifact_id}")
 
+    def at_hand(self, artifact_id: str) -> None:
+        return None
+
     def answer_to(self, spec: Any) -> None:
         return None
 

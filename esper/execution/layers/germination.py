@@ -89,7 +89,7 @@ class Germination(SeedHolder):
 
         def prepare(site: Site, placement: Placement) -> Seed:
             origin = Origin(
-                ir=canonical_bytes(kernel.ir),
+                ir=kernel.ir_bytes,
                 blueprint_id=manifest.blueprint_id,
                 artifact_id=manifest.artifact_id,
                 adaptation_id=adaptation_id,

@@ -49,6 +49,8 @@ class Source:
         self.answers: dict[str, str] = {}
         self.fetched: list[tuple[str, bool]] = []
         self.stuck = False
+        self.near: set[str] = set()
+        self.near_defect: Exception | None = None
         self.defect: Exception | None = None
         self.refused: list[str] = []
         self.error: Exception = NotFoundError("no tier has it")
@@ -60,6 +62,11 @@ class Source:
         if artifact_id in self.kernels:
             return self.kernels[artifact_id]
         raise self.error
+
+    def at_hand(self, artifact_id: str) -> Any:
+        if self.near_defect:
+            raise self.near_defect
+        return self.kernels[artifact_id] if artifact_id in self.near else None
 
     async def warm(self, artifact_ids: Any) -> tuple[str, ...]:
         self.warmed.append(artifact_ids)
@@ -212,6 +219,43 @@ def test_a_kernel_that_was_named_before_arrives_with_its_decision_and_is_confirm
     (other,) = wire.arrivals()
     assert other.ready.adaptation_id == "another's", "the confirmation itself must not arrive"
     assert wire.source.fetched == [(manifest.artifact_id, False), (manifest.artifact_id, True)]
+
+
+def test_a_kernel_at_hand_is_there_before_its_decision_can_be_read(
+    wire: Wire, decision: AdaptationDecision, kernel_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced = kernel_for(decision)
+    wire.source.names(announced)
+    wire.source.near.add(announced.ready.artifact_id)
+    there: list[int] = []
+    put = wire.link._decisions.put
+
+    def noted(mail: Any) -> None:
+        there.append(len(wire.link._fetched))
+        put(mail)
+
+    monkeypatch.setattr(wire.link._decisions, "put", noted)
+    wire.publish(Kind.DECISION, to_wire(decision))
+    found, arrival = wire.arrivals(2)
+    assert (found, arrival.kernel, there) == (decision, announced.kernel, [1])
+    assert arrival.ready.job_id == f"j{announced.kernel.manifest.content_key[:32]}"
+    wire.publish(Kind.KERNEL, to_wire(announced.ready))
+    wire.publish(Kind.KERNEL, to_wire(replace(announced.ready, adaptation_id="another's")))
+    (other,) = wire.arrivals()
+    assert other.ready.adaptation_id == "another's", "the confirmation itself must not arrive"
+    assert wire.source.fetched == [(announced.ready.artifact_id, True)], "what is at hand is not fetched"
+
+
+def test_a_defect_of_the_first_tier_costs_a_fetch_and_not_the_kernel(
+    wire: Wire, decision: AdaptationDecision, kernel_for: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    announced = kernel_for(decision)
+    wire.source.names(announced)
+    wire.source.near_defect = RuntimeError("a defect of the first tier")
+    wire.publish(Kind.DECISION, to_wire(decision))
+    assert wire.arrivals(2)[1].kernel is announced.kernel
+    assert wire.source.fetched == [(announced.ready.artifact_id, False)]
+    assert "kernel_not_at_hand" in [record.message for record in caplog.records]
 
 
 def test_where_the_compiler_names_another_kernel_by_now_that_one_is_fetched_too(

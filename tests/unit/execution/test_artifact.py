@@ -65,6 +65,7 @@ def resigned(artifact: KernelArtifact, manifest: KernelManifest) -> bytes:
 def test_what_was_packed_comes_back(data: bytes) -> None:
     kernel = verify(data, RING)
     assert kernel.ir == IR
+    assert kernel.ir_bytes == canonical_bytes(IR)
     assert kernel.binary == b"compiled bytes"
     assert torch.equal(kernel.weights["a"], torch.eye(2))
     assert torch.equal(kernel.weights["b"], torch.arange(3.0))

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -440,6 +441,24 @@ async def test_a_loop_is_held_up_by_small_kernels_alone(tiers: Tiers, monkeypatc
     assert taken_in == {small[0]: True, large[0]: False}
     assert await tiers.source.near(ID) is None
     assert (tiers.status("l1").hits, tiers.status("l1").misses) == (2, 1)
+
+
+async def test_only_small_kernels_of_the_first_tier_are_at_hand(tiers: Tiers) -> None:
+    small, large = kernel_bytes(1), kernel_bytes(2, floats=200_000)
+    tiers.l3.entries[small[0]] = small[1]
+    assert tiers.source.at_hand(small[0]) is None
+    for artifact_id, data in (small, large):
+        await tiers.source.put(data)
+        assert artifact_id in tiers.l1
+    found = tiers.source.at_hand(small[0])
+    assert found is not None
+    assert found.artifact_id == small[0]
+    assert tiers.source.at_hand(large[0]) is None
+    assert (tiers.status("l1").hits, tiers.status("l1").misses) == (1, 0), "what is fetched instead is counted by that"
+    changed = replace(tiers.l1.get(small[0]), ir=b"changed in memory")
+    tiers.l1.put(small[0], changed, changed.size_bytes)
+    assert tiers.source.at_hand(small[0]) is None
+    assert (small[0] in tiers.l1, tiers.status("l1").corrupt) == (False, 1)
 
 
 async def test_what_the_library_withdraws_is_gone_from_here_and_asked_for_anew(tiers: Tiers) -> None:
