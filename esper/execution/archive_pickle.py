@@ -33,7 +33,7 @@ _DISPATCH: Final = {
     for code, step in pickle._Unpickler.dispatch.items()
     if code in {ord(opcode.code) for opcode in pickletools.opcodes if opcode.name in _OPCODES}
 }
-_ITEM_BYTES: Final = {"FloatStorage": 4, "DoubleStorage": 8, "LongStorage": 8, "QInt8Storage": 1}
+_ITEM_BYTES: Final = {"FloatStorage": 4, "DoubleStorage": 8, "LongStorage": 8, "QInt8Storage": 1, "CharStorage": 1}
 _CLASS: Final = re.compile(r"__torch__(\.(?!classes\b)\w+)+ \w+", re.ASCII)
 _PACKED: Final = "__torch__.torch.classes.quantized LinearPackedParamsBase"
 

@@ -3,9 +3,9 @@
 Bytes that do nothing but compute can still compute too much: a tensor joined to itself forty times has no room in any
 machine, and a signature says nothing of it. So before a form runs at shapes that it has not run at before, it is gone
 through on meta tensors, which have shapes and no contents. What its operators make is summed, and so is what those of
-the module make that the graph yields; a form that makes more than ``MAX_RATIO`` times as much is refused, and has
-taken nothing. What a form does must follow from the shapes alone, or that says nothing: one that looks at a number
-inside a tensor is refused too.
+the module make that the graph yields, with its weights, which a form of int8 writes out where it uses them; a form that
+makes more than ``MAX_RATIO`` times as much is refused, and has taken nothing. What a form does must follow from the
+shapes alone, or that says nothing: one that looks at a number inside a tensor is refused too.
 
 Only what operators give is counted. What they take for themselves while they run goes with it.
 """
@@ -24,7 +24,7 @@ from typing_extensions import override
 from esper.contracts.errors import CorruptDataError, InvalidInputError
 
 MAX_RATIO: Final = 4
-"""Most that a form makes, as a multiple of what the graph's own module does."""
+"""Most that a form makes, as a multiple of what the graph's own module makes and holds."""
 _REHEARSALS: Final = 2
 """TorchScript lays a form out anew for what it saw in the first run, and works out constants then."""
 _SLACK_BYTES: Final = 1024 * 1024
@@ -71,7 +71,8 @@ class BoundedForm(nn.Module):
 
     def _rehearse(self, x: Tensor, h: Tensor) -> None:
         twin, module = self._aside
-        limit_bytes = MAX_RATIO * _made_by(module, x, h, None) + _SLACK_BYTES
+        weights_bytes = sum(one.nbytes for one in module.parameters())
+        limit_bytes = MAX_RATIO * (_made_by(module, x, h, None) + weights_bytes) + _SLACK_BYTES
         for _ in range(_REHEARSALS):
             _made_by(twin, x, h, limit_bytes)
 

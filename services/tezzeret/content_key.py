@@ -13,7 +13,7 @@ from esper.execution.answers import job_id_of
 
 __all__ = ["content_key", "job_id_of", "toolchain"]
 
-_RECIPE = "2"
+_RECIPE = "3"
 """Raise when the compiler's recipe changes in a way that must yield new kernels."""
 
 

@@ -3,7 +3,7 @@
     cpu      weights frozen into the graph, constants folded, ``optimize_for_inference`` where its result can be saved
     cuda     convolution weights channels-last, graph inlined, weights frozen without numeric rewriting; that form runs
              on any device, and without a CUDA device at hand it is all that can be made, which the metadata says
-    mobile   linear maps with int8 weights (dynamic quantisation)
+    mobile   linear maps and convolutions with int8 weights (see ``int8``)
 
 Whatever a kernel was compiled to, its optimised form is TorchScript. Training goes on with IR and weights, which stay.
 """
@@ -24,6 +24,7 @@ from esper.contracts.errors import CompilationError, InvalidInputError
 from esper.contracts.kernel import CompileTarget, DeviceKind, ValidationCheck
 from esper.execution.artifact import load_weights
 from esper.execution.keys import SigningKey
+from esper.services.tezzeret import int8
 from esper.services.tezzeret.compiler import (
     CompiledForm,
     Forward,
@@ -95,7 +96,8 @@ class KernelOptimizer:
     def _check(self, kernel: CompiledKernel, kind: DeviceKind, made: _Optimized) -> list[ValidationCheck]:
         """Hold a twin with weights away from birth against its module, and time the form itself."""
         spec, config = kernel.spec, self._config
-        limit = config.int8_equality_limit if "int8_dynamic" in made.applied else config.inference_equality_limit
+        is_int8 = int8.LINEAR in made.applied or int8.CONVOLUTION in made.applied
+        limit = config.int8_equality_limit if is_int8 else config.inference_equality_limit
         eager = stir(to_module(spec.ir, spec.site, seed=spec.random_seed), spec.random_seed + 1).eval()
         twin = to_module(spec.ir, spec.site, seed=spec.random_seed)
         twin.load_state_dict(eager.state_dict())
@@ -151,12 +153,10 @@ def _for_cuda(module: nn.Module) -> _Optimized:
 
 
 def _for_mobile(module: nn.Module) -> _Optimized:
-    if not any(isinstance(part, nn.Linear) for part in module.modules()):
-        frozen = save_torchscript(_frozen(module, numerics=True))
-        return _Optimized(binary=frozen, applied=("freeze",), notes=("no linear map to quantise: float32 kept",))
-    with quiet():
-        quantized = torch.ao.quantization.quantize_dynamic(module, {nn.Linear}, dtype=torch.qint8)  # type: ignore[no-untyped-call]
-    return _Optimized(binary=save_torchscript(_frozen(quantized, numerics=False)), applied=("int8_dynamic", "freeze"))
+    quantized, done = int8.quantize(module)
+    frozen = save_torchscript(_frozen(quantized, numerics=not done))
+    notes = () if done else ("no map to quantise: float32 kept",)
+    return _Optimized(binary=frozen, applied=(*done, "freeze"), notes=notes)
 
 
 def _on_cuda(binary: bytes) -> Forward:

@@ -19,6 +19,7 @@ from esper.contracts.blueprint import Blueprint, BlueprintIR, BlueprintMetadata,
 from esper.contracts.errors import CapacityExceededError, CompilationError, InvalidBlueprintError, InvalidInputError
 from esper.contracts.kernel import CompileSpec, CompileTarget, DeviceKind, JobPhase, ValidationCheck
 from esper.execution.artifact import artifact_bytes, verify
+from esper.execution.executor import KernelExecutor, Placement
 from esper.execution.keys import SigningKey
 from esper.services.tezzeret import compiler, kernel_validator
 from esper.services.tezzeret.compiler import load_binary
@@ -395,6 +396,41 @@ class TestOptimizer:
         assert "int8_dynamic" in mobile.metadata.optimization_applied
         assert len(mobile.binary_data) < len(kernel.binary_data) / 2
 
+    @pytest.mark.parametrize("site", DEFAULT_SITES[1:3], ids=lambda site: site.kind.name)
+    def test_every_map_of_a_mobile_form_is_int8(self, registry: BlueprintRegistry, site: Site) -> None:
+        """At sites of images and signals all maps are convolutions; every template there is tried."""
+        applied = {}
+        for blueprint in registry.for_site(site):
+            kernel = WORKER.compile_blueprint(blueprint, site=site, device=DeviceKind.MOBILE)
+            applied[blueprint.name] = kernel.metadata.optimization_applied
+            row = next(row for row in kernel.metadata.checks if row.name == "optimized_equality")
+            assert row.limit == CompilerConfig().int8_equality_limit or blueprint.name == "norm_shift"
+            form = load_binary(kernel.binary_data, CompileTarget.TORCHSCRIPT)
+            assert isinstance(form, torch.jit.ScriptModule)
+            weights = [one for one in _constants(form) if one.dim() > 2 and one.numel() > one.shape[0]]
+            assert {one.dtype for one in weights} <= {torch.int8}, blueprint.name
+        assert applied.pop("norm_shift") == ("freeze",)
+        attention = {"low_rank_attention", "squeeze_excite", "token_channel_mixer"} & applied.keys()
+        assert {applied.pop(name) for name in attention} == {("int8_dynamic", "freeze")}
+        assert set(applied.values()) == {("int8_weights", "freeze")}
+
+    def test_an_int8_convolution_is_smaller_and_runs_where_its_weights_outweigh_its_map(
+        self, registry: BlueprintRegistry
+    ) -> None:
+        site = Site(kind=SiteKind.CONV2D, input_shape=(256, 2, 2), output_shape=(256, 2, 2))
+        key = SigningKey.generate()
+        worker = TezzeretWorker(signer=key)
+        plain, mobile = (
+            worker.compile_blueprint(registry.create_blueprint("conv3x3"), site=site, device=device)
+            for device in (DeviceKind.CPU, DeviceKind.MOBILE)
+        )
+        assert len(mobile.binary_data) < len(plain.binary_data) / 3
+        verified = verify(artifact_bytes(mobile.artifact), key.ring())
+        placement = Placement(device=torch.device("cpu"), dtype=torch.float32)
+        form = KernelExecutor().inference_form(verified, site, placement)
+        x, h = (torch.randn(1, *site.input_shape) for _ in range(2))
+        assert form(x, h).abs().max() <= 1e-6, "identity at birth"
+
     def test_a_form_beyond_its_limit_is_refused(self, blueprint: Blueprint) -> None:
         kernel = WORKER.compile_blueprint(blueprint)
         strict = KernelOptimizer(CompilerConfig(int8_equality_limit=1e-9))
@@ -430,6 +466,12 @@ def test_an_aot_package_of_another_graph_is_found_though_it_is_equal_at_birth() 
     assert not row.passed
     assert row.figure is not None
     assert row.figure > 0.01
+
+
+def _constants(form: torch.jit.ScriptModule) -> list[torch.Tensor]:
+    """Give the tensors that a frozen form holds."""
+    nodes = form.graph.findAllNodes("prim::Constant", recurse=True)
+    return [node.t("value") for node in nodes if node.hasAttribute("value") and node.kindOf("value") == "t"]
 
 
 def _out_of_memory(*_: object) -> None:
