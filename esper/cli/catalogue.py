@@ -91,6 +91,7 @@ def show(reference: Reference, as_json: Json = False, timeout: Timeout = 10.0) -
     ]
     comments = "".join(f"# {line}\n" for line in said)
     sys.stdout.write(comments + to_text(blueprint.ir))  # not the console: it breaks lines at the terminal's width
+    said += [*_origin(blueprint), *(_change(one) for one in response.history)]
 
 
 @blueprints_app.command("lineage")
@@ -116,3 +117,23 @@ def lineage(
 
 def _blueprint(reference: str, timeout_s: float) -> Any:
     return call("urza", "GetBlueprint", urza_service_pb2.GetBlueprintRequest(reference=reference), timeout_s)
+def _origin(blueprint: Blueprint) -> list[str]:
+    """Say where a blueprint comes from, and what came of it where it was tried."""
+    lineage, counted = blueprint.lineage, blueprint.statistics
+    parents = "".join(f" {one[:12]}" for one in lineage.parent_ids)
+    said = [f"by {lineage.operator}{' of' if parents else ''}{parents}"]
+    if lineage.author:
+        said[0] += f", {_in_one_line(lineage.author)}"
+    return [*said, f"tried {counted.trials} times, kept {counted.kept}"] if counted is not None else said
+
+
+def _change(change: blueprint_pb2.BlueprintStateChange) -> str:
+    """Say who changed a blueprint's state, when and why, in one line: it must not leave its comment."""
+    state = blueprint_pb2.BlueprintState.Name(change.to_state).removeprefix("BLUEPRINT_STATE_").lower()
+    return f"{change.changed_at.ToJsonString()}  {state}  {_in_one_line(change.actor)}: {_in_one_line(change.reason)}"
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+

@@ -201,6 +201,15 @@ def test_a_draft_goes_through_its_life_cycle_step_by_step(esper: Esper, stored: 
         (getpass.getuser(), "now deprecated"),
         (getpass.getuser(), "now active"),
     ]
+    reason = "over\ntwo lines, of which\treturn nothing"
+    assert esper("blueprints", "state", stored, "deprecated", "--reason", reason)[0] == 0
+    code, text, _ = esper("blueprints", "show", stored)
+    assert (code, "# by manual" in text) == (0, True)
+    steps = [line.split("  ")[1:] for line in text.splitlines() if line.startswith("# 20")]
+    assert [state for state, _ in steps] == ["draft", "validated", "active", "deprecated", "active", "deprecated"]
+    assert steps[-1][1] == f"{getpass.getuser()}: over two lines, of which return nothing"
+    assert content_id(parse_text(text)) == shown["blueprint"]["id"]
+    assert esper("blueprints", "state", stored, "active", "--reason", "as it was")[0] == 0
     assert esper("blueprints", "state", "no-such", "active", "--reason", "x")[0] == 1
 
 
