@@ -22,6 +22,8 @@ StateName = StrEnum("StateName", {state.name: state.name.lower() for state in Bl
 KindName = StrEnum("KindName", {kind.name: kind.name.lower() for kind in SiteKind})  # type: ignore[misc]
 """Names of the kinds of site, as they are typed."""
 
+_LINEAGE_PAGE = 500  # the most there may be: each page walks the genealogy anew
+
 Reference = Annotated[str, typer.Argument(help="Blueprint: id, name or name@version.")]
 
 
@@ -89,34 +91,36 @@ def show(reference: Reference, as_json: Json = False, timeout: Timeout = 10.0) -
         *blueprint.metadata.citation.splitlines(),
         *blueprint.metadata.description.splitlines(),
     ]
+    said += [*_origin(blueprint), *(_change(one) for one in response.history)]
     comments = "".join(f"# {line}\n" for line in said)
     sys.stdout.write(comments + to_text(blueprint.ir))  # not the console: it breaks lines at the terminal's width
-    said += [*_origin(blueprint), *(_change(one) for one in response.history)]
 
 
 @blueprints_app.command("lineage")
 def lineage(
     reference: Reference,
     descendants: Annotated[bool, typer.Option("--descendants", help="Children instead of parents.")] = False,
+    depth: Annotated[int, typer.Option("--depth", help="Steps at most; 0 means 100.", min=0, max=100)] = 0,
     as_json: Json = False,
     timeout: Timeout = 10.0,
 ) -> None:
-    """List the ancestors (or descendants) of a blueprint."""
+    """List the ancestors (or descendants) of a blueprint, nearest first."""
     direction = (
         urza_service_pb2.LINEAGE_DIRECTION_DESCENDANTS if descendants else urza_service_pb2.LINEAGE_DIRECTION_ANCESTORS
     )
     request = urza_service_pb2.GetLineageRequest(
-        blueprint_id=_blueprint(reference, timeout).blueprint.id, direction=direction
+        blueprint_id=_blueprint(reference, timeout).blueprint.id,
+        direction=direction,
+        max_depth=depth,
+        page_size=_LINEAGE_PAGE,
     )
-    entries = call("urza", "GetLineage", request, timeout).entries
+    entries = [entry for page in pages("urza", "GetLineage", request) for entry in page.entries]
     rows = [
         (entry.depth, f"{entry.blueprint.name}@{entry.blueprint.version}", entry.blueprint.id[:12]) for entry in entries
     ]
     print_rows("lineage", ("depth", "name", "id"), rows, as_json=as_json)
 
 
-def _blueprint(reference: str, timeout_s: float) -> Any:
-    return call("urza", "GetBlueprint", urza_service_pb2.GetBlueprintRequest(reference=reference), timeout_s)
 def _origin(blueprint: Blueprint) -> list[str]:
     """Say where a blueprint comes from, and what came of it where it was tried."""
     lineage, counted = blueprint.lineage, blueprint.statistics
@@ -137,3 +141,5 @@ def _in_one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def _blueprint(reference: str, timeout_s: float) -> Any:
+    return call("urza", "GetBlueprint", urza_service_pb2.GetBlueprintRequest(reference=reference), timeout_s)

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import zlib
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -32,7 +33,8 @@ from esper.contracts.run import AdaptationOutcome
 from esper.execution.artifact import verify
 from esper.execution.keys import SigningKey
 from esper.mesh.database import Database
-from esper.services.urza.blueprint_store import LineageDirection
+from esper.services.urza import blueprint_store
+from esper.services.urza.genealogy import LineageDirection, Relative
 from esper.services.urza.migrate import VERSION_TABLE, current_revision, migrate, newest_revision
 from esper.services.urza.models import Base, KernelChunkRow
 from esper.services.urza.rules import BlueprintDraft, BlueprintQuery, PageRequest
@@ -201,16 +203,16 @@ class BlueprintStoreContract(_StoreSuite):
         right = await put(store, 4, "right", parents=(root, other))
         leaf = await put(store, 5, "leaf", parents=(left, right, root))
         up = await store.blueprints.lineage(leaf.id, LineageDirection.ANCESTORS)
-        assert [(item.blueprint.name, item.depth) for item in up] == [
+        assert [(item.blueprint.name, item.depth) for item in up.items] == [
             ("left", 1),
             ("right", 1),
             ("root", 1),
             ("other", 2),
         ]
         down = await store.blueprints.lineage(root.id, LineageDirection.DESCENDANTS)
-        assert [(item.blueprint.name, item.depth) for item in down] == [("leaf", 1), ("left", 1), ("right", 1)]
+        assert [(item.blueprint.name, item.depth) for item in down.items] == [("leaf", 1), ("left", 1), ("right", 1)]
         near = await store.blueprints.lineage(other.id, LineageDirection.DESCENDANTS, max_depth=1)
-        assert [item.blueprint.name for item in near] == ["right"]
+        assert [item.blueprint.name for item in near.items] == ["right"]
 
     async def test_a_genealogy_of_many_ways_is_walked_in_time(self, store: UrzaStore) -> None:
         pair = (await put(store, 0), await put(store, 1))
@@ -218,7 +220,37 @@ class BlueprintStoreContract(_StoreSuite):
             pair = (await put(store, number, parents=pair), await put(store, number + 1, parents=pair))
         async with asyncio.timeout(10):
             found = await store.blueprints.lineage(pair[0].id, LineageDirection.ANCESTORS)
-        assert [item.depth for item in found] == [depth for depth in range(1, 21) for _ in range(2)]
+        assert [item.depth for item in found.items] == [depth for depth in range(1, 21) for _ in range(2)]
+
+    async def test_a_genealogy_of_any_size_is_given_page_by_page(
+        self, store: UrzaStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(blueprint_store, "MAX_RELATIVES", 7)
+        root = await put(store, 0, "root")
+        children = [await put(store, number, "child", parents=(root,)) for number in range(1, 10)]
+        for number in range(10, 15):
+            await put(store, number, "aunt", parents=(children[number % 2],))
+        wanted = [("child", version, 1) for version in range(1, 10)] + [("aunt", version, 2) for version in range(1, 6)]
+        down = LineageDirection.DESCENDANTS
+        with pytest.raises(CapacityExceededError, match=r"at most 7 relatives .* ask for it page by page"):
+            await store.blueprints.lineage(root.id, down)
+        given: list[Relative] = []
+        token, pages = "", 0
+        while pages == 0 or token:
+            found = await store.blueprints.lineage(root.id, down, page=PageRequest(size=4, token=token))
+            await put(store, 20 + pages, "late", parents=(root,))  # all behind the children: "l" is after "c"
+            given += found.items
+            token, pages = found.next_token, pages + 1
+        shown = [(one.blueprint.name, one.blueprint.version, one.depth) for one in given]
+        assert [one for one in shown if one[0] != "late"] == wanted
+        assert len(set(shown)) == len(shown)
+        first = await store.blueprints.lineage(root.id, down, page=PageRequest(size=4))
+        for other in ({"max_depth": 1}, {"direction": LineageDirection.ANCESTORS}, {"blueprint_id": children[0].id}):
+            asked: dict[str, Any] = {"blueprint_id": root.id, "direction": down} | other
+            with pytest.raises(InvalidInputError, match="page_token must be empty or one this listing gave"):
+                await store.blueprints.lineage(**asked, page=PageRequest(token=first.next_token))
+        near = await store.blueprints.lineage(children[1].id, down, max_depth=1)
+        assert (len(near.items), near.next_token) == (2, "")
 
     async def test_an_unknown_parent_is_refused_and_nothing_is_stored(self, store: UrzaStore) -> None:
         draft = BlueprintDraft(name="orphan", ir=graph(1), lineage=Lineage(parent_ids=("0" * 64,), operator="mutation"))
@@ -530,7 +562,7 @@ class MigrationContract:
         assert await names(store, all_tags=("cheap",)) == [parent.name, child.name]
         assert (await store.blueprints.get(child.id)).statistics is None
         found = await store.blueprints.lineage(child.id, LineageDirection.ANCESTORS)
-        assert [item.blueprint for item in found] == [parent]
+        assert [item.blueprint for item in found.items] == [parent]
         assert (await store.kernels.put(kernel_bytes(KEY)))[1]
 
     async def test_all_the_way_down_leaves_nothing(self, database: Database) -> None:

@@ -18,7 +18,7 @@ from esper.contracts import wire
 from esper.contracts.blueprint import BlueprintState, Lineage, SiteKind
 from esper.contracts.errors import CorruptDataError
 from esper.mesh.database import Database
-from esper.services.urza.blueprint_store import LineageDirection
+from esper.services.urza.genealogy import LineageDirection
 from esper.services.urza.models import BlueprintRow, CostRow, RottenBlueprintRow
 from esper.services.urza.rules import BlueprintDraft, BlueprintQuery, PageRequest
 from esper.services.urza.seeding import seed_library
@@ -99,7 +99,7 @@ class RotContract:
             await names(store, all_tags=("cheap", "validated"), text="moves", site_kind=SiteKind.LINEAR)
             == ["moving"] * 2
         )
-        [ancestor] = await store.blueprints.lineage(before.id, LineageDirection.ANCESTORS)
+        [ancestor] = (await store.blueprints.lineage(before.id, LineageDirection.ANCESTORS)).items
         assert (ancestor.blueprint.version, before.lineage.parent_ids) == (1, (ancestor.blueprint.id,))
         [row] = await found_rotten(database)
         assert (row.blueprint_id, row.name, row.version, getattr(row, column)) == (before.id, "moving", 2, rotten)
@@ -116,9 +116,8 @@ class RotContract:
         for _ in range(2):
             assert len(await seed_library(store.blueprints, release(2))) == 2
         assert await names(store) == ["moving", "resting"]
-        assert (
-            await store.blueprints.lineage((await store.blueprints.get("moving")).id, LineageDirection.ANCESTORS) == ()
-        )
+        newest = await store.blueprints.get("moving")
+        assert (await store.blueprints.lineage(newest.id, LineageDirection.ANCESTORS)).items == ()
         with pytest.raises(CorruptDataError, match=said.format(1)):
             await store.blueprints.get("moving@1")
         assert [(row.version, getattr(row, column)) for row in await found_rotten(database)] == [(1, rotten)]

@@ -19,7 +19,8 @@ from esper.contracts.blueprint import Blueprint, BlueprintState, Lineage
 from esper.execution.keys import SigningKey
 from esper.mesh.database import Database
 from esper.services.urza.blueprint_records import BlueprintRecord
-from esper.services.urza.blueprint_store import BlueprintStore, LineageDirection
+from esper.services.urza.blueprint_store import BlueprintStore
+from esper.services.urza.genealogy import LineageDirection
 from esper.services.urza.rules import BlueprintDraft, BlueprintQuery, PageRequest
 from esper.services.urza.seeding import seed_library
 from esper.services.urza.store import UrzaStore
@@ -73,7 +74,7 @@ class SeedingContract:
         for number in (1, 2, 3):
             await seed_library(store.blueprints, release(number))
         found = await store.blueprints.lineage(content_id(graph(1)), LineageDirection.DESCENDANTS)
-        assert [(one.blueprint.version, one.depth) for one in found] == [(2, 1), (3, 2)]
+        assert [(one.blueprint.version, one.depth) for one in found.items] == [(2, 1), (3, 2)]
         lineage = (await store.blueprints.get("moving@1")).lineage
         assert lineage == Lineage(operator="template", author="registry")
 

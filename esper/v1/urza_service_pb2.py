@@ -27,15 +27,15 @@ from esper.v1 import kernel_pb2 as esper_dot_v1_dot_kernel__pb2
 from esper.v1 import telemetry_pb2 as esper_dot_v1_dot_telemetry__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65sper/v1/urza_service.proto\x12\x08\x65sper.v1\x1a\x18\x65sper/v1/blueprint.proto\x1a\x15\x65sper/v1/kernel.proto\x1a\x18\x65sper/v1/telemetry.proto\"\xc5\x01\n\x16\x43reateBlueprintRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x02ir\x18\x02 \x01(\x0b\x32\x15.esper.v1.BlueprintIR\x12-\n\x08metadata\x18\x03 \x01(\x0b\x32\x1b.esper.v1.BlueprintMetadata\x12\"\n\x07lineage\x18\x04 \x01(\x0b\x32\x11.esper.v1.Lineage\x12\'\n\x05state\x18\x05 \x01(\x0e\x32\x18.esper.v1.BlueprintState\"R\n\x17\x43reateBlueprintResponse\x12&\n\tblueprint\x18\x01 \x01(\x0b\x32\x13.esper.v1.Blueprint\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"(\n\x13GetBlueprintRequest\x12\x11\n\treference\x18\x01 \x01(\t\"o\n\x14GetBlueprintResponse\x12&\n\tblueprint\x18\x01 \x01(\x0b\x32\x13.esper.v1.Blueprint\x12/\n\x07history\x18\x02 \x03(\x0b\x32\x1e.esper.v1.BlueprintStateChange\"\x97\x02\n\x17SearchBlueprintsRequest\x12\x10\n\x08\x61ll_tags\x18\x01 \x03(\t\x12\x10\n\x08\x61ny_tags\x18\x02 \x03(\t\x12\x0f\n\x07no_tags\x18\x03 \x03(\t\x12(\n\x06states\x18\x04 \x03(\x0e\x32\x18.esper.v1.BlueprintState\x12\x0c\n\x04text\x18\x05 \x01(\t\x12%\n\tsite_kind\x18\x06 \x01(\x0e\x32\x12.esper.v1.SiteKind\x12\x11\n\tpage_size\x18\x07 \x01(\r\x12\x12\n\npage_token\x18\x08 \x01(\t\x12\x16\n\x0etag_expression\x18\t \x01(\t\x12)\n\x06\x62ounds\x18\n \x01(\x0b\x32\x19.esper.v1.BlueprintBounds\"\\\n\x18SearchBlueprintsResponse\x12\'\n\nblueprints\x18\x01 \x03(\x0b\x32\x13.esper.v1.Blueprint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"k\n\x11GetLineageRequest\x12\x14\n\x0c\x62lueprint_id\x18\x01 \x01(\t\x12-\n\tdirection\x18\x02 \x01(\x0e\x32\x1a.esper.v1.LineageDirection\x12\x11\n\tmax_depth\x18\x03 \x01(\r\"E\n\x0cLineageEntry\x12&\n\tblueprint\x18\x01 \x01(\x0b\x32\x13.esper.v1.Blueprint\x12\r\n\x05\x64\x65pth\x18\x02 \x01(\r\"=\n\x12GetLineageResponse\x12\'\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x16.esper.v1.LineageEntry\"x\n\x18SetBlueprintStateRequest\x12\x14\n\x0c\x62lueprint_id\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.esper.v1.BlueprintState\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"C\n\x19SetBlueprintStateResponse\x12&\n\tblueprint\x18\x01 \x01(\x0b\x32\x13.esper.v1.Blueprint\"g\n\x13UploadKernelRequest\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x03\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x05 \x01(\x07\"<\n\x14UploadKernelResponse\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"=\n\x16GetKernelUploadRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\">\n\x17GetKernelUploadResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x13\n\x0b\x61rtifact_id\x18\x02 \x01(\t\"U\n\x10PinKernelRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\r\n\x05unpin\x18\x02 \x01(\x08\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"$\n\x11PinKernelResponse\x12\x0f\n\x07\x63hanged\x18\x01 \x01(\x08\"&\n\x13SweepLibraryRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\"x\n\x14SweepLibraryResponse\x12\x14\n\x0c\x61rtifact_ids\x18\x01 \x03(\t\x12\x14\n\x0ckernel_bytes\x18\x02 \x01(\x03\x12\x12\n\nheld_bytes\x18\x03 \x01(\x03\x12\x0f\n\x07reports\x18\x04 \x01(\x03\x12\x0f\n\x07uploads\x18\x05 \x01(\x03\"<\n\x15\x44ownloadKernelRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\"j\n\x16\x44ownloadKernelResponse\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x03\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x05 \x01(\x07\"`\n\x10GetKernelRequest\x12\x15\n\x0b\x61rtifact_id\x18\x01 \x01(\tH\x00\x12\x15\n\x0b\x63ontent_key\x18\x02 \x01(\tH\x00\x12\x17\n\x0fmanifest_sha256\x18\x03 \x01(\x0c\x42\x05\n\x03key\"\x97\x01\n\x11GetKernelResponse\x12*\n\x08manifest\x18\x01 \x01(\x0b\x32\x18.esper.v1.KernelManifest\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x33\n\nstatistics\x18\x03 \x01(\x0b\x32\x1a.esper.v1.KernelStatisticsH\x00\x88\x01\x01\x42\r\n\x0b_statistics\"Q\n\x12ListKernelsRequest\x12\x14\n\x0c\x62lueprint_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"Y\n\x13ListKernelsResponse\x12)\n\x07kernels\x18\x01 \x03(\x0b\x32\x18.esper.v1.KernelManifest\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"A\n\x18RecordFieldReportRequest\x12%\n\x06report\x18\x01 \x01(\x0b\x32\x15.esper.v1.FieldReport\"-\n\x19RecordFieldReportResponse\x12\x10\n\x08recorded\x18\x01 \x01(\x08*y\n\x10LineageDirection\x12!\n\x1dLINEAGE_DIRECTION_UNSPECIFIED\x10\x00\x12\x1f\n\x1bLINEAGE_DIRECTION_ANCESTORS\x10\x01\x12!\n\x1dLINEAGE_DIRECTION_DESCENDANTS\x10\x02\x32\xbb\x08\n\x0bUrzaService\x12V\n\x0f\x43reateBlueprint\x12 .esper.v1.CreateBlueprintRequest\x1a!.esper.v1.CreateBlueprintResponse\x12M\n\x0cGetBlueprint\x12\x1d.esper.v1.GetBlueprintRequest\x1a\x1e.esper.v1.GetBlueprintResponse\x12Y\n\x10SearchBlueprints\x12!.esper.v1.SearchBlueprintsRequest\x1a\".esper.v1.SearchBlueprintsResponse\x12G\n\nGetLineage\x12\x1b.esper.v1.GetLineageRequest\x1a\x1c.esper.v1.GetLineageResponse\x12\\\n\x11SetBlueprintState\x12\".esper.v1.SetBlueprintStateRequest\x1a#.esper.v1.SetBlueprintStateResponse\x12O\n\x0cUploadKernel\x12\x1d.esper.v1.UploadKernelRequest\x1a\x1e.esper.v1.UploadKernelResponse(\x01\x12V\n\x0fGetKernelUpload\x12 .esper.v1.GetKernelUploadRequest\x1a!.esper.v1.GetKernelUploadResponse\x12U\n\x0e\x44ownloadKernel\x12\x1f.esper.v1.DownloadKernelRequest\x1a .esper.v1.DownloadKernelResponse0\x01\x12\x44\n\tGetKernel\x12\x1a.esper.v1.GetKernelRequest\x1a\x1b.esper.v1.GetKernelResponse\x12\x44\n\tPinKernel\x12\x1a.esper.v1.PinKernelRequest\x1a\x1b.esper.v1.PinKernelResponse\x12M\n\x0cSweepLibrary\x12\x1d.esper.v1.SweepLibraryRequest\x1a\x1e.esper.v1.SweepLibraryResponse\x12J\n\x0bListKernels\x12\x1c.esper.v1.ListKernelsRequest\x1a\x1d.esper.v1.ListKernelsResponse\x12\\\n\x11RecordFieldReport\x12\".esper.v1.RecordFieldReportRequest\x1a#.esper.v1.RecordFieldReportResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65sper/v1/urza_service.proto\x12\x08\x65sper.v1\x1a\x18\x65sper/v1/blueprint.proto\x1a\x15\x65sper/v1/kernel.proto\x1a\x18\x65sper/v1/telemetry.proto\"\xc5\x01\n\x16\x43reateBlueprintRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x02ir\x18\x02 \x01(\x0b\x32\x15.esper.v1.BlueprintIR\x12-\n\x08metadata\x18\x03 \x01(\x0b\x32\x1b.esper.v1.BlueprintMetadata\x12\"\n\x07lineage\x18\x04 \x01(\x0b\x32\x11.esper.v1.Lineage\x12\'\n\x05state\x18\x05 \x01(\x0e\x32\x18.esper.v1.BlueprintState\"R\n\x17\x43reateBlueprintResponse\x12&\n\tblueprint\x18\x01 \x01(\x0b\x32\x13.esper.v1.Blueprint\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"(\n\x13GetBlueprintRequest\x12\x11\n\treference\x18\x01 \x01(\t\"o\n\x14GetBlueprintResponse\x12&\n\tblueprint\x18\x01 \x01(\x0b\x32\x13.esper.v1.Blueprint\x12/\n\x07history\x18\x02 \x03(\x0b\x32\x1e.esper.v1.BlueprintStateChange\"\x97\x02\n\x17SearchBlueprintsRequest\x12\x10\n\x08\x61ll_tags\x18\x01 \x03(\t\x12\x10\n\x08\x61ny_tags\x18\x02 \x03(\t\x12\x0f\n\x07no_tags\x18\x03 \x03(\t\x12(\n\x06states\x18\x04 \x03(\x0e\x32\x18.esper.v1.BlueprintState\x12\x0c\n\x04text\x18\x05 \x01(\t\x12%\n\tsite_kind\x18\x06 \x01(\x0e\x32\x12.esper.v1.SiteKind\x12\x11\n\tpage_size\x18\x07 \x01(\r\x12\x12\n\npage_token\x18\x08 \x01(\t\x12\x16\n\x0etag_expression\x18\t \x01(\t\x12)\n\x06\x62ounds\x18\n \x01(\x0b\x32\x19.esper.v1.BlueprintBounds\"\\\n\x18SearchBlueprintsResponse\x12\'\n\nblueprints\x18\x01 \x03(\x0b\x32\x13.esper.v1.Blueprint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x92\x01\n\x11GetLineageRequest\x12\x14\n\x0c\x62lueprint_id\x18\x01 \x01(\t\x12-\n\tdirection\x18\x02 \x01(\x0e\x32\x1a.esper.v1.LineageDirection\x12\x11\n\tmax_depth\x18\x03 \x01(\r\x12\x11\n\tpage_size\x18\x04 \x01(\r\x12\x12\n\npage_token\x18\x05 \x01(\t\"E\n\x0cLineageEntry\x12&\n\tblueprint\x18\x01 \x01(\x0b\x32\x13.esper.v1.Blueprint\x12\r\n\x05\x64\x65pth\x18\x02 \x01(\r\"V\n\x12GetLineageResponse\x12\'\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x16.esper.v1.LineageEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"x\n\x18SetBlueprintStateRequest\x12\x14\n\x0c\x62lueprint_id\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.esper.v1.BlueprintState\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"C\n\x19SetBlueprintStateResponse\x12&\n\tblueprint\x18\x01 \x01(\x0b\x32\x13.esper.v1.Blueprint\"g\n\x13UploadKernelRequest\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x03\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x05 \x01(\x07\"<\n\x14UploadKernelResponse\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"=\n\x16GetKernelUploadRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\">\n\x17GetKernelUploadResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x13\n\x0b\x61rtifact_id\x18\x02 \x01(\t\"U\n\x10PinKernelRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\r\n\x05unpin\x18\x02 \x01(\x08\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"$\n\x11PinKernelResponse\x12\x0f\n\x07\x63hanged\x18\x01 \x01(\x08\"&\n\x13SweepLibraryRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\"x\n\x14SweepLibraryResponse\x12\x14\n\x0c\x61rtifact_ids\x18\x01 \x03(\t\x12\x14\n\x0ckernel_bytes\x18\x02 \x01(\x03\x12\x12\n\nheld_bytes\x18\x03 \x01(\x03\x12\x0f\n\x07reports\x18\x04 \x01(\x03\x12\x0f\n\x07uploads\x18\x05 \x01(\x03\"<\n\x15\x44ownloadKernelRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\"j\n\x16\x44ownloadKernelResponse\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x03\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x05 \x01(\x07\"`\n\x10GetKernelRequest\x12\x15\n\x0b\x61rtifact_id\x18\x01 \x01(\tH\x00\x12\x15\n\x0b\x63ontent_key\x18\x02 \x01(\tH\x00\x12\x17\n\x0fmanifest_sha256\x18\x03 \x01(\x0c\x42\x05\n\x03key\"\x97\x01\n\x11GetKernelResponse\x12*\n\x08manifest\x18\x01 \x01(\x0b\x32\x18.esper.v1.KernelManifest\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x33\n\nstatistics\x18\x03 \x01(\x0b\x32\x1a.esper.v1.KernelStatisticsH\x00\x88\x01\x01\x42\r\n\x0b_statistics\"Q\n\x12ListKernelsRequest\x12\x14\n\x0c\x62lueprint_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"Y\n\x13ListKernelsResponse\x12)\n\x07kernels\x18\x01 \x03(\x0b\x32\x18.esper.v1.KernelManifest\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"A\n\x18RecordFieldReportRequest\x12%\n\x06report\x18\x01 \x01(\x0b\x32\x15.esper.v1.FieldReport\"-\n\x19RecordFieldReportResponse\x12\x10\n\x08recorded\x18\x01 \x01(\x08*y\n\x10LineageDirection\x12!\n\x1dLINEAGE_DIRECTION_UNSPECIFIED\x10\x00\x12\x1f\n\x1bLINEAGE_DIRECTION_ANCESTORS\x10\x01\x12!\n\x1dLINEAGE_DIRECTION_DESCENDANTS\x10\x02\x32\xbb\x08\n\x0bUrzaService\x12V\n\x0f\x43reateBlueprint\x12 .esper.v1.CreateBlueprintRequest\x1a!.esper.v1.CreateBlueprintResponse\x12M\n\x0cGetBlueprint\x12\x1d.esper.v1.GetBlueprintRequest\x1a\x1e.esper.v1.GetBlueprintResponse\x12Y\n\x10SearchBlueprints\x12!.esper.v1.SearchBlueprintsRequest\x1a\".esper.v1.SearchBlueprintsResponse\x12G\n\nGetLineage\x12\x1b.esper.v1.GetLineageRequest\x1a\x1c.esper.v1.GetLineageResponse\x12\\\n\x11SetBlueprintState\x12\".esper.v1.SetBlueprintStateRequest\x1a#.esper.v1.SetBlueprintStateResponse\x12O\n\x0cUploadKernel\x12\x1d.esper.v1.UploadKernelRequest\x1a\x1e.esper.v1.UploadKernelResponse(\x01\x12V\n\x0fGetKernelUpload\x12 .esper.v1.GetKernelUploadRequest\x1a!.esper.v1.GetKernelUploadResponse\x12U\n\x0e\x44ownloadKernel\x12\x1f.esper.v1.DownloadKernelRequest\x1a .esper.v1.DownloadKernelResponse0\x01\x12\x44\n\tGetKernel\x12\x1a.esper.v1.GetKernelRequest\x1a\x1b.esper.v1.GetKernelResponse\x12\x44\n\tPinKernel\x12\x1a.esper.v1.PinKernelRequest\x1a\x1b.esper.v1.PinKernelResponse\x12M\n\x0cSweepLibrary\x12\x1d.esper.v1.SweepLibraryRequest\x1a\x1e.esper.v1.SweepLibraryResponse\x12J\n\x0bListKernels\x12\x1c.esper.v1.ListKernelsRequest\x1a\x1d.esper.v1.ListKernelsResponse\x12\\\n\x11RecordFieldReport\x12\".esper.v1.RecordFieldReportRequest\x1a#.esper.v1.RecordFieldReportResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'esper.v1.urza_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LINEAGEDIRECTION']._serialized_start=2656
-  _globals['_LINEAGEDIRECTION']._serialized_end=2777
+  _globals['_LINEAGEDIRECTION']._serialized_start=2721
+  _globals['_LINEAGEDIRECTION']._serialized_end=2842
   _globals['_CREATEBLUEPRINTREQUEST']._serialized_start=117
   _globals['_CREATEBLUEPRINTREQUEST']._serialized_end=314
   _globals['_CREATEBLUEPRINTRESPONSE']._serialized_start=316
@@ -48,48 +48,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEARCHBLUEPRINTSREQUEST']._serialized_end=835
   _globals['_SEARCHBLUEPRINTSRESPONSE']._serialized_start=837
   _globals['_SEARCHBLUEPRINTSRESPONSE']._serialized_end=929
-  _globals['_GETLINEAGEREQUEST']._serialized_start=931
-  _globals['_GETLINEAGEREQUEST']._serialized_end=1038
-  _globals['_LINEAGEENTRY']._serialized_start=1040
-  _globals['_LINEAGEENTRY']._serialized_end=1109
-  _globals['_GETLINEAGERESPONSE']._serialized_start=1111
-  _globals['_GETLINEAGERESPONSE']._serialized_end=1172
-  _globals['_SETBLUEPRINTSTATEREQUEST']._serialized_start=1174
-  _globals['_SETBLUEPRINTSTATEREQUEST']._serialized_end=1294
-  _globals['_SETBLUEPRINTSTATERESPONSE']._serialized_start=1296
-  _globals['_SETBLUEPRINTSTATERESPONSE']._serialized_end=1363
-  _globals['_UPLOADKERNELREQUEST']._serialized_start=1365
-  _globals['_UPLOADKERNELREQUEST']._serialized_end=1468
-  _globals['_UPLOADKERNELRESPONSE']._serialized_start=1470
-  _globals['_UPLOADKERNELRESPONSE']._serialized_end=1530
-  _globals['_GETKERNELUPLOADREQUEST']._serialized_start=1532
-  _globals['_GETKERNELUPLOADREQUEST']._serialized_end=1593
-  _globals['_GETKERNELUPLOADRESPONSE']._serialized_start=1595
-  _globals['_GETKERNELUPLOADRESPONSE']._serialized_end=1657
-  _globals['_PINKERNELREQUEST']._serialized_start=1659
-  _globals['_PINKERNELREQUEST']._serialized_end=1744
-  _globals['_PINKERNELRESPONSE']._serialized_start=1746
-  _globals['_PINKERNELRESPONSE']._serialized_end=1782
-  _globals['_SWEEPLIBRARYREQUEST']._serialized_start=1784
-  _globals['_SWEEPLIBRARYREQUEST']._serialized_end=1822
-  _globals['_SWEEPLIBRARYRESPONSE']._serialized_start=1824
-  _globals['_SWEEPLIBRARYRESPONSE']._serialized_end=1944
-  _globals['_DOWNLOADKERNELREQUEST']._serialized_start=1946
-  _globals['_DOWNLOADKERNELREQUEST']._serialized_end=2006
-  _globals['_DOWNLOADKERNELRESPONSE']._serialized_start=2008
-  _globals['_DOWNLOADKERNELRESPONSE']._serialized_end=2114
-  _globals['_GETKERNELREQUEST']._serialized_start=2116
-  _globals['_GETKERNELREQUEST']._serialized_end=2212
-  _globals['_GETKERNELRESPONSE']._serialized_start=2215
-  _globals['_GETKERNELRESPONSE']._serialized_end=2366
-  _globals['_LISTKERNELSREQUEST']._serialized_start=2368
-  _globals['_LISTKERNELSREQUEST']._serialized_end=2449
-  _globals['_LISTKERNELSRESPONSE']._serialized_start=2451
-  _globals['_LISTKERNELSRESPONSE']._serialized_end=2540
-  _globals['_RECORDFIELDREPORTREQUEST']._serialized_start=2542
-  _globals['_RECORDFIELDREPORTREQUEST']._serialized_end=2607
-  _globals['_RECORDFIELDREPORTRESPONSE']._serialized_start=2609
-  _globals['_RECORDFIELDREPORTRESPONSE']._serialized_end=2654
-  _globals['_URZASERVICE']._serialized_start=2780
-  _globals['_URZASERVICE']._serialized_end=3863
+  _globals['_GETLINEAGEREQUEST']._serialized_start=932
+  _globals['_GETLINEAGEREQUEST']._serialized_end=1078
+  _globals['_LINEAGEENTRY']._serialized_start=1080
+  _globals['_LINEAGEENTRY']._serialized_end=1149
+  _globals['_GETLINEAGERESPONSE']._serialized_start=1151
+  _globals['_GETLINEAGERESPONSE']._serialized_end=1237
+  _globals['_SETBLUEPRINTSTATEREQUEST']._serialized_start=1239
+  _globals['_SETBLUEPRINTSTATEREQUEST']._serialized_end=1359
+  _globals['_SETBLUEPRINTSTATERESPONSE']._serialized_start=1361
+  _globals['_SETBLUEPRINTSTATERESPONSE']._serialized_end=1428
+  _globals['_UPLOADKERNELREQUEST']._serialized_start=1430
+  _globals['_UPLOADKERNELREQUEST']._serialized_end=1533
+  _globals['_UPLOADKERNELRESPONSE']._serialized_start=1535
+  _globals['_UPLOADKERNELRESPONSE']._serialized_end=1595
+  _globals['_GETKERNELUPLOADREQUEST']._serialized_start=1597
+  _globals['_GETKERNELUPLOADREQUEST']._serialized_end=1658
+  _globals['_GETKERNELUPLOADRESPONSE']._serialized_start=1660
+  _globals['_GETKERNELUPLOADRESPONSE']._serialized_end=1722
+  _globals['_PINKERNELREQUEST']._serialized_start=1724
+  _globals['_PINKERNELREQUEST']._serialized_end=1809
+  _globals['_PINKERNELRESPONSE']._serialized_start=1811
+  _globals['_PINKERNELRESPONSE']._serialized_end=1847
+  _globals['_SWEEPLIBRARYREQUEST']._serialized_start=1849
+  _globals['_SWEEPLIBRARYREQUEST']._serialized_end=1887
+  _globals['_SWEEPLIBRARYRESPONSE']._serialized_start=1889
+  _globals['_SWEEPLIBRARYRESPONSE']._serialized_end=2009
+  _globals['_DOWNLOADKERNELREQUEST']._serialized_start=2011
+  _globals['_DOWNLOADKERNELREQUEST']._serialized_end=2071
+  _globals['_DOWNLOADKERNELRESPONSE']._serialized_start=2073
+  _globals['_DOWNLOADKERNELRESPONSE']._serialized_end=2179
+  _globals['_GETKERNELREQUEST']._serialized_start=2181
+  _globals['_GETKERNELREQUEST']._serialized_end=2277
+  _globals['_GETKERNELRESPONSE']._serialized_start=2280
+  _globals['_GETKERNELRESPONSE']._serialized_end=2431
+  _globals['_LISTKERNELSREQUEST']._serialized_start=2433
+  _globals['_LISTKERNELSREQUEST']._serialized_end=2514
+  _globals['_LISTKERNELSRESPONSE']._serialized_start=2516
+  _globals['_LISTKERNELSRESPONSE']._serialized_end=2605
+  _globals['_RECORDFIELDREPORTREQUEST']._serialized_start=2607
+  _globals['_RECORDFIELDREPORTREQUEST']._serialized_end=2672
+  _globals['_RECORDFIELDREPORTRESPONSE']._serialized_start=2674
+  _globals['_RECORDFIELDREPORTRESPONSE']._serialized_end=2719
+  _globals['_URZASERVICE']._serialized_start=2845
+  _globals['_URZASERVICE']._serialized_end=3928
 # @@protoc_insertion_point(module_scope)

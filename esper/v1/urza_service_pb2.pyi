@@ -279,22 +279,30 @@ class GetLineageRequest(_message.Message):
     BLUEPRINT_ID_FIELD_NUMBER: _builtins.int
     DIRECTION_FIELD_NUMBER: _builtins.int
     MAX_DEPTH_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     blueprint_id: _builtins.str
     """Content id of the blueprint."""
     direction: Global___LineageDirection.ValueType
     """Which way to walk."""
     max_depth: _builtins.int
     """Steps at most, 1 to 100. 0 means 100."""
+    page_size: _builtins.int
+    """Entries a page, 1 to 500. 0 means 50 with a page token; without one, all at once."""
+    page_token: _builtins.str
+    """Token of the page, from the answer before; empty means the first."""
     def __init__(
         self,
         *,
         blueprint_id: _builtins.str = ...,
         direction: Global___LineageDirection.ValueType = ...,
         max_depth: _builtins.int = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blueprint_id", b"blueprint_id", "direction", b"direction", "max_depth", b"max_depth"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blueprint_id", b"blueprint_id", "direction", b"direction", "max_depth", b"max_depth", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -335,18 +343,22 @@ class GetLineageResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ENTRIES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty at the end."""
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___LineageEntry]:
-        """Relatives by depth, then name."""
+        """Relatives by depth, then name, then version."""
 
     def __init__(
         self,
         *,
         entries: _abc.Iterable[Global___LineageEntry] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

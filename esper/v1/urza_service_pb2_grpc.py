@@ -131,7 +131,9 @@ class UrzaServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetLineage(self, request, context):
-        """Give ancestors or descendants. NOT_FOUND when the blueprint is unknown, DATA_LOSS as of SearchBlueprints.
+        """Give ancestors or descendants, by depth, then name and version, page by page, or all of them at once.
+        NOT_FOUND when the blueprint is unknown, DATA_LOSS as of SearchBlueprints,
+        RESOURCE_EXHAUSTED when all are asked for at once and they are more than 1,000, or fit no message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -44,7 +44,10 @@ class UrzaServiceStub:
     DATA_LOSS when one of the page is damaged; then it was set aside, and the page can be asked for again.
     """
     GetLineage: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.GetLineageRequest, _urza_service_pb2.GetLineageResponse]
-    """Give ancestors or descendants. NOT_FOUND when the blueprint is unknown, DATA_LOSS as of SearchBlueprints."""
+    """Give ancestors or descendants, by depth, then name and version, page by page, or all of them at once.
+    NOT_FOUND when the blueprint is unknown, DATA_LOSS as of SearchBlueprints,
+    RESOURCE_EXHAUSTED when all are asked for at once and they are more than 1,000, or fit no message.
+    """
     SetBlueprintState: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.SetBlueprintStateRequest, _urza_service_pb2.SetBlueprintStateResponse]
     """Move a blueprint through its life cycle: one state on, or from DEPRECATED back to ACTIVE.
     FAILED_PRECONDITION when the step is not allowed, NOT_FOUND when it is unknown. Idempotent.
@@ -88,7 +91,10 @@ class UrzaServiceAsyncStub(UrzaServiceStub):
     DATA_LOSS when one of the page is damaged; then it was set aside, and the page can be asked for again.
     """
     GetLineage: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.GetLineageRequest, _urza_service_pb2.GetLineageResponse]  # type: ignore[assignment]
-    """Give ancestors or descendants. NOT_FOUND when the blueprint is unknown, DATA_LOSS as of SearchBlueprints."""
+    """Give ancestors or descendants, by depth, then name and version, page by page, or all of them at once.
+    NOT_FOUND when the blueprint is unknown, DATA_LOSS as of SearchBlueprints,
+    RESOURCE_EXHAUSTED when all are asked for at once and they are more than 1,000, or fit no message.
+    """
     SetBlueprintState: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.SetBlueprintStateRequest, _urza_service_pb2.SetBlueprintStateResponse]  # type: ignore[assignment]
     """Move a blueprint through its life cycle: one state on, or from DEPRECATED back to ACTIVE.
     FAILED_PRECONDITION when the step is not allowed, NOT_FOUND when it is unknown. Idempotent.
@@ -153,7 +159,10 @@ class UrzaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _urza_service_pb2.GetLineageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_urza_service_pb2.GetLineageResponse, _abc.Awaitable[_urza_service_pb2.GetLineageResponse]]:
-        """Give ancestors or descendants. NOT_FOUND when the blueprint is unknown, DATA_LOSS as of SearchBlueprints."""
+        """Give ancestors or descendants, by depth, then name and version, page by page, or all of them at once.
+        NOT_FOUND when the blueprint is unknown, DATA_LOSS as of SearchBlueprints,
+        RESOURCE_EXHAUSTED when all are asked for at once and they are more than 1,000, or fit no message.
+        """
 
     @_abc_1.abstractmethod
     def SetBlueprintState(

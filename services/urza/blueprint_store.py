@@ -11,8 +11,6 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import func, select, update
@@ -50,6 +48,7 @@ from esper.services.urza.blueprint_records import (
 from esper.services.urza.blueprint_rot import restore, set_aside
 from esper.services.urza.blueprint_rows import blueprint_row, find_record, finding_rows
 from esper.services.urza.clock import moment_of, now_us
+from esper.services.urza.genealogy import LineageDirection, Relative, RelativeRecord, scope_of, walk
 from esper.services.urza.models import (
     BLUEPRINTS,
     BlueprintNameRow,
@@ -79,33 +78,7 @@ from esper.services.urza.template_releases import TemplateReleases
 log = logging.getLogger(__name__)
 
 MAX_RELATIVES: Final = 1_000
-"""Most relatives that one lineage answer holds."""
-
-
-class LineageDirection(IntEnum):
-    """Which way to walk the genealogy."""
-
-    ANCESTORS = 1
-    DESCENDANTS = 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Relative:
-    """One relative of a blueprint."""
-
-    blueprint: Blueprint
-    """The relative."""
-    depth: int
-    """Steps away by the shortest way, from 1."""
-
-
-class RelativeRecord(NamedTuple):
-    """One relative of a blueprint, at rest."""
-
-    record: BlueprintRecord
-    """The relative."""
-    depth: int
-    """Steps away by the shortest way, from 1."""
+"""Most relatives that one answer holds where no page was asked for."""
 
 
 class BlueprintStore:
@@ -206,36 +179,49 @@ class BlueprintStore:
         return Page(items=tuple(shown), next_token=next_token)
 
     async def lineage(
-        self, blueprint_id: str, direction: LineageDirection, *, max_depth: int = 0
-    ) -> tuple[Relative, ...]:
+        self, blueprint_id: str, direction: LineageDirection, *, max_depth: int = 0, page: PageRequest | None = None
+    ) -> Page[Relative]:
         """Give the relatives within ``max_depth`` steps (0 means 100), by depth, then name, then version.
 
+        Without a page, all of them at once.
+
         Raises:
-            InvalidInputError: The id is none, or the depth is out of range.
+            InvalidInputError: The id is none, the depth is out of range, or the page token is not one that the same
+                walk gave.
             NotFoundError: The blueprint is not stored.
-            CapacityExceededError: There are more than 1,000 relatives, or more than one message holds.
+            CapacityExceededError: No page was asked for, and there are more than 1,000 relatives, or more than one
+                message holds.
             CorruptDataError: As for `search`.
         """
-        found = await self.lineage_records(blueprint_id, direction, max_depth=max_depth)
-        async with self.watching_rot([record for record, _ in found]):
-            return tuple(Relative(blueprint=blueprint_of(record), depth=depth) for record, depth in found)
+        found = await self.lineage_records(blueprint_id, direction, max_depth=max_depth, page=page)
+        async with self.watching_rot([record for record, _ in found.items]):
+            items = tuple(Relative(blueprint=blueprint_of(record), depth=depth) for record, depth in found.items)
+            return Page(items=items, next_token=found.next_token)
 
     async def lineage_records(
-        self, blueprint_id: str, direction: LineageDirection, *, max_depth: int = 0
-    ) -> tuple[RelativeRecord, ...]:
+        self, blueprint_id: str, direction: LineageDirection, *, max_depth: int = 0, page: PageRequest | None = None
+    ) -> Page[RelativeRecord]:
         """As `lineage`, at rest."""
         require_content_id("blueprint_id", blueprint_id)
         if not 0 <= max_depth <= MAX_LINEAGE_DEPTH:
             rule = f"be 1 to {MAX_LINEAGE_DEPTH} steps, or 0 for {MAX_LINEAGE_DEPTH}"
             raise InvalidInputError.of("max_depth", rule, max_depth)
-        found = await self._database.read(_relatives(blueprint_id, direction, max_depth or MAX_LINEAGE_DEPTH))
-        if len(found) > MAX_RELATIVES or fitting([len(record.ir) for record, _ in found]) < len(found):
+        depth = max_depth or MAX_LINEAGE_DEPTH
+        scope = scope_of(blueprint_id, direction, depth)
+        token = decode_page_token("" if page is None else page.token, scope=scope, arity=3, key=self._token_key)
+        after = None if token is None else (int(token[0] or 0), str(token[1]), int(token[2] or 0))
+        limit = MAX_RELATIVES if page is None else page.limit
+        found = await self._database.read(_relatives(blueprint_id, direction, depth, after, limit + 1))
+        shown = found[: fitting([len(one.record.ir) for one in found[:limit]])]
+        if len(found) == len(shown):
+            return Page(items=shown, next_token="")
+        if page is None:
             raise CapacityExceededError(
                 f"lineage must hold at most {MAX_RELATIVES} relatives and fit one message, got more; "
-                "ask with a smaller max_depth",
-                parameter="max_depth",
+                "ask for it page by page, or with a smaller max_depth",
+                parameter="page_size",
             )
-        return found
+        return Page(items=shown, next_token=encode_page_token(shown[-1].place, scope=scope, key=self._token_key))
 
     @asynccontextmanager
     async def watching_rot(self, records: Sequence[BlueprintRecord]) -> AsyncIterator[None]:
@@ -500,21 +486,10 @@ async def _add_change(
 
 
 def _relatives(
-    blueprint_id: str, direction: LineageDirection, max_depth: int
+    blueprint_id: str, direction: LineageDirection, max_depth: int, after: tuple[int, str, int] | None, limit: int
 ) -> ReadScript[tuple[RelativeRecord, ...]]:
-    """Walk the edges; UNION keeps one row per relative and depth, however many ways lead there."""
-    here, there = ("child_id", "parent_id")
-    if direction is LineageDirection.DESCENDANTS:
-        here, there = there, here
-    rows = yield Statement(
-        f"WITH RECURSIVE walk (id, depth) AS (SELECT {there}, 1 FROM urza_blueprint_parents WHERE {here} = $1 "
-        f"UNION SELECT p.{there}, w.depth + 1 FROM walk w JOIN urza_blueprint_parents p ON p.{here} = w.id "
-        f"WHERE w.depth < {max_depth:d}) "
-        f"SELECT {FIELDS}, n.depth FROM (SELECT id, min(depth) AS depth FROM walk GROUP BY id) n "
-        f"JOIN urza_blueprints b ON b.id = n.id AND {LISTED} LEFT JOIN urza_statistics s ON s.blueprint_id = b.id "
-        f"ORDER BY n.depth, b.name, b.version LIMIT {MAX_RELATIVES + 1}",
-        (blueprint_id,),
-    )
-    if not rows and (yield from _by_id(blueprint_id)) is None:
+    """Walk; a blueprint without relatives there must itself be stored."""
+    found = yield from walk(blueprint_id, direction, max_depth, after, limit)
+    if not found and (yield from _by_id(blueprint_id)) is None:
         raise _unknown(blueprint_id)
-    return tuple(RelativeRecord(BlueprintRecord(*row[:-1]), row[-1]) for row in rows)
+    return found

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from esper.contracts.chunks import Assembler, Chunk, ChunkLike
-from esper.contracts.errors import CapacityExceededError, CorruptDataError
+from esper.contracts.chunks import SHA256_BYTES, Assembler, Chunk, ChunkLike
+from esper.contracts.errors import CapacityExceededError, CorruptDataError, InvalidInputError
 from esper.services.urza.kernel_rows import KernelRecord
 from esper.services.urza.store import UrzaStore
 from esper.services.urza.upload_store import PIECE_BYTES, UploadKeeper
@@ -46,6 +46,23 @@ class UploadBudget:
     def give_back(self, num_bytes: int) -> None:
         """Let bytes go that were set aside."""
         self._held_bytes -= num_bytes
+
+
+async def progress_of(store: UrzaStore, sha256: bytes, total_bytes: int) -> tuple[int, str]:
+    """Say how far the upload of a kernel got: the bytes kept, and its id once all of it is stored, else no id.
+
+    Raises:
+        InvalidInputError: The digest is none, or the size none that a kernel may have.
+    """
+    if len(sha256) != SHA256_BYTES:
+        raise InvalidInputError.of("sha256", f"be {SHA256_BYTES} bytes", sha256)
+    if total_bytes < 1:
+        raise InvalidInputError.of("total_bytes", "be > 0", total_bytes)
+    store.kernels.require_size(total_bytes)
+    stored = await store.kernels.complete(sha256)
+    if stored is not None:
+        return stored.size_bytes, stored.artifact_id
+    return await store.uploads.held_bytes(sha256, total_bytes), ""
 
 
 class KernelUpload:

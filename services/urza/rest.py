@@ -21,8 +21,9 @@ from esper.contracts.blueprint import BlueprintState
 from esper.contracts.chunks import Chunk
 from esper.contracts.errors import PermissionDeniedError
 from esper.contracts.kernel import KernelManifest
-from esper.services.urza.blueprint_store import LineageDirection
+from esper.services.urza.genealogy import LineageDirection
 from esper.services.urza.kernel_rows import KernelRecord
+from esper.services.urza.kernel_upload import UploadBudget
 from esper.services.urza.rest_body_limit import BodyLimit
 from esper.services.urza.rest_errors import PROBLEM_RESPONSES, install_error_handlers
 from esper.services.urza.rest_models import (
@@ -46,24 +47,33 @@ from esper.services.urza.rest_models import (
     SweepBody,
     SweptAnswer,
 )
+from esper.services.urza.rest_uploads import UPLOADS, upload_routes
 from esper.services.urza.rules import PageRequest
 from esper.services.urza.store import UrzaStore
 
 MAX_BODY_BYTES = 256 * 1024
 """Largest body of a request, in bytes."""
 
+_UPLOAD_BYTES = 512 * 1024 * 1024
 _RANGE = re.compile(r"bytes=(\d{1,15})-", re.ASCII)
 _PageSize = Annotated[int, Query(description="Entries a page, 1 to 500; 0 means 50")]
 _PageToken = Annotated[str, Query(description="Token of the page before; empty for the first")]
 
 
-def build_app(store: UrzaStore, *, write_token: str | None = None, allowed_hosts: tuple[str, ...] = ("*",)) -> FastAPI:
+def build_app(
+    store: UrzaStore,
+    *,
+    write_token: str | None = None,
+    allowed_hosts: tuple[str, ...] = ("*",),
+    uploads: UploadBudget | None = None,
+) -> FastAPI:
     """Give the application over a store.
 
     Args:
         store: Where everything rests.
         write_token: Bearer token that every call needs that changes something; ``None`` asks for none.
         allowed_hosts: Host names under which it answers; keeps web pages elsewhere from reaching a loopback port.
+        uploads: Bytes that uploads under way may hold; ``None`` lets those of this face hold 512 MiB.
     """
     app = FastAPI(
         title="Urza",
@@ -73,12 +83,13 @@ def build_app(store: UrzaStore, *, write_token: str | None = None, allowed_hosts
         license_info={"name": "MIT"},
     )
     install_error_handlers(app)
-    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
+    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES, bounded_elsewhere=f"{UPLOADS}/")
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts), www_redirect=False)
     app.include_router(_health_routes(store))
     app.include_router(_reading_routes(store))
     app.include_router(_writing_routes(store), dependencies=[Depends(_writer(write_token))])
     app.include_router(_kernel_routes(store))
+    app.include_router(upload_routes(store, uploads or UploadBudget(_UPLOAD_BYTES), _writer(write_token)))
     app.include_router(_care_routes(store), dependencies=[Depends(_writer(write_token))])
     return app
 
@@ -138,14 +149,20 @@ def _reading_routes(store: UrzaStore) -> APIRouter:
 
     @router.get("/{reference}/lineage")
     async def get_lineage(
-        reference: str, direction: Literal["ancestors", "descendants"] = "ancestors", max_depth: int = 0
+        reference: str,
+        direction: Literal["ancestors", "descendants"] = "ancestors",
+        max_depth: int = 0,
+        page_size: Annotated[int, Query(description="Entries a page, 1 to 500; 0 means all at once, or 50")] = 0,
+        page_token: _PageToken = "",
     ) -> LineageAnswer:
-        """Give the relatives within ``max_depth`` steps (0 means 100), by depth, then name."""
+        """Give the relatives within ``max_depth`` steps (0 means 100), by depth, then name, then version."""
         blueprint = await store.blueprints.get(reference)
         way = LineageDirection[direction.upper()]
-        relatives = await store.blueprints.lineage(blueprint.id, way, max_depth=max_depth)
+        page = PageRequest(size=page_size, token=page_token) if page_size or page_token else None
+        found = await store.blueprints.lineage(blueprint.id, way, max_depth=max_depth, page=page)
         return LineageAnswer(
-            entries=[RelativeBody(blueprint=BlueprintBody.of(item.blueprint), depth=item.depth) for item in relatives]
+            entries=[RelativeBody(blueprint=BlueprintBody.of(one.blueprint), depth=one.depth) for one in found.items],
+            next_page_token=found.next_token,
         )
 
     return router
@@ -190,6 +207,11 @@ def _kernel_routes(store: UrzaStore) -> APIRouter:
     async def get_kernel(artifact_id: str) -> KernelBody:
         """Give what is said of a kernel."""
         return _kernel_body(await store.kernels.get(artifact_id=artifact_id))
+
+    @router.get("/by-content-key/{content_key}")
+    async def get_kernel_by_content_key(content_key: str) -> KernelBody:
+        """Give what is said of the kernel that answers a compile request."""
+        return _kernel_body(await store.kernels.get(content_key=content_key))
 
     @router.get("/{artifact_id}/statistics")
     async def get_kernel_statistics(artifact_id: str) -> KernelStatisticsAnswer:

@@ -7,11 +7,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class BodyLimit:
-    """Middleware that answers 413 to a body of more than ``max_bytes`` bytes."""
+    """Middleware that answers 413 to a body of more than ``max_bytes`` bytes.
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    What is PUT under ``bounded_elsewhere`` passes: whoever takes it there judges its size.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, bounded_elsewhere: str) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._bounded_elsewhere = bounded_elsewhere
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a call on, counting the bytes of its body as they come."""
@@ -25,4 +29,7 @@ class BodyLimit:
                 raise HTTPException(413, f"the body must be at most {self._max_bytes} bytes, got more")
             return message
 
-        await self._app(scope, counted if scope["type"] == "http" else receive, send)
+        passes = scope["type"] != "http" or (
+            scope["method"] == "PUT" and scope["path"].startswith(self._bounded_elsewhere)
+        )
+        await self._app(scope, receive if passes else counted, send)

@@ -13,7 +13,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from esper.contracts.errors import CapacityExceededError, EsperError, InternalError, InvalidInputError
+from esper.contracts.errors import (
+    CapacityExceededError,
+    CorruptDataError,
+    EsperError,
+    InternalError,
+    InvalidInputError,
+)
 from esper.mesh.status import RETRY_AFTER_S, code_of
 from esper.services.urza.rest_models import Problem
 
@@ -43,6 +49,11 @@ def problem_response(error: EsperError, *, incident_id: str | None = None) -> JS
     """Give the response that stands for an error."""
     status = _STATUS_OF.get(code_of(type(error)), HTTPStatus.INTERNAL_SERVER_ERROR)
     return _response(status, error.reason, error.message, error.parameter, incident_id, RETRY_AFTER_S.get(type(error)))
+
+
+def refused_upload(error: CorruptDataError) -> JSONResponse:
+    """Give the response to bytes that are not what their sender, or their signature, says: no fault of the library."""
+    return _response(HTTPStatus.UNPROCESSABLE_ENTITY, error.reason, error.message, error.parameter)
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -281,9 +281,10 @@ class RelativeBody(Body):
 
 
 class LineageAnswer(Body):
-    """Relatives by depth, then name."""
+    """One page of relatives by depth, then name, then version."""
 
     entries: list[RelativeBody]
+    next_page_token: str
 
 
 class CheckBody(Body):
@@ -364,6 +365,20 @@ class KernelPage(Body):
 
     kernels: list[KernelBody]
     next_page_token: str
+
+
+class UploadAnswer(Body):
+    """How far an upload got: the bytes kept from the start, and the kernel's id once all of it is stored."""
+
+    offset: int
+    artifact_id: str | None
+
+
+class UploadedKernel(Body):
+    """The kernel that was uploaded; ``created`` is false when it was there already."""
+
+    artifact_id: str
+    created: bool
 
 
 class PinBody(Body):

@@ -197,7 +197,10 @@ class UrzaService:
 
     async def _start_rest(self) -> None:
         app = build_app(
-            self.store, write_token=self._config.rest_write_token, allowed_hosts=self._config.rest_allowed_hosts
+            self.store,
+            write_token=self._config.rest_write_token,
+            allowed_hosts=self._config.rest_allowed_hosts,
+            uploads=self.servicer.uploads,
         )
         self._rest = HttpServer(app, name="urza-rest", host=self._config.rest_host, port=self._config.rest_port)
         self._open.push_async_callback(self._rest.close)

@@ -16,15 +16,14 @@ from esper.contracts.blueprint import (
     Lineage,
     SiteKind,
 )
-from esper.contracts.chunks import SHA256_BYTES
 from esper.contracts.errors import InvalidInputError
 from esper.contracts.run import FieldReport
 from esper.contracts.tag_expression import parse_tags
 from esper.contracts.wire import enum_from_wire, from_wire, to_message, to_wire
 from esper.mesh.validation import require_size
 from esper.services.urza.blueprint_records import message_of, page_message
-from esper.services.urza.blueprint_store import LineageDirection
-from esper.services.urza.kernel_upload import KernelUpload, UploadBudget
+from esper.services.urza.genealogy import LineageDirection
+from esper.services.urza.kernel_upload import KernelUpload, UploadBudget, progress_of
 from esper.services.urza.rules import BlueprintDraft, BlueprintQuery, PageRequest
 from esper.services.urza.store import UrzaStore
 from esper.v1 import blueprint_pb2, kernel_pb2, urza_service_pb2, urza_service_pb2_grpc
@@ -43,12 +42,13 @@ class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
 
     def __init__(self, store: UrzaStore, *, upload_budget_bytes: int = 512 * _MIB) -> None:
         self._store = store
-        self._uploads = UploadBudget(upload_budget_bytes)
+        self.uploads = UploadBudget(upload_budget_bytes)
+        """Bytes that uploads under way may hold together, over this face and any other."""
 
     @property
     def upload_bytes_held(self) -> int:
         """Bytes that uploads under way hold together."""
-        return self._uploads.held_bytes
+        return self.uploads.held_bytes
 
     async def CreateBlueprint(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
         """Store a blueprint as a new version of its name, or give the version that exists."""
@@ -91,14 +91,18 @@ class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
     async def GetLineage(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
         """Give ancestors or descendants."""
         direction = enum_from_wire(request.direction, LineageDirection, _DIRECTION, "direction")
-        relatives = await self._store.blueprints.lineage_records(
-            request.blueprint_id, cast("LineageDirection", direction), max_depth=request.max_depth
+        found = await self._store.blueprints.lineage_records(
+            request.blueprint_id,
+            cast("LineageDirection", direction),
+            max_depth=request.max_depth,
+            page=_page_of(request) if request.page_size or request.page_token else None,
         )
-        async with self._store.blueprints.watching_rot([record for record, _ in relatives]):
+        async with self._store.blueprints.watching_rot([record for record, _ in found.items]):
             entries = [
-                urza_service_pb2.LineageEntry(blueprint=message_of(record), depth=depth) for record, depth in relatives
+                urza_service_pb2.LineageEntry(blueprint=message_of(record), depth=depth)
+                for record, depth in found.items
             ]
-        return urza_service_pb2.GetLineageResponse(entries=entries)
+        return urza_service_pb2.GetLineageResponse(entries=entries, next_page_token=found.next_token)
 
     async def SetBlueprintState(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
         """Take the next step of a blueprint's life cycle, or the one back to the offer."""
@@ -109,7 +113,7 @@ class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
 
     async def UploadKernel(self, request_iterator: AsyncIterator[Any], context: Any) -> Any:  # noqa: ARG002, N802
         """Take a kernel in chunks, from where it broke if it did; nothing is stored before all is here and proven."""
-        upload = KernelUpload(self._store, self._uploads)
+        upload = KernelUpload(self._store, self.uploads)
         try:
             async for chunk in request_iterator:
                 await upload.add(chunk)
@@ -120,16 +124,8 @@ class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
 
     async def GetKernelUpload(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
         """Say how far an upload got."""
-        if len(request.sha256) != SHA256_BYTES:
-            raise InvalidInputError.of("sha256", f"be {SHA256_BYTES} bytes", request.sha256)
-        if request.total_bytes < 1:
-            raise InvalidInputError.of("total_bytes", "be > 0", request.total_bytes)
-        self._store.kernels.require_size(request.total_bytes)
-        stored = await self._store.kernels.complete(request.sha256)
-        if stored is not None:
-            return urza_service_pb2.GetKernelUploadResponse(offset=stored.size_bytes, artifact_id=stored.artifact_id)
-        held = await self._store.uploads.held_bytes(request.sha256, request.total_bytes)
-        return urza_service_pb2.GetKernelUploadResponse(offset=held)
+        offset, artifact_id = await progress_of(self._store, request.sha256, request.total_bytes)
+        return urza_service_pb2.GetKernelUploadResponse(offset=offset, artifact_id=artifact_id)
 
     async def PinKernel(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
         """Keep a kernel from every sweep, or no longer."""

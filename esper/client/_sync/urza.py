@@ -37,6 +37,8 @@ from esper.v1 import blueprint_pb2, telemetry_pb2, urza_service_pb2
 _MAX_KERNEL_BYTES: Final = 256 * 1024 * 1024
 """Largest artefact that there may be, in bytes."""
 _SWEEP_TIMEOUT_S: Final = 300.0
+_LINEAGE_PAGE: Final = 500
+"""Relatives a page, the most there may be: each page walks the genealogy anew."""
 
 
 class UrzaClient:
@@ -112,13 +114,22 @@ class UrzaClient:
             found.extend(decoded(page.blueprints, Blueprint))
         return found
 
-    def get_lineage(self, blueprint_id: str, *, descendants: bool = False) -> list[tuple[int, Blueprint]]:
-        """Give ancestors (or descendants) with their distance, nearest first."""
+    def get_lineage(
+        self, blueprint_id: str, *, descendants: bool = False, max_depth: int = 0
+    ) -> list[tuple[int, Blueprint]]:
+        """Give ancestors (or descendants) within ``max_depth`` steps (0 means 100) with their distance, nearest first.
+
+        However many there are: they come page by page.
+        """
         towards = "LINEAGE_DIRECTION_DESCENDANTS" if descendants else "LINEAGE_DIRECTION_ANCESTORS"
         direction = urza_service_pb2.LineageDirection.Value(towards)
-        request = urza_service_pb2.GetLineageRequest(blueprint_id=blueprint_id, direction=direction)
-        entries = (self._transport.call("urza", "GetLineage", request)).entries
-        return [(entry.depth, from_wire(entry.blueprint, Blueprint)) for entry in entries]
+        request = urza_service_pb2.GetLineageRequest(
+            blueprint_id=blueprint_id, direction=direction, max_depth=max_depth, page_size=_LINEAGE_PAGE
+        )
+        found: list[tuple[int, Blueprint]] = []
+        for page in self._transport.pages("urza", "GetLineage", request):
+            found.extend((entry.depth, from_wire(entry.blueprint, Blueprint)) for entry in page.entries)
+        return found
 
     def set_blueprint_state(
         self, blueprint_id: str, state: BlueprintState, *, actor: str, reason: str

@@ -20,7 +20,7 @@ from esper.contracts.chunks import split
 from esper.execution.keys import SigningKey
 from esper.mesh import InProcessChannel
 from esper.mesh.database import Database
-from esper.services.urza.blueprint_store import LineageDirection
+from esper.services.urza.genealogy import LineageDirection
 from esper.services.urza.models import Base
 from esper.services.urza.rules import BlueprintQuery, PageRequest
 from esper.services.urza.server import register
@@ -136,7 +136,7 @@ async def test_sql_by_hand_walks_as_the_library_does(
     store: UrzaStore, hand: SqliteSql, direction: LineageDirection
 ) -> None:
     middle = blueprint_id(VERSIONS_PER_NAME // 2)
-    relatives = await store.blueprints.lineage(middle, direction)
+    relatives = (await store.blueprints.lineage(middle, direction)).items
     assert len(relatives) >= 9
     found = await hand.fetch(sql.lineage(ancestors=direction is LineageDirection.ANCESTORS), middle)
     assert [(row[0], row[-1]) for row in found] == [(one.blueprint.id, one.depth) for one in relatives]

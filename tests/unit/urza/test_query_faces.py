@@ -9,12 +9,21 @@ from typing import Any
 import httpx
 import pytest
 
+from esper.client._async import urza as sdk_urza
 from esper.client._async.urza import AsyncUrzaClient
 from esper.client.transport import AsyncStubTransport
-from esper.contracts.blueprint import BlueprintBounds, BlueprintMetadata, BlueprintState, KernelStatistics, SiteKind
-from esper.contracts.errors import InvalidInputError, NotFoundError
+from esper.contracts.blueprint import (
+    BlueprintBounds,
+    BlueprintMetadata,
+    BlueprintState,
+    KernelStatistics,
+    Lineage,
+    SiteKind,
+)
+from esper.contracts.errors import CapacityExceededError, InvalidInputError, NotFoundError
 from esper.mesh.database import Database
 from esper.mesh.in_process import InProcessChannel
+from esper.services.urza import blueprint_store
 from esper.services.urza.rest import build_app
 from esper.services.urza.rules import BlueprintDraft
 from esper.services.urza.server import register
@@ -118,6 +127,30 @@ async def test_pages_of_an_expression_go_on_and_are_bound_to_it(stub: Any, rest:
         await stub.SearchBlueprints(request)
     same = {"tags": "old|conv2d", "page_token": first.next_page_token}
     assert await shown(rest, **same) == ["b2"]
+
+
+async def test_a_genealogy_is_given_page_by_page_by_every_face(
+    store: UrzaStore, stub: Any, sdk: AsyncUrzaClient, rest: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blueprint_store, "MAX_RELATIVES", 4)
+    monkeypatch.setattr(sdk_urza, "_LINEAGE_PAGE", 2)
+    parent = await store.blueprints.get("b0")
+    for number in range(3, 8):
+        lineage = Lineage(parent_ids=(parent.id,), operator="mutation", author="karn")
+        await store.blueprints.create(BlueprintDraft(name="child", ir=graph(number), lineage=lineage))
+    wanted = [(1, version) for version in range(1, 6)]
+    assert [(depth, one.version) for depth, one in await sdk.get_lineage(parent.id, descendants=True)] == wanted
+    down = pb.LINEAGE_DIRECTION_DESCENDANTS
+    with pytest.raises(CapacityExceededError, match="at most 4 relatives"):
+        await stub.GetLineage(pb.GetLineageRequest(blueprint_id=parent.id, direction=down))
+    first = await stub.GetLineage(pb.GetLineageRequest(blueprint_id=parent.id, direction=down, page_size=3))
+    asked = {"direction": "descendants", "page_token": first.next_page_token, "page_size": 3}
+    last = (await rest.get("/v1/blueprints/b0/lineage", params=asked)).json()
+    given = [*((one.depth, one.blueprint.version) for one in first.entries)]
+    assert given + [(one["depth"], one["blueprint"]["version"]) for one in last["entries"]] == wanted
+    assert last["next_page_token"] == ""
+    refused = await rest.get("/v1/blueprints/b0/lineage", params={"direction": "descendants"})
+    assert (refused.status_code, refused.json()["reason"]) == (429, "CAPACITY_EXCEEDED")
 
 
 async def test_a_mistake_is_named_with_its_place_by_every_face(

@@ -281,6 +281,8 @@ async def test_the_description_names_every_path_and_the_problem(client: httpx.As
         "/v1/blueprints/{reference}/lineage",
         "/v1/blueprints/{reference}/state",
         "/v1/kernels",
+        "/v1/kernels/by-content-key/{content_key}",
+        "/v1/kernels/uploads/{sha256}",
         "/v1/kernels/{artifact_id}",
         "/v1/kernels/{artifact_id}/content",
         "/v1/kernels/{artifact_id}/pin",
