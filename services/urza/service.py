@@ -16,6 +16,7 @@ from esper.contracts.blueprint import (
     Lineage,
     SiteKind,
 )
+from esper.contracts.chunks import SHA256_BYTES
 from esper.contracts.errors import InvalidInputError
 from esper.contracts.run import FieldReport
 from esper.contracts.tag_expression import parse_tags
