@@ -33,7 +33,7 @@ SURFACE = {
     "bench": "NAME --json --quick",
     "blueprints cost": "FILE --json --site",
     "blueprints create": "FILE --citation --description --json --kinds --name --tags|-t --timeout",
-    "blueprints lineage": "REFERENCE --descendants --json --timeout",
+    "blueprints lineage": "REFERENCE --depth --descendants --json --timeout",
     "blueprints search": "--json --kind --state --tags --tag|-t --text --where --without",
     "blueprints show": "REFERENCE --json --timeout",
     "blueprints state": "REFERENCE STATE --json --reason --timeout",
