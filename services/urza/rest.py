@@ -48,7 +48,7 @@ from esper.services.urza.rest_models import (
     SweptAnswer,
 )
 from esper.services.urza.rest_uploads import UPLOADS, upload_routes
-from esper.services.urza.rules import PageRequest
+from esper.services.urza.rules import PageRequest, person
 from esper.services.urza.store import UrzaStore
 
 MAX_BODY_BYTES = 256 * 1024
@@ -184,7 +184,7 @@ def _writing_routes(store: UrzaStore) -> APIRouter:
         """Take the next step of the life cycle, or the one from DEPRECATED back to ACTIVE."""
         blueprint = await store.blueprints.get(reference)
         state = BlueprintState[body.state.value]
-        changed = await store.blueprints.set_state(blueprint.id, state, actor=body.actor, reason=body.reason)
+        changed = await store.blueprints.set_state(blueprint.id, state, actor=person(body.actor), reason=body.reason)
         return BlueprintBody.of(changed)
 
     return router

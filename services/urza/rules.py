@@ -19,6 +19,7 @@ from esper.contracts.blueprint import (
 from esper.contracts.errors import InvalidInputError
 from esper.contracts.tag_expression import TagExpression
 from esper.mesh.validation import require_name, require_range
+from esper.services.urza.models import REGISTRY
 
 T = TypeVar("T")
 
@@ -200,6 +201,13 @@ def require_tags(parameter: str, values: Sequence[str]) -> None:
     if len(set(values)) != len(values):
         twice = sorted({tag for tag in values if list(values).count(tag) > 1})
         raise InvalidInputError.of(parameter, "name every tag once", twice)
+
+
+def person(actor: str) -> str:
+    """Give the actor of a step back unless it is the library itself, whose steps its next release may take back."""
+    if actor == REGISTRY:
+        raise InvalidInputError.of("actor", f"not be {REGISTRY!r}, which is the library itself", actor)
+    return actor
 
 
 def require_text(parameter: str, value: str, *, max_chars: int) -> str:

@@ -25,7 +25,7 @@ from esper.mesh.validation import require_size
 from esper.services.urza.blueprint_records import message_of, page_message
 from esper.services.urza.genealogy import LineageDirection
 from esper.services.urza.kernel_upload import KernelUpload, UploadBudget, progress_of
-from esper.services.urza.rules import BlueprintDraft, BlueprintQuery, PageRequest
+from esper.services.urza.rules import BlueprintDraft, BlueprintQuery, PageRequest, person
 from esper.services.urza.store import UrzaStore
 from esper.v1 import blueprint_pb2, kernel_pb2, urza_service_pb2, urza_service_pb2_grpc
 
@@ -108,7 +108,7 @@ class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
     async def SetBlueprintState(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
         """Take the next step of a blueprint's life cycle, or the one back to the offer."""
         blueprint = await self._store.blueprints.set_state(
-            request.blueprint_id, _state_of(request.state), actor=request.actor, reason=request.reason
+            request.blueprint_id, _state_of(request.state), actor=person(request.actor), reason=request.reason
         )
         return urza_service_pb2.SetBlueprintStateResponse(blueprint=_wire(blueprint))
 

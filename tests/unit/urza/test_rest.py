@@ -122,6 +122,8 @@ async def test_the_life_cycle_is_followed(store: UrzaStore, client: httpx.AsyncC
     await store.blueprints.create(BlueprintDraft(name="b", ir=graph(1)))
     step = {"state": "VALIDATED", "actor": "ann", "reason": "passed"}
     assert (await client.post("/v1/blueprints/b/state", json=step)).json()["state"] == "VALIDATED"
+    posing = await client.post("/v1/blueprints/b/state", json=step | {"state": "ACTIVE", "actor": "registry"})
+    assert "actor must not be 'registry'" in problem(posing, 400, "INVALID_INPUT")
     refused = await client.post("/v1/blueprints/b/state", json=step | {"state": "RETIRED"})
     assert "VALIDATED leads to ACTIVE" in problem(refused, 409, "INVALID_TRANSITION")
     for state in ("ACTIVE", "DEPRECATED", "ACTIVE"):

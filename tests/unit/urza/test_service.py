@@ -170,7 +170,10 @@ async def test_the_life_cycle_is_followed(stub: Any) -> None:
     )
     response = await stub.SetBlueprintState(request)
     assert response.blueprint.state == blueprint_pb2.BLUEPRINT_STATE_VALIDATED
-    request.state = blueprint_pb2.BLUEPRINT_STATE_RETIRED
+    request.state, request.actor = blueprint_pb2.BLUEPRINT_STATE_ACTIVE, "registry"
+    with pytest.raises(InvalidInputError, match="actor must not be 'registry', which is the library itself"):
+        await stub.SetBlueprintState(request)
+    request.state, request.actor = blueprint_pb2.BLUEPRINT_STATE_RETIRED, "ann"
     with pytest.raises(InvalidTransitionError, match="VALIDATED leads to ACTIVE"):
         await stub.SetBlueprintState(request)
     request.state = blueprint_pb2.BLUEPRINT_STATE_UNSPECIFIED
