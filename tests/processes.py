@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -27,5 +28,6 @@ def _run(rank: int, work: Callable[..., None], size: int, directory: str, args: 
         "gloo", init_method=f"file://{directory}/group", rank=rank, world_size=size, timeout=timedelta(seconds=120)
     )
     work(rank, *args)
+    gc.collect()  # a DistributedDataParallel stands in cycles
     dist.barrier()
     dist.destroy_process_group()
