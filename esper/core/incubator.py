@@ -7,14 +7,15 @@ regression of the gradient at the site. All are explained in ``esper.execution.i
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import torch
 from torch.optim import AdamW
 
-from esper.contracts.errors import InvalidInputError
+from esper.contracts.errors import EsperError, InvalidInputError
 from esper.contracts.run import GrowthPhase
 from esper.core.batches import Batch
 from esper.core.capture import cloned
@@ -36,6 +37,8 @@ from esper.execution.incubation import (
 from esper.execution.layers import KasminaLayer
 from esper.execution.overrides import SeedRef
 from esper.execution.random_streams import frozen_streams
+
+log = logging.getLogger(__name__)
 
 WayKind = Literal["damped", "local", "trial"]
 
@@ -124,6 +127,35 @@ def affordable_way(growth: GrowthConfig, *, kernel_flops: int, host_flops: int) 
     )
 
 
+class Turn(NamedTuple):
+    """Which of the equal parts of a batch is learnt from."""
+
+    place: int
+    num_parts: int
+
+    def part(self, value: torch.Tensor) -> torch.Tensor:
+        """Give that part of a batch's tensor."""
+        return torch.tensor_split(value, self.num_parts)[self.place]
+
+
+class TrialTerms(NamedTuple):
+    """How a seed's next trial is run: seeds on equal terms can share a pass."""
+
+    turn: Turn
+    """Part of the batch."""
+    host_share: float
+    """Share of the host's own output that stays; 1 without damping."""
+    norms: Norms
+    """What batch norms normalise by."""
+    autocast: torch.dtype | None
+    """Precision of the host's own step, where it is lower."""
+
+
+def trial_precision(autocast: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:
+    """Give the autocast of the host's own step; float16 is left out, for its gradients need a scaler."""
+    return nullcontext() if autocast is None else torch.autocast(device.type, autocast)
+
+
 class Incubator:
     """Trains one ACTIVE seed; the host's parameters, buffers, gradients and random streams are untouched to the bit."""
 
@@ -152,6 +184,7 @@ class Incubator:
         self._steps = 0
         self._fitting_seed = fitting_seed
         self._takes_damping: bool | None = None
+        self._is_untriable = False
         source = self._layer.require_seed(seed_index).source
         self._capture = SiteCapture(self._layer, reads_own_input=not source)
         self._autocast: torch.dtype | None = None
@@ -160,6 +193,26 @@ class Incubator:
             reads = model.kasmina_layer(source).register_forward_hook(self._see_source, with_kwargs=True)
             self._handles.append(reads)
         self._learns_locally = way.kind == "local"
+
+    def _learns_by_trial(self, inputs: torch.Tensor, targets: torch.Tensor) -> bool:
+        """Take a trial's step; false, and from now on always, where the host cannot be tried: the run goes on."""
+        if self._is_untriable:
+            return False
+        try:
+            self.learn(inputs, targets)
+        except EsperError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the host's own step has just done as much
+            self._optimizer.zero_grad()
+            self._is_untriable = True
+            extra = {"layer": self._ref.layer, "seed_index": self._ref.seed_index, "error": str(error)}
+            log.warning("trial_impossible", extra=extra)
+        return not self._is_untriable
+
+    @property
+    def ref(self) -> SeedRef:
+        """The seed."""
+        return self._ref
 
     def step(self, batch: Batch | None) -> bool:
         """Take one step by the seed's way; without the batch a trial cannot be had, and the site is learnt from.
@@ -170,19 +223,38 @@ class Incubator:
             return self._learn_by_its_way(batch)
 
     def _learn_by_its_way(self, batch: Batch | None) -> bool:
-        if batch is not None and (self._way.kind == "trial" or self._is_damped(batch)):
-            self.learn(*batch)
+        wants_trial = batch is not None and (self._way.kind == "trial" or self._is_damped(batch))
+        if batch is not None and wants_trial and self._learns_by_trial(*batch):
             return True
         if batch is not None and self._is_reach_due():
             self._measure_reach(batch)
         return self.learn_from_site()
 
+    def prepare(self, batch: Batch | None) -> None:
+        """Do what a trial's first step does before it learns, so that the seed can begin beside others; once.
+
+        A seed that learns from its site does this when it has seen it.
+        """
+        if batch is not None and (self._way.kind == "trial" or self._is_damped(batch)):
+            self._fit_once(batch[0])
+
+    def terms_beside_others(self, batch: Batch | None) -> TrialTerms | None:
+        """Give on what terms the seed can learn in one pass with others; ``None`` where it has to learn by itself."""
+        knows_its_way = self._way.kind == "trial" or self._takes_damping is True
+        if batch is None or self._fitting_seed is not None or self._is_untriable or not knows_its_way:
+            return None
+        host_share = self._way.host_share if self._takes_damping else 1.0
+        return TrialTerms(self._turn(len(batch[0])), host_share, self._way.norms, self._autocast)
+
+    def take_shared_step(self) -> None:
+        """Take the step whose gradients a pass that several share has left."""
+        self._learns_locally = False
+        self._step()
+
     def learn(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Take one step down the run's own loss, on a trial branch with the seed fully blended in."""
         self._learns_locally = False
-        if self._fitting_seed is not None:
-            with self._costs.phase(GrowthPhase.BIRTH):
-                self._fit_to(self._seen_with(inputs))
+        self._fit_once(inputs)
         inputs, targets = self._part(inputs), self._part(targets)
         with self._precision(inputs.device):
             off = (1.0 - self._way.host_share) * self._host_output(inputs) if self._takes_damping else None
@@ -252,6 +324,11 @@ class Incubator:
         if not state.get("awaits_fitting", False):  # states of earlier versions do not say: theirs were never fitted
             self._fitting_seed = None
 
+    def _fit_once(self, inputs: torch.Tensor) -> None:
+        if self._fitting_seed is not None:
+            with self._costs.phase(GrowthPhase.BIRTH):
+                self._fit_to(self._seen_with(inputs))
+
     def _seen_with(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Give what the kernel reads of a whole batch, a forward pass of which is the price."""
         with self._precision(inputs.device):
@@ -270,8 +347,11 @@ class Incubator:
 
     def _part(self, value: torch.Tensor) -> torch.Tensor:
         """Give the part of a batch whose turn it is: taking turns, no place in the batch is never seen."""
-        num_parts = max(1, min(round(1.0 / self._way.share), len(value) // MIN_TRIAL_EXAMPLES))
-        return torch.tensor_split(value, num_parts)[self._steps % num_parts]
+        return self._turn(len(value)).part(value)
+
+    def _turn(self, num_examples: int) -> Turn:
+        num_parts = max(1, min(round(1.0 / self._way.share), num_examples // MIN_TRIAL_EXAMPLES))
+        return Turn(self._steps % num_parts, num_parts)
 
     def _step(self) -> None:
         self._steps += 1
@@ -297,10 +377,7 @@ class Incubator:
             self._reach = min(high, max(low, (self._reach * found) ** 0.5))
 
     def _precision(self, device: torch.device) -> AbstractContextManager[object]:
-        """Give the autocast of the host's own step; float16 is left out, for its gradients need a scaler."""
-        if self._autocast is None:
-            return nullcontext()
-        return torch.autocast(device.type, self._autocast)
+        return trial_precision(self._autocast, device)
 
     def _drop(self, kind: FailureKind, detail: str) -> None:
         """Leave the step out, and count it as the kernel's failure."""

@@ -14,8 +14,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -24,8 +24,8 @@ import torch
 from esper.contracts.decision import AdaptationDecision, AdaptationType, PlanStatus
 from esper.contracts.errors import EsperError, InvalidStateError
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.contracts.run import AdaptationOutcome, Contribution, GateCheck
-from esper.core import gates, optimizers, pricing
+from esper.contracts.run import AdaptationOutcome, Contribution, GateCheck, GrowthPhase
+from esper.core import gates, pricing
 from esper.core.adaptation import Adaptation
 from esper.core.blending import BlendSchedule
 from esper.core.context import RunContext
@@ -37,13 +37,14 @@ from esper.core.evaluation import (
     judge,
     level_per_look,
 )
-from esper.core.incubator import Incubator, affordable_way
 from esper.core.leaving import Leaving
 from esper.core.link import KernelArrival
 from esper.core.looks import Looks
+from esper.core.nursery import Nursery
 from esper.core.pacing import SeedPacer
 from esper.core.race_desk import Hands, RaceDesk
 from esper.core.rechecks import Rechecks
+from esper.core.shelf import KernelShelf
 from esper.core.smoothing import EpochMean
 from esper.core.telling import Teller
 from esper.core.tuning import TrialBench
@@ -63,13 +64,12 @@ class SeedOrchestrator:
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self.adaptations: dict[str, Adaptation] = {}
-        self._incubators: dict[str, Incubator] = {}
+        self._nursery = Nursery(context)
         self._ramps: dict[str, BlendSchedule] = {}
         self._mean = EpochMean(context.model, context.costs)
         self._trials = TrialBench(context, self._mean)
         self._pacer = SeedPacer(context.optimizer, context.clock, context.growth)
-        self._early_kernels: dict[str, KernelArrival] = {}
-        self._refused: deque[str] = deque(maxlen=256)
+        self._shelf = KernelShelf()
         self._gate_step = -1
         self._places: dict[tuple[str, int], Adaptation] = {}
         self._tell = Teller(context)
@@ -108,44 +108,40 @@ class SeedOrchestrator:
             self._tell.plan(decision.adaptation_id, status, reason, tuple(checks))
             if not failed and decision.adaptation_type is AdaptationType.REMOVE_SEED:
                 self._carry_out_removal(decision)  # it ends at once: its plan is told as accepted before that
-        early = self._early_kernels.pop(decision.adaptation_id, None)
-        if failed:
-            self._refused.append(decision.adaptation_id)
-        elif early is not None:
+        early = self._shelf.take_early(decision.adaptation_id, refused=bool(failed))
+        if early is not None:
             self.receive_kernel(early)
         return checks
 
     def receive_kernel(self, arrival: KernelArrival) -> None:
-        """Take a kernel: germinate the seed that waits for it; one that nobody waits for yet is kept for a while."""
+        """Take a kernel: germinate the seed that waits for it, or a rival when it is its turn.
+
+        One that nobody waits for yet is kept for a while.
+        """
         adaptation = self.adaptations.get(arrival.ready.adaptation_id)
         if adaptation is None:
-            if arrival.ready.adaptation_id in self._refused:
-                return
-            self._early_kernels[arrival.ready.adaptation_id] = arrival
-            while len(self._early_kernels) > 64:
-                del self._early_kernels[next(iter(self._early_kernels))]
+            self._shelf.keep_early(arrival)
+        elif not adaptation.open or adaptation.state is not State.LOADING:
             return
-        if not adaptation.open or adaptation.state is not State.LOADING:
-            return
-        if arrival.kernel is None:
+        elif arrival.kernel is None:
             self._fail(adaptation, f"no kernel: {arrival.error}")
-            return
-        try:
-            self._germinate(adaptation, arrival)
-        except EsperError as error:
-            self._fail(adaptation, f"kernel refused: {error}")
+        elif adaptation.decision.race_size > 1:
+            self._shelf.keep_in_turn(arrival)
+        else:
+            self._bear(arrival)
+
+    def bear_due(self) -> None:
+        """Let rivals be born whose kernels are at hand, one a step, so that none holds training up for all."""
+        for _ in range(self._shelf.num_due(self._context.clock.steps_per_epoch)):
+            self._bear_next()
 
     def tick(self, batch: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         """Do one step's share: seeds that learn alone learn, alphas on a ramp move. Nothing to do costs nothing."""
-        is_idle = not self._incubators and not self._ramps and self._trials.is_idle and not self._leaving.fading
+        is_idle = self._nursery.is_empty and not self._ramps and self._trials.is_idle and not self._leaving.fading
         if is_idle and not self._rechecks.is_due(self.adaptations.values()):
             return
         grafted = {self.adaptations[key].decision.group for key in self._ramps} | self._leaving.groups
-        for adaptation_id, incubator in list(self._incubators.items()):
-            adaptation = self.adaptations[adaptation_id]
-            if self._tripped(adaptation) or adaptation.decision.group in grafted:
-                continue
-            adaptation.isolated_steps += incubator.step(batch)
+        self._let_learn(batch, besides=grafted)
         for adaptation_id, ramp in list(self._ramps.items()):
             adaptation = self.adaptations[adaptation_id]
             if self._tripped(adaptation):
@@ -158,6 +154,8 @@ class SeedOrchestrator:
     def end_epoch(self) -> None:
         """Move every adaptation on that has come to a gate; call after the clock has counted the epoch."""
         self._clear_failed()
+        while self._bear_next():  # an epoch of few steps: what is at hand is born before its state is saved
+            pass
         for adaptation in self._each_open():
             pricing.charge(self._context, adaptation)
             if adaptation.decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
@@ -229,7 +227,7 @@ class SeedOrchestrator:
     @property
     def awaits_kernel(self) -> bool:
         """Whether a seed waits for its kernel."""
-        return any(item.state is State.LOADING for item in self.ongoing())
+        return any(item.state is State.LOADING and item.id not in self._shelf.waiting for item in self.ongoing())
 
     def germinate_in_place(self, adaptation_id: str) -> None:
         """Build the blueprint of an accepted adaptation here, without compiler or library.
@@ -253,7 +251,8 @@ class SeedOrchestrator:
                     adaptation_id=adaptation_id,
                     source=adaptation.decision.source,
                 )
-            self._incubate(adaptation)
+            self._nursery.take_in(adaptation)
+            self._mean.welcome()
         except EsperError as error:
             self._fail(adaptation, f"does not germinate: {error}")
             raise
@@ -280,9 +279,7 @@ class SeedOrchestrator:
 
     def let_go(self) -> None:
         """Drop everything under way without touching the model, before another state is loaded."""
-        for incubator in self._incubators.values():
-            incubator.close()
-        self._incubators.clear()
+        self._nursery.release_all()
         self._ramps.clear()
         self._trials.clear()
         self._pacer.clear()
@@ -297,8 +294,7 @@ class SeedOrchestrator:
 
     def close(self) -> None:
         """Stop listening to the model; idempotent."""
-        for incubator in self._incubators.values():
-            incubator.close()
+        self._nursery.release_all()
         self._pacer.clear()
         self._unsubscribe()
         self._unsubscribe = lambda: None
@@ -308,7 +304,7 @@ class SeedOrchestrator:
         return {
             "adaptations": {key: item.to_plain() for key, item in self.adaptations.items()},
             **self._context.ledger.state_dict(),
-            "incubators": {key: item.state_dict() for key, item in self._incubators.items()},
+            "incubators": self._nursery.state_dict(),
             "ramps": {key: asdict(ramp) for key, ramp in self._ramps.items()},
             "trials": self._trials.state_dict(),
             "paces": self._pacer.state_dict(),
@@ -341,9 +337,7 @@ class SeedOrchestrator:
                 layer.record_contribution(adaptation.seed_index, adaptation.contribution)
         self._pacer.load_state_dict(state.get("paces", {"begun": ()}), self.layers)
         self._mean.load_state_dict(state.get("mean", {"steps": 0, "means": {}}))
-        for key, item in state["incubators"].items():
-            self._incubate(found[key])
-            self._incubators[key].load_state_dict(item)
+        self._nursery.load_state_dict(state["incubators"], found)
 
     # ------------------------------------------------------------------ beginning
 
@@ -405,6 +399,29 @@ class SeedOrchestrator:
 
     # ------------------------------------------------------------------ on the way
 
+    def _let_learn(self, batch: tuple[torch.Tensor, torch.Tensor] | None, *, besides: AbstractSet[str]) -> None:
+        """Let seeds learn alone, but for these groups; those of a race begin when all that are at hand are born."""
+        unborn = {self.adaptations[key].decision.group for key in self._shelf.waiting}
+        alone = [self.adaptations[key] for key in self._nursery.inmates]
+        alone = [item for item in alone if not self._tripped(item) and item.decision.group not in besides]
+        ready = [item for item in alone if item.decision.group not in unborn]
+        self._nursery.step(ready, [item for item in alone if item not in ready], batch)
+
+    def _bear_next(self) -> bool:
+        """Let the next rival be born whose kernel is at hand; in order of decisions, so that equal runs do the same."""
+        arrival = self._shelf.take_next(item.id for item in self.ongoing() if item.state is State.LOADING)
+        if arrival is not None:
+            with self._context.costs.phase(GrowthPhase.BIRTH):
+                self._bear(arrival)
+        return arrival is not None
+
+    def _bear(self, arrival: KernelArrival) -> None:
+        adaptation = self.adaptations[arrival.ready.adaptation_id]
+        try:
+            self._germinate(adaptation, arrival)
+        except EsperError as error:
+            self._fail(adaptation, f"kernel refused: {error}")
+
     def _germinate(self, adaptation: Adaptation, arrival: KernelArrival) -> None:
         assert arrival.kernel is not None
         context, index, layer = self._context, adaptation.seed_index, self.layers[adaptation.layer]
@@ -419,24 +436,8 @@ class SeedOrchestrator:
                 )
             adaptation.artifact_id = arrival.ready.artifact_id
             adaptation.fallbacks = arrival.kernel.manifest.fallbacks
-        self._incubate(adaptation)
-
-    def _incubate(self, adaptation: Adaptation) -> None:
-        context, layer = self._context, self.layers[adaptation.layer]
-        optimizers.check_fit(
-            context.optimizer, layer, layer.seed_parameters(adaptation.seed_index), layer_name=adaptation.layer
-        )
-        growth, cost = context.growth, adaptation.cost
-        self._incubators[adaptation.id] = Incubator(
-            context.model,
-            context.loss_fn,
-            layer=adaptation.layer,
-            seed_index=adaptation.seed_index,
-            learning_rate=growth.incubation_learning_rate,
-            way=affordable_way(growth, kernel_flops=0 if cost is None else cost.flops, host_flops=context.host_flops),
-            fitting_seed=context.fitting_seed(adaptation.seed_index),
-            costs=context.costs,
-        )
+        self._nursery.take_in(adaptation)
+        self._mean.welcome()
 
     def _check_loading(self, adaptation: Adaptation) -> None:
         waited_s = time.monotonic() - adaptation.begun_monotonic_s
@@ -457,7 +458,7 @@ class SeedOrchestrator:
 
     def _graft(self, adaptation: Adaptation, evidence: GateCheck) -> None:
         layer = self.layers[adaptation.layer]
-        self._incubators.pop(adaptation.id).close()
+        self._nursery.release(adaptation.id)
         self._pacer.join(layer, adaptation.layer, adaptation.seed_index)
         self._move(adaptation, State.EVALUATING, "graft begins", (evidence,))
         self._ramps[adaptation.id] = self._context.growth.ramp(self._context.clock.steps_per_epoch)
@@ -549,9 +550,7 @@ class SeedOrchestrator:
     ) -> None:
         """Take a seed out and end its adaptation; one that is culled with a share is ramped out, unless ``at_once``."""
         index, layer = adaptation.seed_index, self.layers[adaptation.layer]
-        incubator = self._incubators.pop(adaptation.id, None)
-        if incubator is not None:
-            incubator.close()
+        self._nursery.release(adaptation.id)
         self._ramps.pop(adaptation.id, None)
         if adaptation.id in self._leaving.fading:
             self._leaving.end(adaptation.id)

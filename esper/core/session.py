@@ -155,6 +155,7 @@ class Session:
         else:
             self._take_back(verdict, value)
         self._look_into_mailbox()
+        self._orchestrator.bear_due()
 
     def end_epoch(self) -> EpochRecord:
         """Evaluate on the control split, move growth on, tell the mesh; gives the epoch's figures.

@@ -46,7 +46,7 @@ def evaluate_configurations(
     """
     if not configurations:
         raise InvalidInputError.of("configurations", "hold at least one", configurations)
-    fused = FusedPasses(model, loss, configurations, max_rows=max_rows)
+    fused = FusedPasses(model, configurations, loss=loss, max_rows=max_rows)
     parts: list[Tensor] = []
     with evaluating(model):
         for inputs, targets in batches:

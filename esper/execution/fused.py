@@ -1,4 +1,7 @@
-"""Measuring many configurations of seeds in one forward pass, where that gives the same figures and pays."""
+"""Running many configurations of seeds in one forward pass, where that gives the same figures and pays.
+
+For measuring them (``losses``), or for letting each learn (``outputs``, through which gradients go).
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from typing import Final
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from esper.execution.lane_check import difference, num_tried, show_end
 from esper.execution.lanes import LanePass, LayerLanes, LayerSeeds, Visit
 from esper.execution.layers.pulse import is_compiled
-from esper.execution.overrides import GrowingModel, SeedRef, named_seeds, unmeasured
+from esper.execution.overrides import GrowingModel, SeedRef, every_module, named_seeds, unmeasured
 from esper.execution.random_streams import frozen_streams
 
 log = logging.getLogger(__name__)
@@ -42,42 +45,53 @@ _FORMS: Final = (_Form(splits=True, cpu_bytes=8 * _MIB), _Form(splits=False, cpu
 the memory it goes through costs more than that. ``python -m bench g2`` measures where."""
 _DEVICE_BYTES: Final = 64 * _MIB
 """The same for a device of its own, where rows are cheap and launches are not."""
-_num_failed: Final[WeakKeyDictionary[GrowingModel, int]] = WeakKeyDictionary()
-"""How many of the forms a model has failed in: where to begin the next time. Every measurement is checked anew."""
+_num_failed: Final[WeakKeyDictionary[GrowingModel, dict[bool, int]]] = WeakKeyDictionary()
+"""How many of the forms a model has failed in, by whether it ran as in training: where to begin the next time. The
+first pass of every object is checked anew."""
 
 
 class FusedPasses:
-    """Gives the losses of batches under some configurations, in passes with lanes. Training thread only."""
+    """Gives losses or outputs of batches under some configurations, in passes with lanes. Training thread only."""
 
     def __init__(
         self,
         model: GrowingModel,
-        loss: LossRows,
         configurations: Sequence[Mapping[SeedRef, float]],
         *,
-        max_rows: int | None,
+        loss: LossRows | None = None,
+        max_rows: int | None = None,
     ) -> None:
+        """Without a ``loss`` it is the outputs that are given."""
         self._model = model
         self._loss = loss
         self._configurations = configurations
         self._max_rows = max_rows
         self._named = named_seeds(model, configurations)
         # A compiled part would be compiled anew for every number of rows, and its layers know no lanes.
-        self._is_compiled = any(is_compiled(module) for module in _modules_of(model))
+        self._is_compiled = any(is_compiled(module) for module in every_module(model))
         self._visits: dict[bool, tuple[Visit, ...]] = {}
 
     def losses(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
         """Give the losses, shape (configurations, examples); ``None`` where this batch is to be measured otherwise."""
+        return self._values(inputs, targets)
+
+    def outputs(self, inputs: Tensor) -> Tensor | None:
+        """Give the outputs, shape (configurations, examples, ...); ``None`` where this batch is to be run otherwise."""
+        return self._values(inputs, inputs)
+
+    def _values(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
         if not self._may_be_fused(inputs, targets):
             return None
-        for form in _FORMS[_num_failed.get(self._model, 0) :]:
+        failed = _num_failed.setdefault(self._model, {})
+        trains = torch.is_grad_enabled()
+        for form in _FORMS[failed.get(trains, 0) :]:
             width = self._width(form, inputs)
             if width < 2:
                 continue
             found = self._try(inputs, targets, width, splits=form.splits)
             if found is not None:
                 return found
-            _num_failed[self._model] = _FORMS.index(form) + 1
+            failed[trains] = _FORMS.index(form) + 1
         return None
 
     def _may_be_fused(self, inputs: object, targets: object) -> bool:
@@ -143,24 +157,29 @@ class FusedPasses:
         *,
         splits: bool,
     ) -> tuple[Tensor, str]:
-        """Run one pass; gives the losses, shape (configurations, examples), and why they are worth nothing."""
+        """Run one pass; gives its values, shape (configurations, examples, ...), and why they are worth nothing."""
         known = self._visits.get(splits)
         few = 0 if known is not None else num_tried(len(inputs))
         one = LanePass(len(configurations), len(inputs), splits=splits, expected=known, num_shown=few)
-        losses = self._run(places, inputs, targets, configurations, one)
-        if not one.is_sound or losses.shape != (len(one.groups) * len(inputs),):
-            return losses, "it comes by other rows or layers than lanes explain"
+        values = self._run(places, inputs, targets, configurations, one)
+        if not one.is_sound or not self._has_rows(values, len(one.groups) * len(inputs)):
+            return values, "it comes by other rows or layers than lanes explain"
         if known is None:
             missed = set(self._named) - {name for name, _ in one.visits}
             if missed:
-                return losses, f"layer {min(missed)} does not run eagerly in it"
+                return values, f"layer {min(missed)} does not run eagerly in it"
             alone = LanePass(1, few, splits=False, num_shown=few)
             self._run(places, inputs[:few], targets[:few], configurations[-1:], alone)
             reason = difference(alone, one)
             if reason:
-                return losses, reason
+                return values, reason
             self._visits[splits] = tuple(one.visits)
-        return one.lanes_of(losses), ""
+        return one.lanes_of(values), ""
+
+    def _has_rows(self, values: object, num_rows: int) -> bool:
+        if not isinstance(values, Tensor) or not values.dim() or len(values) != num_rows:
+            return False
+        return self._loss is None or values.dim() == 1
 
     def _run(
         self,
@@ -175,17 +194,10 @@ class FusedPasses:
             settings = [own.setting([alphas.get(ref) for ref in refs]) for alphas in configurations]
             own.set(settings[0])
             own.layer._kasmina.lanes = LayerLanes(own, settings, one)
-        outputs = self._model(_repeated(inputs, len(one.groups)))
-        losses = self._loss(outputs, _repeated(targets, len(one.groups)))
-        show_end(one, outputs, losses)
-        return losses
-
-
-def _modules_of(model: GrowingModel) -> Iterator[nn.Module]:
-    """Give every module of the model, the one that was wrapped included."""
-    yield from model.modules()
-    for layer in model.kasmina_layers.values():
-        yield layer._kasmina.skips.host
+        outputs: Tensor = self._model(_repeated(inputs, len(one.groups)))
+        values = outputs if self._loss is None else self._loss(outputs, _repeated(targets, len(one.groups)))
+        show_end(one, outputs, values)
+        return values
 
 
 def _repeated(value: Tensor, times: int) -> Tensor:

@@ -37,7 +37,7 @@ A straight-through estimate of g never contains d and overshoots without bound, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -71,14 +71,28 @@ def trial_forward(
         InvalidInputError: No seed is given, or alpha is outside [0, 1].
         NotFoundError, InvalidStateError: No kernel stands at a seed.
     """
-    chosen = {ref: find_seed(model, ref) for ref in seeds}
+    chosen = list(seeds)
+    with learning_alone(model, chosen, norms=norms) as learning, seeds_at(model, dict.fromkeys(chosen, alpha)):
+        yield learning
+
+
+@contextmanager
+def learning_alone(
+    model: GrowingModel, seeds: Iterable[SeedRef], *, norms: Norms = "running"
+) -> Iterator[list[nn.Parameter]]:
+    """Freeze everything but these live seeds; gives their parameters. The rest is as :func:`trial_forward` has it.
+
+    Raises:
+        As :func:`trial_forward`.
+    """
+    chosen = [find_seed(model, ref) for ref in seeds]
     if not chosen:
         raise InvalidInputError.of("seeds", "name at least one live seed", "none")
-    learning = [parameter for seed in chosen.values() for parameter in seed.parameters() if parameter.requires_grad]
+    learning = [parameter for seed in chosen for parameter in seed.parameters() if parameter.requires_grad]
     spared = {id(parameter) for parameter in learning}
     frozen = [value for value in model.parameters() if value.requires_grad and id(value) not in spared]
     steady = _steady_norms(model) if norms == "running" else nullcontext()
-    with seeds_at(model, dict.fromkeys(chosen, alpha)), steady, frozen_buffers(model), frozen_streams():
+    with steady, frozen_buffers(model), frozen_streams():
         for parameter in frozen:
             parameter.requires_grad_(False)
         try:
@@ -132,13 +146,18 @@ def trial_backward(
     """
     with trial_forward(model, seeds, alpha, norms=norms) as parameters, torch.enable_grad():
         value = loss()
-        if not value.requires_grad:  # every seed was cut off: nothing in the loss is theirs
-            return float(value)
-        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        add_gradients(value, parameters)
+    return float(value.detach())
+
+
+def add_gradients(value: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    """Add the gradients of ``value`` to the parameters' own ``.grad``; those that it does not know get none."""
+    if not value.requires_grad:  # every seed was cut off: nothing in the loss is theirs
+        return
+    gradients = torch.autograd.grad(value, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-    return float(value.detach())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

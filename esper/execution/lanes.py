@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from esper.execution.layers.recompute import checkpointed_part
 from esper.execution.seed import BlendMode, Seed
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class LanePass:
         self.is_broken = False
         """Whether a layer saw other rows than lanes explain; what the pass gives is then worth nothing."""
         self._last = num_lanes - 1
+        self._learns = torch.is_grad_enabled()
         self._expected = expected
         self._num_shown = num_shown
         # Splits only refine, so the number of groups says which they were.
@@ -78,12 +80,16 @@ class LanePass:
         visit, place = (layer, per_example), len(self.visits)
         self.visits.append(visit)
         is_other = self._expected is not None and tuple(self._expected[place : place + 1]) != (visit,)
-        if rest or len(x) % count or is_other:
+        if rest or len(x) % count or is_other or self._may_come_again():
             self.is_broken = True
         if self.is_broken:
             return None
         self.show(h)
         return len(h) // count
+
+    def _may_come_again(self) -> bool:
+        """Whether backward may run this part of the pass once more, when its lanes are gone (checkpointing)."""
+        return self._learns and (not torch.is_grad_enabled() or checkpointed_part() is not None)
 
     def show(self, value: Tensor, groups: Sequence[Group] | None = None) -> None:
         """Keep what a check is to see of a value with one block a group, of the present groups or of ``groups``.
@@ -95,7 +101,7 @@ class LanePass:
             place = next(place for place, group in enumerate(groups) if self._last in group)
             size = len(value) // len(groups)
             start, count = place * size, size // self.num_examples * self._num_shown
-            self.shown.append(value[start : start + count].clone())
+            self.shown.append(value[start : start + count].detach().clone())
 
     def split(self, marks: Sequence[Mark]) -> list[tuple[int, Mark]]:
         """Part lanes of different marks; gives the place of the group that each new one comes from, and its mark."""

@@ -129,10 +129,17 @@ def unmeasured(model: GrowingModel) -> Iterator[None]:
             holder.is_paused = False
 
 
+def every_module(model: GrowingModel) -> Iterator[nn.Module]:
+    """Give every module of the model, and the one that was wrapped: its own mode and hooks are not the wrapper's."""
+    yield from model.modules()
+    layers: Mapping[str, KasminaLayer] = getattr(model, "kasmina_layers", {})  # a plain module is its own host
+    yield from {layer._kasmina.skips.host for layer in layers.values()}
+
+
 @contextmanager
 def evaluating(model: GrowingModel) -> Iterator[None]:
     """Run in eval mode without gradients; modes, buffers and random streams are as before afterwards."""
-    flags = {module: module.training for module in model.modules()}
+    flags = {module: module.training for module in every_module(model)}
     try:
         with torch.no_grad(), frozen_streams():
             for module in flags:

@@ -368,10 +368,10 @@ def test_whoever_comes_when_the_race_has_its_winner_comes_too_late(
     session.step(_loss(model, large_task))
     assert late.adaptation_id not in session.orchestrator.adaptations
     assert "its race has gone on without it" in line.values(Kind.PLAN)[-1].reason
-    assert not session.orchestrator._early_kernels, "the kernel of a refused one is let go"
+    assert not session.orchestrator._shelf.early, "the kernel of a refused one is let go"
     line.incoming.append(kernel_for(late))
     session.step(_loss(model, large_task))
-    assert not session.orchestrator._early_kernels
+    assert not session.orchestrator._shelf.early
     winner.price = -1e6
     train(session, large_task, 2)
     assert winner.outcome is AdaptationOutcome.KEPT

@@ -104,8 +104,9 @@ def test_it_is_measured_at_the_mean_of_the_epochs_weights(kept: Any, task: Any, 
 
     def noting(due: Any) -> Any:
         mean = session.orchestrator._mean
-        assert len(mean._live) == len(mean._means) == len(list(model.parameters()))
-        means.append([value.clone() for value in mean._means])
+        (cohort,) = mean._cohorts
+        assert len(cohort.live) == len(cohort.means) == len(list(model.parameters()))
+        means.append([value.clone() for value in cohort.means])
         with mean.applied():
             seen.append([value.detach().clone() for value in model.parameters()])
         return measure(due)

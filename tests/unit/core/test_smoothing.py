@@ -86,6 +86,67 @@ def test_a_mean_goes_on_from_its_state() -> None:
             assert all(bool(parameter.eq(3.0).all()) for parameter in at.parameters())
 
 
+class Joined(nn.Module):
+    """A layer, and another from the middle of an epoch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x)
+
+
+def with_a_joiner() -> tuple[Any, EpochMean]:
+    """Give a model after the steps 1, 2, 6 and 11, of which a new layer saw the last two."""
+    model = esper.wrap(Joined())
+    mean = EpochMean(model)
+    for step, value in enumerate((1.0, 2.0, 6.0, 11.0)):
+        if step == 2:
+            model.host_module.add_module("second", nn.Linear(2, 2))
+            mean.welcome()
+        filled(model, value)
+        mean.note()
+    return model, mean
+
+
+def check_a_joiner(model: Any, mean: EpochMean) -> None:
+    with mean.applied():
+        assert all(bool(one.eq(5.0).all()) for one in model.get_submodule("first").parameters())
+        assert all(bool(one.eq(8.5).all()) for one in model.get_submodule("second").parameters())
+    assert all(bool(one.eq(11.0).all()) for one in model.parameters())
+
+
+def test_what_joins_later_is_averaged_since_then() -> None:
+    check_a_joiner(*with_a_joiner())
+
+
+def test_a_mean_with_a_joiner_goes_on_from_its_state() -> None:
+    model, mean = with_a_joiner()
+    state = mean.state_dict()
+    assert state["steps"] == 4
+    resumed = EpochMean(model)
+    resumed.load_state_dict(state)
+    check_a_joiner(model, resumed)
+    filled(model, 5.0)
+    resumed.note()
+    with resumed.applied():
+        assert bool(model.get_parameter("first.bias").eq(5.0).all())
+        assert bool(model.get_parameter("second.bias").sub(22.0 / 3.0).abs().max() < 1e-5)
+
+
+def test_a_mean_of_an_earlier_version_has_one_count_for_all() -> None:
+    model, mean = with_a_joiner()
+    state = mean.state_dict()
+    del state["steps_of"]
+    resumed = EpochMean(model)
+    resumed.load_state_dict(state)
+    filled(model, 0.0)
+    resumed.note()
+    with resumed.applied():
+        assert bool(model.get_parameter("first.bias").eq(4.0).all())
+
+
 def test_a_graft_is_judged_at_the_mean_of_the_epoch(
     task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any
 ) -> None:

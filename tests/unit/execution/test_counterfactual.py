@@ -181,3 +181,25 @@ def test_one_example_or_a_silly_level_are_refused() -> None:
         paired_interval(torch.tensor([1.0]))
     with pytest.raises(InvalidInputError, match="confidence_level must be within"):
         paired_interval(torch.tensor([1.0, 2.0]), confidence_level=1.0)
+
+
+class DropsByItself(nn.Module):
+    """Asks its own mode whether to drop units, as many a user's outermost module does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(F.dropout(x, 0.5, self.training))
+
+
+def test_the_wrapped_module_itself_is_measured_in_eval_mode_and_goes_on_in_its_own() -> None:
+    model = wrap(DropsByItself())
+    x = torch.randn(64, 6)
+    expected = squared(model.eval()(x), torch.zeros(64, 3)).double()
+    model.train()
+    (found,) = evaluate_configurations(model, [(x, torch.zeros(64, 3))], squared, [{}])
+    assert torch.equal(found, expected.detach())
+    assert model.host_module.training
+    assert not torch.equal(model(x), model(x))
