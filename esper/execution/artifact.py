@@ -34,6 +34,7 @@ from esper.contracts.kernel import (
     ValidationCheck,
 )
 from esper.contracts.wire import parse, serialize
+from esper.execution.envelope import Envelope, read_envelope
 from esper.execution.keys import KeyRing, SigningKey
 
 SIGNED_PREFIX: Final = b"esper-kernel-v1\n"
@@ -199,15 +200,30 @@ def read_artifact(data: bytes) -> KernelArtifact:
         CapacityExceededError: The data is larger than ``MAX_ARTIFACT_BYTES``.
         CorruptDataError: The data is no artefact, or not in its one form.
     """
+    read = view_artifact(data)
+    return KernelArtifact(
+        manifest=read.manifest,
+        signature=read.signature,
+        key_id=read.key_id,
+        ir=read.ir,
+        weights=bytes(read.weights),
+        binary=bytes(read.binary),
+    )
+
+
+def view_artifact(data: bytes) -> Envelope:
+    """Give what `read_artifact` gives with the large parts left where they lie, for who only proves them.
+
+    Raises:
+        CapacityExceededError: The data is larger than ``MAX_ARTIFACT_BYTES``.
+        CorruptDataError: The data is no artefact, or not in its one form.
+    """
     if len(data) > MAX_ARTIFACT_BYTES:
         raise CapacityExceededError(f"artefact must be at most {MAX_ARTIFACT_BYTES} bytes, got {len(data)} bytes")
-    artifact = parse(data, KernelArtifact)
-    if artifact_bytes(artifact) != data:
-        raise CorruptDataError("artefact must be in its one serialised form, got bytes that are not")
-    return artifact
+    return read_envelope(data)
 
 
-def check_parts(artifact: KernelArtifact) -> KernelManifest:
+def check_parts(artifact: KernelArtifact | Envelope) -> KernelManifest:
     """Give the manifest once id, blueprint id, sizes and digests agree with the parts; says nothing of the signature.
 
     Raises:
@@ -300,5 +316,5 @@ def load_weights(data: bytes) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _digest(name: str, data: bytes) -> PartDigest:
+def _digest(name: str, data: bytes | memoryview) -> PartDigest:
     return PartDigest(name=name, sha256=hashlib.sha256(data).digest(), size_bytes=len(data))

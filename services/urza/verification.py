@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from esper.contracts.errors import CorruptDataError
-from esper.contracts.kernel import KernelArtifact, KernelManifest
-from esper.execution.artifact import SIGNED_PREFIX, check_parts, read_artifact
+from esper.contracts.kernel import KernelManifest
+from esper.execution.artifact import SIGNED_PREFIX, check_parts, view_artifact
+from esper.execution.envelope import Envelope
 from esper.execution.keys import KeyRing
 
 _KEY_ID: Final = re.compile(r"[0-9a-f]{16}", re.ASCII)
@@ -18,8 +19,8 @@ _KEY_ID: Final = re.compile(r"[0-9a-f]{16}", re.ASCII)
 class ProvenKernel:
     """An artefact that was proven, with its manifest."""
 
-    artifact: KernelArtifact
-    """The artefact."""
+    artifact: Envelope
+    """The artefact, a view of the bytes that were proven."""
     manifest: KernelManifest
     """Its manifest, parsed."""
 
@@ -34,7 +35,7 @@ def prove_kernel(payload: bytes, key_ring: KeyRing | None) -> ProvenKernel:
         SignatureError: The signature is absent, unknown or false.
         CapacityExceededError: The artefact is larger than any may be.
     """
-    artifact = read_artifact(payload)
+    artifact = view_artifact(payload)
     if not _KEY_ID.fullmatch(artifact.key_id):
         raise CorruptDataError("key_id must be 16 lower-case hex digits, it is not", parameter="key_id")
     if key_ring is not None:
