@@ -18,7 +18,7 @@ import contextlib
 import logging
 import sqlite3
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -31,6 +31,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 
 from esper.contracts.errors import ConfigError, CorruptDataError, EsperError, StorageFullError, UnavailableError
 from esper.mesh.driver_reads import DriverReads, PostgresReads, ReadScript, SqliteReads, advance_async, numbered
+from esper.mesh.sqlite_log import LOG_PAGES, SqliteLog
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,10 +70,12 @@ class Database:
         shown_url: str,
         anchor: sqlite3.Connection | None,
         make_reads: Callable[[], DriverReads] | None,
+        log_of_file: SqliteLog | None = None,
     ) -> None:
         self._engine = engine
         self._make_reads = make_reads
         self._reads: DriverReads | None = None
+        self._log = log_of_file
         self._shown_url = shown_url
         self._anchor = anchor
         self._num_transactions = 0
@@ -142,12 +145,17 @@ class Database:
         )
         _prepare_sqlite(engine, in_memory)
 
-        def make_reads() -> DriverReads:
-            path = Path(str(url.database))
-            return SqliteReads(path, num_threads=pool_size, busy_timeout_s=busy_timeout_ms / 1_000)
-
         shown_url = url.render_as_string()
-        return cls(engine, shown_url=shown_url, anchor=anchor, make_reads=None if in_memory else make_reads)
+        if in_memory:
+            return cls(engine, shown_url=shown_url, anchor=anchor, make_reads=None)
+        path, wait_s = Path(str(url.database)), busy_timeout_ms / 1_000
+        return cls(
+            engine,
+            shown_url=shown_url,
+            anchor=None,
+            make_reads=lambda: SqliteReads(path, num_threads=pool_size, busy_timeout_s=wait_s),
+            log_of_file=SqliteLog(path, busy_timeout_s=wait_s),
+        )
 
     @property
     def url(self) -> str:
@@ -209,6 +217,29 @@ class Database:
                 self._reads = self._make_reads()
             return await self._reads.run(script)
 
+    async def write_rows(self, session: AsyncSession, text: str, rows: Iterable[tuple[Any, ...]]) -> None:
+        """Run one INSERT for every row on the driver; large values pass as they are, and views need no copy.
+
+        The log of a SQLite file is written back in the background then, for such rows may be megabytes.
+
+        Args:
+            session: One of `session` that wrote something already, which is what began its transaction.
+            text: The statement, with ``$1`` for the first value of a row.
+            rows: Values, of the types that the columns have.
+        """
+        raw = await (await session.connection()).get_raw_connection()
+        driver: Any = raw.driver_connection
+        if self.dialect == "sqlite":
+            await driver.executemany(numbered(text), rows)
+            if (written := self._log) is not None:
+                event.listen(session.sync_session, "after_commit", lambda _: written.write_back(), once=True)
+            return
+        assert driver.is_in_transaction()
+        # A batch would be copied into one buffer that grows as it goes, which takes longer than a trip for each row.
+        statement = await driver.prepare(text)
+        for row in rows:
+            await statement.fetch(*row)
+
     def insert(self, table: Table | type[Any]) -> sqlite.Insert | postgresql.Insert:
         """Give an INSERT of this dialect, with ``on_conflict_do_nothing`` and ``on_conflict_do_update``."""
         return sqlite.insert(table) if self.dialect == "sqlite" else postgresql.insert(table)
@@ -244,6 +275,8 @@ class Database:
         if self._reads is not None:
             await self._reads.close()
             self._reads = None
+        if self._log is not None:
+            await self._log.close()
         await self._engine.dispose()
         if self._anchor is not None:
             self._anchor.close()
@@ -384,6 +417,7 @@ def _prepare_sqlite(engine: AsyncEngine, in_memory: bool) -> None:
         if not in_memory:
             cursor.execute("PRAGMA journal_mode = WAL")
             cursor.execute("PRAGMA synchronous = FULL")
+            cursor.execute(f"PRAGMA wal_autocheckpoint = {LOG_PAGES}")
         cursor.close()
 
     @event.listens_for(engine.sync_engine, "begin")

@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, and_, delete, true
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
-from esper.mesh.driver_reads import ReadScript, Statement
+from esper.mesh.driver_reads import ReadScript, Row, Statement
 from esper.services.urza.byte_text import ROTTEN, ByteText, as_bytes
 from esper.services.urza.clock import moment_of
 from esper.services.urza.models import KernelChunkRow, KernelRow, LooseBlobRow
@@ -95,14 +95,20 @@ def use_key(manifest: bytes) -> str:
 
 def find_row(column: str, wanted: str, dialect: str) -> ReadScript[KernelRow | None]:
     """Give the row in which a column of text has a value, whatever became of its other columns."""
+    rows = yield from find_rows(column, wanted, dialect)
+    return rows[0] if rows else None
+
+
+def find_rows(column: str, wanted: str | bytes, dialect: str) -> ReadScript[list[KernelRow]]:
+    """Give all rows in which a column has a value, whatever became of their other columns."""
     rows = yield Statement(_select(column, dialect), (wanted,))
-    if not rows:
-        return None
-    values = dict(zip(_COLUMNS, rows[0], strict=True))
-    for name in _TEXTS:
-        if isinstance(values[name], bytes):
-            values[name] = values[name].decode("utf-8", ROTTEN)
-    return KernelRow(**values)
+    return [_row_of(row) for row in rows]
+
+
+def find_same(artifact_id: str, content_key: str, dialect: str) -> ReadScript[list[KernelRow]]:
+    """Give the rows that stand for one request: those of its kernel's id, and those of its content key."""
+    by_id = yield from find_rows("artifact_id", artifact_id, dialect)
+    return by_id + (yield from find_rows("content_key", content_key, dialect))
 
 
 def find_standing(column: str, wanted: str, dialect: str) -> ReadScript[StandingKernel | None]:
@@ -119,6 +125,14 @@ def find_standing(column: str, wanted: str, dialect: str) -> ReadScript[Standing
         key_id=values["key_id"].decode(),
         size_bytes=values["size_bytes"],
     )
+
+
+def _row_of(found: Row) -> KernelRow:
+    values = dict(zip(_COLUMNS, found, strict=True))
+    for name in _TEXTS:
+        if isinstance(values[name], bytes):
+            values[name] = values[name].decode("utf-8", ROTTEN)
+    return KernelRow(**values)
 
 
 @lru_cache(maxsize=8)

@@ -14,14 +14,14 @@ import secrets
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
-from sqlalchemy import Select, delete, func, insert, literal, select, tuple_
+from sqlalchemy import Select, delete, func, literal, select, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from esper.contracts.blueprint import KernelStatistics
-from esper.contracts.chunks import DOWNLOAD_CHUNK_BYTES, Chunk, split
+from esper.contracts.chunks import Chunk
 from esper.contracts.errors import (
     CapacityExceededError,
     CorruptDataError,
@@ -33,22 +33,26 @@ from esper.contracts.errors import (
 )
 from esper.execution.keys import KeyRing
 from esper.mesh.database import Database
-from esper.mesh.driver_reads import ReadScript, Row, Statement
+from esper.mesh.driver_reads import ReadScript
 from esper.mesh.page_token import decode_page_token, encode_page_token
 from esper.services.urza.blobs import Blobs
 from esper.services.urza.clock import now_us
+from esper.services.urza.kernel_pieces import PIECE_BYTES, Piece, crcs_of, find_pieces, pieces_of, write_pieces
 from esper.services.urza.kernel_rows import (
     COPY_ID,
     KernelRecord,
     delete_copy,
     find_row,
+    find_rows,
+    find_same,
     find_standing,
     is_sound,
     record_of,
     row_digest,
     use_key,
 )
-from esper.services.urza.models import KernelChunkRow, KernelPinRow, KernelRow, LooseBlobRow
+from esper.services.urza.models import KernelPinRow, KernelRow, LooseBlobRow
+from esper.services.urza.read_ahead import given_up
 from esper.services.urza.report_store import read_kernel_statistics
 from esper.services.urza.rules import (
     ARTIFACT_ID,
@@ -65,14 +69,8 @@ from esper.services.urza.verification import ProvenKernel, prove_kernel
 
 log = logging.getLogger(__name__)
 
-_CHUNK_BYTES: Final = DOWNLOAD_CHUNK_BYTES
-_ROWS_PER_INSERT: Final = 16
-_CRC_BYTES: Final = 4
 _PIECES_PER_READ: Final = 8
 """Pieces that are read at once; as many again wait, at most, while they are sent."""
-
-_Piece = tuple[bytes, int]
-"""Bytes of one stored piece, and the checksum beside them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,8 +184,7 @@ class KernelStore:
 
     async def complete(self, sha256: bytes) -> KernelRecord | None:
         """Give the stored and trusted kernel whose serialised artefact has a digest; ``None`` where there is none."""
-        async with self._database.reading() as session:
-            rows = (await session.scalars(select(KernelRow).where(KernelRow.sha256 == sha256))).all()
+        rows = await self._database.read(find_rows("sha256", sha256, self._database.dialect))
         return next((record_of(row) for row in rows if is_sound(row) and not self._outdated(row)), None)
 
     async def list(self, page: PageRequest, *, blueprint_id: str = "") -> Page[KernelRecord]:
@@ -346,8 +343,8 @@ class KernelStore:
         if offset == row.size_bytes:
             yield _chunk(row, offset, b"", zlib.crc32(b""))
             return
-        index, within = divmod(offset, _CHUNK_BYTES)
-        num_pieces = -(-row.size_bytes // _CHUNK_BYTES)
+        index, within = divmod(offset, PIECE_BYTES)
+        num_pieces = -(-row.size_bytes // PIECE_BYTES)
         ahead = asyncio.create_task(self._pieces(row, index, 1))  # so that something is soon on its way
         place = offset
         try:
@@ -362,17 +359,13 @@ class KernelStore:
                     place += len(rest)
                     within = 0
         finally:
-            await _given_up(ahead)
+            await given_up(ahead)
 
-    async def _pieces(self, row: KernelRow, index: int, most: int) -> Sequence[_Piece]:
+    async def _pieces(self, row: KernelRow, index: int, most: int) -> Sequence[Piece]:
         """Give the proven pieces from a number on, ``most`` of them or fewer at the end."""
-        end = min(-(-row.size_bytes // _CHUNK_BYTES), index + most)
+        end = min(-(-row.size_bytes // PIECE_BYTES), index + most)
         found = await (self._outside_pieces if row.outside else self._inside_pieces)(row, index, end)
-        for number in range(index, end):
-            piece = found[number - index] if number - index < len(found) else None
-            if piece is None or not _holds(row, number, *piece):
-                await self._drop_damaged(row, number)
-        return found
+        return [piece or await self._drop_damaged(row, number) for number, piece in enumerate(found, index)]
 
     async def _drop_damaged(self, row: KernelRow, number: int) -> NoReturn:
         if not await self.remove_copy(row):
@@ -383,25 +376,17 @@ class KernelStore:
             parameter="artifact_id",
         )
 
-    async def _inside_pieces(self, row: KernelRow, index: int, end: int) -> Sequence[_Piece]:
+    async def _inside_pieces(self, row: KernelRow, index: int, end: int) -> Sequence[Piece | None]:
         """Give pieces with their checksums as of this copy: those of another one must not be mixed in."""
-        found = await self._database.read(_pieces_of(row, index, end))
+        found = await self._database.read(find_pieces(row, index, end))
         if found is None:
             raise _gone(row)
-        # One that is missing leaves a gap, and everything behind it is out of place.
-        return [(data, crc32) for number, (place, data, crc32) in enumerate(found, index) if place == number]
+        return found
 
-    async def _outside_pieces(self, row: KernelRow, index: int, end: int) -> Sequence[_Piece]:
-        start = index * _CHUNK_BYTES
-        data = await self._outside().read(row.copy_id, start, min(end * _CHUNK_BYTES, row.size_bytes)) or b""
-        crcs = row.piece_crcs[index * _CRC_BYTES : end * _CRC_BYTES]
-        return [
-            (
-                data[place * _CHUNK_BYTES : (place + 1) * _CHUNK_BYTES],
-                int.from_bytes(crcs[place * _CRC_BYTES : (place + 1) * _CRC_BYTES], "big"),
-            )
-            for place in range(end - index)
-        ]
+    async def _outside_pieces(self, row: KernelRow, index: int, end: int) -> Sequence[Piece | None]:
+        start = index * PIECE_BYTES
+        data = await self._outside().read(row.copy_id, start, min(end * PIECE_BYTES, row.size_bytes)) or b""
+        return pieces_of(row, index, end, data)
 
     def _outside(self) -> Blobs:
         if self._blobs is None:
@@ -413,8 +398,9 @@ class KernelStore:
 
     async def _known(self, proven: ProvenKernel) -> KernelRecord | None:
         """Give the kernel that stands for the same request, unless a new one may take its place."""
-        async with self._database.reading() as session:
-            rows = (await session.scalars(_same_request(proven))).all()
+        manifest = proven.manifest
+        same = find_same(manifest.artifact_id, manifest.content_key, self._database.dialect)
+        rows = await self._database.read(same)
         return next((record_of(row) for row in rows if not self._replaceable(row)), None)
 
     def _replaceable(self, row: KernelRow) -> bool:
@@ -457,7 +443,7 @@ class KernelStore:
             if row.outside:
                 await _claim(session, row.copy_id)
             else:
-                await _write_chunks(session, row, payload)
+                await write_pieces(self._database, session, row.artifact_id, payload)
             record = record_of(row)
         for old in replaced:
             log.warning("kernel_replaced", extra={"artifact_id": repr(old.artifact_id), "sound": is_sound(old)})
@@ -497,34 +483,8 @@ def _with_counts(
     return row, (yield from read_kernel_statistics(row.artifact_id))
 
 
-def _pieces_of(row: KernelRow, index: int, end: int) -> ReadScript[Sequence[Row] | None]:
-    """Give number, bytes and checksum of the pieces within [index, end) of a copy; ``None`` where it is gone."""
-    rows = yield Statement(
-        "SELECT c.chunk_index, c.data, c.crc32 FROM urza_kernels k LEFT JOIN urza_kernel_chunks c "
-        "ON c.artifact_id = k.artifact_id AND c.chunk_index >= $4 AND c.chunk_index < $5 "
-        "WHERE k.artifact_id = $1 AND k.copy_id = $2 AND k.row_sha256 = $3 ORDER BY c.chunk_index",
-        (row.artifact_id, row.copy_id, row.row_sha256, index, end),
-    )
-    return rows or None
-
-
-def _holds(row: KernelRow, number: int, data: object, crc32: object) -> bool:
-    """Tell whether a piece is what was written; SQLite gives rot of any type."""
-    length = min(_CHUNK_BYTES, row.size_bytes - number * _CHUNK_BYTES)
-    return isinstance(data, bytes) and len(data) == length and zlib.crc32(data) == crc32
-
-
 def _chunk(row: KernelRow, place: int, data: bytes, crc32: int) -> Chunk:
     return Chunk(total_bytes=row.size_bytes, sha256=row.sha256, offset=place, data=data, crc32=crc32)
-
-
-async def _given_up(task: asyncio.Task[Any]) -> None:
-    """End a task whose result nobody waits for any more; what it raises was for nobody."""
-    if not task.done():
-        task.cancel()
-    await asyncio.wait([task])
-    if not task.cancelled():
-        task.exception()
 
 
 def _unknown(parameter: str, value: str) -> NotFoundError:
@@ -547,20 +507,6 @@ async def _claim(session: AsyncSession, copy_id: str) -> None:
         raise UnavailableError("writing a kernel's bytes outside took so long that a sweep took them; try again")
 
 
-async def _write_chunks(session: AsyncSession, row: KernelRow, payload: bytes) -> None:
-    artifact_id = row.artifact_id
-    # Pieces of a row whose id has rotted are still there under the right one.
-    await session.execute(delete(KernelChunkRow).where(KernelChunkRow.artifact_id == artifact_id))
-    batch: list[dict[str, Any]] = []
-    for index, chunk in enumerate(split(payload, chunk_bytes=_CHUNK_BYTES, sha256=row.sha256)):
-        batch.append({"artifact_id": artifact_id, "index": index, "data": chunk.data, "crc32": chunk.crc32})
-        if len(batch) == _ROWS_PER_INSERT:
-            await session.execute(insert(KernelChunkRow), batch)
-            batch = []
-    if batch:
-        await session.execute(insert(KernelChunkRow), batch)
-
-
 def _same_request(proven: ProvenKernel) -> Select[KernelRow]:
     manifest = proven.manifest
     same_id = KernelRow.artifact_id == manifest.artifact_id
@@ -576,10 +522,6 @@ def _newest_first(blueprint_id: str) -> Select[KernelRow]:
 
 def _row(proven: ProvenKernel, payload: bytes, sha256: bytes, *, outside: bool, stored_at_us: int) -> KernelRow:
     manifest = proven.manifest
-    crcs = b""
-    if outside:
-        pieces = split(payload, chunk_bytes=_CHUNK_BYTES, sha256=sha256)
-        crcs = b"".join(piece.crc32.to_bytes(_CRC_BYTES, "big") for piece in pieces)
     row = KernelRow(
         artifact_id=manifest.artifact_id,
         content_key=manifest.content_key,
@@ -591,7 +533,7 @@ def _row(proven: ProvenKernel, payload: bytes, sha256: bytes, *, outside: bool, 
         stored_at_us=stored_at_us,
         copy_id=secrets.token_hex(16),
         outside=int(outside),
-        piece_crcs=crcs,
+        piece_crcs=crcs_of(payload) if outside else b"",
         use_key=use_key(proven.artifact.manifest),
     )
     row.row_sha256 = row_digest(row)

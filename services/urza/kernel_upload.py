@@ -12,6 +12,8 @@ from esper.services.urza.store import UrzaStore
 from esper.services.urza.upload_store import PIECE_BYTES, UploadKeeper
 
 _EMPTY_CRC32: Final = 0
+_WORTH_A_THREAD_BYTES: Final = 128 * 1024
+"""Size from which the checks of a chunk run beside the event loop, in bytes; a hop takes as long as 64 KiB do."""
 
 
 class UploadBudget:
@@ -65,6 +67,15 @@ async def progress_of(store: UrzaStore, sha256: bytes, total_bytes: int) -> tupl
     return await store.uploads.held_bytes(sha256, total_bytes), ""
 
 
+def _taken(chunk: ChunkLike) -> Chunk:
+    """Give a chunk that holds its bytes; a message copies them out every time that it is asked."""
+    if isinstance(chunk, Chunk):
+        return chunk
+    return Chunk(
+        total_bytes=chunk.total_bytes, sha256=chunk.sha256, offset=chunk.offset, data=chunk.data, crc32=chunk.crc32
+    )
+
+
 class KernelUpload:
     """Takes the chunks of one upload in order; `close` it, however it ends."""
 
@@ -90,9 +101,13 @@ class KernelUpload:
         """
         if self._assembler.total_bytes is None:
             await self._begin(chunk)
-        self._assembler.add(chunk)
+        taken = _taken(chunk)
+        if len(taken.data) < _WORTH_A_THREAD_BYTES:
+            self._assembler.add(taken)
+        else:
+            await asyncio.to_thread(self._assembler.add, taken)
         if self._keeper is not None:
-            self._keep(self._keeper, chunk.data)
+            self._keep(self._keeper, taken.data)
 
     async def finish(self) -> tuple[KernelRecord, bool]:
         """Store the kernel once it is whole and proven; say whether it was new.

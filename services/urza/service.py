@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any, Final, cast
 
 from esper.contracts.blueprint import (
@@ -25,6 +26,7 @@ from esper.mesh.validation import require_size
 from esper.services.urza.blueprint_records import message_of, page_message
 from esper.services.urza.genealogy import LineageDirection
 from esper.services.urza.kernel_upload import KernelUpload, UploadBudget, progress_of
+from esper.services.urza.read_ahead import one_ahead
 from esper.services.urza.rules import BlueprintDraft, BlueprintQuery, PageRequest, person
 from esper.services.urza.store import UrzaStore
 from esper.v1 import blueprint_pb2, kernel_pb2, urza_service_pb2, urza_service_pb2_grpc
@@ -116,8 +118,9 @@ class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
         """Take a kernel in chunks, from where it broke if it did; nothing is stored before all is here and proven."""
         upload = KernelUpload(self._store, self.uploads)
         try:
-            async for chunk in request_iterator:
-                await upload.add(chunk)
+            async with aclosing(one_ahead(aiter(request_iterator))) as chunks:
+                async for chunk in chunks:
+                    await upload.add(chunk)
             record, created = await upload.finish()
         finally:
             upload.close()

@@ -14,6 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from esper.contracts.chunks import MAX_CHUNK_BYTES, Chunk
 from esper.contracts.errors import EsperError, InvalidStateError
 from esper.mesh.database import Database
+from esper.mesh.driver_reads import ReadScript, Statement
 from esper.services.urza.clock import now_us
 from esper.services.urza.models import UploadPieceRow, UploadRow
 
@@ -52,9 +53,7 @@ class UploadStore:
         """
         for keeper in tuple(self._under_way.get(sha256.hex(), ())):
             await keeper.settle()
-        async with self._database.reading() as session:
-            row = await session.get(UploadRow, sha256.hex())
-        return row.held_bytes if row is not None and row.total_bytes == total_bytes else 0
+        return await self._database.read(_held_bytes(sha256.hex(), total_bytes))
 
     async def pieces(self, sha256: bytes, total_bytes: int, until: int) -> AsyncIterator[Chunk]:
         """Give the kept pieces up to an offset, in order.
@@ -145,6 +144,13 @@ class UploadStore:
                 delete(UploadRow).where(UploadRow.touched_at_us < before_us).returning(UploadRow.sha256)
             )
             return len(gone.all())
+
+
+def _held_bytes(key: str, total_bytes: int) -> ReadScript[int]:
+    rows = yield Statement(
+        "SELECT held_bytes FROM urza_uploads WHERE sha256 = $1 AND total_bytes = $2", (key, total_bytes)
+    )
+    return int(rows[0][0]) if rows else 0
 
 
 class UploadKeeper:

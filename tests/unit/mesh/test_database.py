@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,46 @@ async def test_a_session_with_an_error_leaves_nothing(database: Database) -> Non
     with pytest.raises(KeyError, match="mine"):
         await fail()
     assert await numbers(database) == []
+
+
+async def test_rows_written_on_the_driver_belong_to_the_session(database: Database) -> None:
+    async def write(first: int, error: str) -> None:
+        async with database.session() as session:
+            await session.execute(insert(NUMBERS).values(number=first))
+            rows = ((number,) for number in range(first + 1, first + 4))
+            await database.write_rows(session, "INSERT INTO numbers (number) VALUES ($1)", rows)
+            if error:
+                raise KeyError(error)
+
+    with pytest.raises(KeyError, match="mine"):
+        await write(1, "mine")
+    assert await numbers(database) == []
+    await write(1, "")
+    assert await numbers(database) == [1, 2, 3, 4]
+
+
+async def test_a_view_is_written_as_its_bytes(database: Database) -> None:
+    async with database.session() as session:
+        await session.execute(text("CREATE TABLE blobs (data BLOB)"))
+        await database.write_rows(session, "INSERT INTO blobs (data) VALUES ($1)", [(memoryview(b"abcd")[1:3],)])
+    async with database.reading() as session:
+        assert (await session.scalars(text("SELECT data FROM blobs"))).all() == [b"bc"]
+
+
+async def test_what_was_written_on_the_driver_reaches_the_file_without_its_log(tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    async with Database.open(f"sqlite:///{path}") as database:
+        await database.create_all(METADATA)
+        # Open beyond the database's end, or the last connection that closes would write the log back itself.
+        with closing(sqlite3.connect(path)) as other:
+            other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            async with database.session() as session:
+                await session.execute(insert(NUMBERS).values(number=1))
+                await database.write_rows(session, "INSERT INTO numbers (number) VALUES ($1)", [(2,)])
+            await database.close()
+            copy = shutil.copy(path, tmp_path / "alone.db")
+    with closing(sqlite3.connect(copy)) as alone:
+        assert alone.execute("SELECT number FROM numbers ORDER BY number").fetchall() == [(1,), (2,)]
 
 
 async def test_a_cancelled_session_leaves_nothing_and_blocks_nobody(database: Database) -> None:

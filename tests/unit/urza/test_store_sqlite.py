@@ -84,13 +84,13 @@ async def test_the_first_piece_of_a_transfer_does_not_wait_for_others(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted: list[range] = []
-    read = kernel_store._pieces_of
+    read = kernel_store.find_pieces
 
     def noted(row: KernelRow, index: int, end: int) -> ReadScript[Sequence[Row] | None]:
         wanted.append(range(index, end))
         return read(row, index, end)
 
-    monkeypatch.setattr(kernel_store, "_pieces_of", noted)
+    monkeypatch.setattr(kernel_store, "find_pieces", noted)
     store = UrzaStore(database, key_ring=KEY.ring())
     payload = kernel_bytes(KEY, weight_floats=1_200_000)
     record, _ = await store.kernels.put(payload)
