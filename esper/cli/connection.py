@@ -14,7 +14,11 @@ from esper.mesh.settings import PREFIX, MeshSettings, resolve
 
 def current_settings() -> MeshSettings:
     """Give the settings of the mesh to talk to: of the one that runs in the state directory, else as configured."""
-    configured = resolve().settings
+    return running_settings(resolve().settings)
+
+
+def running_settings(configured: MeshSettings) -> MeshSettings:
+    """Give the settings of the mesh that runs in a state directory; as configured where none does."""
     state = read_state(configured.state_dir)
     if not state.running:
         return configured

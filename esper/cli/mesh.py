@@ -16,18 +16,24 @@ from typing import Annotated, Any
 import psutil
 import typer
 
+from esper.cli.connection import running_settings
 from esper.cli.output import Json, console, print_rows
+from esper.client import EsperClient
+from esper.client.transport import ChannelTransport
 from esper.contracts.errors import EsperError, InvalidInputError, NotFoundError, UnavailableError
 from esper.mesh.channel import probe
 from esper.mesh.process_state import read_state, stop_recorded
 from esper.mesh.processes import log_tail
 from esper.mesh.ready_mark import find_supervisor
-from esper.mesh.settings import SERVICES, resolve
+from esper.mesh.settings import SERVICES, MeshSettings, resolve
 from esper.telemetry.logs import configure_service_logs
 from esper.telemetry.tracing import configure_tracing
 
 StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Where databases, keys, queues and logs rest.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.")]
+_COLUMNS = ("service", "pid", "address", "health", "restarts")
+_COMPILER = "tezzeret"
+_SERVING = "SERVING"
 _UP_S = 180.0
 _DOWN_S = 30.0
 
@@ -91,7 +97,7 @@ def up(state_dir: StateDir = None, config: ConfigFile = None) -> None:
         )
     with console.status("starting the mesh ..."):
         _await_up(child, settings.state_dir, log_path)
-    _show_status(settings.state_dir, as_json=False)
+    _show_status(settings, as_json=False)
 
 
 def down(state_dir: StateDir = None, config: ConfigFile = None) -> None:
@@ -108,19 +114,43 @@ def down(state_dir: StateDir = None, config: ConfigFile = None) -> None:
 
 
 def status(as_json: Json = False, state_dir: StateDir = None, config: ConfigFile = None) -> None:
-    """Show the processes of the local mesh and what each answers to a health check."""
-    _show_status(resolve({"state_dir": state_dir}, config_file=config).settings.state_dir, as_json=as_json)
+    """Show the processes of the local mesh, what each answers to a health check, and what does not hold the compiler.
+
+    The sandbox of the compile workers is as strong as this system: below the table, or as not_enforced in JSON, stands
+    each protection that it lacks.
+    """
+    _show_status(resolve({"state_dir": state_dir}, config_file=config).settings, as_json=as_json)
 
 
-def _show_status(state_dir: Path, *, as_json: bool) -> None:
+def _show_status(settings: MeshSettings, *, as_json: bool) -> None:
     rows: list[tuple[Any, ...]] = []
-    for record in read_state(state_dir).processes:
+    for record in read_state(settings.state_dir).processes:
         health = _health(record.address) if record.name in SERVICES else ("RUNNING" if record.running else "ENDED")
         rows.append((record.name, record.pid, record.address or "", health, record.restarts))
     if not rows and not as_json:
-        console.print(f"no mesh is running in {state_dir} (esper up starts one)", soft_wrap=True)
+        console.print(f"no mesh is running in {settings.state_dir} (esper up starts one)", soft_wrap=True)
         return
-    print_rows("mesh", ("service", "pid", "address", "health", "restarts"), rows, as_json=as_json)
+    compiles = any(row[0] == _COMPILER and row[3] == _SERVING for row in rows)
+    open_doors, why_unknown = _not_enforced(settings) if compiles else (None, "")
+    if as_json:
+        said = [(*row, open_doors if row[0] == _COMPILER else None) for row in rows]
+        print_rows("mesh", (*_COLUMNS, "not_enforced"), said, as_json=True)
+        return
+    print_rows("mesh", _COLUMNS, rows, as_json=False)
+    for door in open_doors or ():
+        console.print(f"compile workers: {door}", soft_wrap=True, markup=False)
+    if why_unknown:
+        console.print(f"compile workers: what holds them is not known: {why_unknown}", soft_wrap=True, markup=False)
+
+
+def _not_enforced(settings: MeshSettings) -> tuple[list[str] | None, str]:
+    """Give what the compiler's sandbox cannot enforce; or ``None``, and why that is not known."""
+    try:
+        with contextlib.closing(EsperClient(transport=ChannelTransport(running_settings(settings)))) as client:
+            rows = client.tezzeret.get_sandbox()
+    except EsperError as error:
+        return None, str(error)
+    return [f"{row.name}: {row.detail}" for row in rows if not row.passed], ""
 
 
 def logs(
@@ -145,7 +175,7 @@ def _health(address: str | None) -> str:
         asyncio.run(probe(address, 2.0))
     except EsperError as error:
         return f"{error.reason}: {error}"[:120]
-    return "SERVING"
+    return _SERVING
 
 
 def _with_state_dir(state_dir: Path | None, config: Path | None) -> dict[str, str]:

@@ -44,7 +44,7 @@ _BY_SERVICE: Final[Mapping[str, Mapping[Role, tuple[str, ...]]]] = {
         Role.SERVICE: ("UploadKernel", "GetKernelUpload", "RecordFieldReport"),
     },
     "Tezzeret": {
-        Role.VIEWER: ("GetJob", "WatchJob", "ListJobs", "ListDeadLetters"),
+        Role.VIEWER: ("GetJob", "WatchJob", "ListJobs", "ListDeadLetters", "GetSandbox"),
         Role.OPERATOR: ("Compile", "RequeueDeadLetter", "CancelJob"),
     },
     "Nissa": {

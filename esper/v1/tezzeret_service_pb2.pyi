@@ -631,3 +631,44 @@ class CancelJobResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelJobResponse: _TypeAlias = CancelJobResponse  # noqa: Y015
+
+@_typing.final
+class GetSandboxRequest(_message.Message):
+    """Request of GetSandbox."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSandboxRequest: _TypeAlias = GetSandboxRequest  # noqa: Y015
+
+@_typing.final
+class GetSandboxResponse(_message.Message):
+    """Response of GetSandbox."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROTECTIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def protections(self) -> _containers.RepeatedCompositeFieldContainer[_kernel_pb2.ValidationCheck]:
+        """One row per protection of the newest worker: its name, whether it is enforced (passed), and what holds or what does not (detail)."""
+
+    def __init__(
+        self,
+        *,
+        protections: _abc.Iterable[_kernel_pb2.ValidationCheck] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["protections", b"protections"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSandboxResponse: _TypeAlias = GetSandboxResponse  # noqa: Y015

@@ -71,6 +71,11 @@ class TezzeretServiceStub:
                 request_serializer=esper_dot_v1_dot_tezzeret__service__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=esper_dot_v1_dot_tezzeret__service__pb2.CancelJobResponse.FromString,
                 _registered_method=True)
+        self.GetSandbox = channel.unary_unary(
+                '/esper.v1.TezzeretService/GetSandbox',
+                request_serializer=esper_dot_v1_dot_tezzeret__service__pb2.GetSandboxRequest.SerializeToString,
+                response_deserializer=esper_dot_v1_dot_tezzeret__service__pb2.GetSandboxResponse.FromString,
+                _registered_method=True)
 
 
 class TezzeretServiceServicer:
@@ -129,6 +134,13 @@ class TezzeretServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetSandbox(self, request, context):
+        """Say what holds the compile workers of the replica that answers, and what its system could not enforce. UNAVAILABLE until a worker has come up.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TezzeretServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -166,6 +178,11 @@ def add_TezzeretServiceServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=esper_dot_v1_dot_tezzeret__service__pb2.CancelJobRequest.FromString,
                     response_serializer=esper_dot_v1_dot_tezzeret__service__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'GetSandbox': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSandbox,
+                    request_deserializer=esper_dot_v1_dot_tezzeret__service__pb2.GetSandboxRequest.FromString,
+                    response_serializer=esper_dot_v1_dot_tezzeret__service__pb2.GetSandboxResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -359,6 +376,33 @@ class TezzeretService:
             '/esper.v1.TezzeretService/CancelJob',
             esper_dot_v1_dot_tezzeret__service__pb2.CancelJobRequest.SerializeToString,
             esper_dot_v1_dot_tezzeret__service__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSandbox(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/esper.v1.TezzeretService/GetSandbox',
+            esper_dot_v1_dot_tezzeret__service__pb2.GetSandboxRequest.SerializeToString,
+            esper_dot_v1_dot_tezzeret__service__pb2.GetSandboxResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,8 @@ class TezzeretServiceStub:
     """Stop a job for all who asked: a queued one never starts, the worker of a running one is ended, a kernel on its way to the library is dropped. Idempotent.
     NOT_FOUND when there is none; FAILED_PRECONDITION when it is SUCCEEDED, FAILED or DEAD.
     """
+    GetSandbox: _grpc.UnaryUnaryMultiCallable[_tezzeret_service_pb2.GetSandboxRequest, _tezzeret_service_pb2.GetSandboxResponse]
+    """Say what holds the compile workers of the replica that answers, and what its system could not enforce. UNAVAILABLE until a worker has come up."""
 
 @_typing.type_check_only
 class TezzeretServiceAsyncStub(TezzeretServiceStub):
@@ -79,6 +81,8 @@ class TezzeretServiceAsyncStub(TezzeretServiceStub):
     """Stop a job for all who asked: a queued one never starts, the worker of a running one is ended, a kernel on its way to the library is dropped. Idempotent.
     NOT_FOUND when there is none; FAILED_PRECONDITION when it is SUCCEEDED, FAILED or DEAD.
     """
+    GetSandbox: _aio.UnaryUnaryMultiCallable[_tezzeret_service_pb2.GetSandboxRequest, _tezzeret_service_pb2.GetSandboxResponse]  # type: ignore[assignment]
+    """Say what holds the compile workers of the replica that answers, and what its system could not enforce. UNAVAILABLE until a worker has come up."""
 
 class TezzeretServiceServicer(metaclass=_abc_1.ABCMeta):
     """Turns blueprints into kernels in worker processes fed by a durable work queue.
@@ -144,5 +148,13 @@ class TezzeretServiceServicer(metaclass=_abc_1.ABCMeta):
         """Stop a job for all who asked: a queued one never starts, the worker of a running one is ended, a kernel on its way to the library is dropped. Idempotent.
         NOT_FOUND when there is none; FAILED_PRECONDITION when it is SUCCEEDED, FAILED or DEAD.
         """
+
+    @_abc_1.abstractmethod
+    def GetSandbox(
+        self,
+        request: _tezzeret_service_pb2.GetSandboxRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tezzeret_service_pb2.GetSandboxResponse, _abc.Awaitable[_tezzeret_service_pb2.GetSandboxResponse]]:
+        """Say what holds the compile workers of the replica that answers, and what its system could not enforce. UNAVAILABLE until a worker has come up."""
 
 def add_TezzeretServiceServicer_to_server(servicer: TezzeretServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

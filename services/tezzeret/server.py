@@ -16,13 +16,14 @@ from esper.contracts.kernel import (
     JobPhase,
     JobPriority,
 )
-from esper.contracts.wire import enum_from_wire, from_wire, to_wire
+from esper.contracts.wire import enum_from_wire, from_wire, to_message, to_wire
 from esper.mesh import InProcessChannel, MeshServer
 from esper.mesh.page_token import decode_page_token, encode_page_token
 from esper.mesh.validation import require_name, require_page_size, require_size
 from esper.services.tezzeret.job_store import place_of
 from esper.services.tezzeret.known_specs import CheckedSpec, KnownSpecs, check_spec
 from esper.services.tezzeret.service import TezzeretService
+from esper.v1 import kernel_pb2
 from esper.v1 import tezzeret_service_pb2 as pb
 from esper.v1.tezzeret_service_pb2_grpc import TezzeretServiceServicer, add_TezzeretServiceServicer_to_server
 
@@ -113,6 +114,12 @@ class TezzeretServicer(TezzeretServiceServicer):
         """Stop a job."""
         del context
         return pb.CancelJobResponse(job=_wire(await self._service.cancel(_job_id(request.job_id))))
+
+    async def GetSandbox(self, request: pb.GetSandboxRequest, context: Any) -> pb.GetSandboxResponse:  # noqa: N802
+        """Say what holds the workers, and what this system could not enforce."""
+        del request, context
+        rows = [to_message(row, kernel_pb2.ValidationCheck) for row in self._service.sandbox()]
+        return pb.GetSandboxResponse(protections=rows)
 
     def _checked(self, request: pb.CompileRequest) -> CheckedSpec:
         """Give the spec of a request; one that was read before is known by its bytes."""

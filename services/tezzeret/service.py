@@ -23,7 +23,7 @@ from esper.contracts.errors import (
     SignatureError,
     UnavailableError,
 )
-from esper.contracts.kernel import ENDED_PHASES, CompileJob, CompileSpec, JobPhase, JobPriority
+from esper.contracts.kernel import ENDED_PHASES, CompileJob, CompileSpec, JobPhase, JobPriority, ValidationCheck
 from esper.contracts.wire import serialize
 from esper.execution.keys import SigningKey
 from esper.mesh import remaining_s
@@ -137,6 +137,17 @@ class TezzeretService:
         if not self._pool.ready() and self._pool.start_trouble:
             raise UnavailableError(f"compile workers are not ready: {self._pool.start_trouble}")
         return self._pool.ready()
+
+    def sandbox(self) -> tuple[ValidationCheck, ...]:
+        """Give a row for each protection of the workers; one that did not pass is not enforced here.
+
+        Raises:
+            UnavailableError: No worker has come up to say.
+        """
+        if not self._pool.sandbox:
+            trouble = self._pool.start_trouble or self._trouble
+            raise UnavailableError(f"a compile worker must have come up to say what holds it, none has: {trouble}")
+        return self._pool.sandbox
 
     async def close(self) -> None:
         """Stop working; what is unfinished stays in store and queue. Idempotent."""

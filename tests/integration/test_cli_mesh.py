@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from esper.contracts.kernel import ValidationCheck
+from esper.contracts.wire import parse
 from esper.mesh.ports import LOOPBACK, free_ports
 from esper.mesh.process_state import read_state
 from esper.mesh.ready_mark import find_supervisor
@@ -22,6 +24,17 @@ from esper.mesh.settings import SERVICES
 from esper.services.local import LocalMesh
 
 pytestmark = pytest.mark.slow
+
+
+# Gives up Landlock as a system gives it that has none (the call that asks for it is refused), then becomes the program.
+WITHOUT_LANDLOCK = """
+import ctypes, os, sys
+from esper.services.tezzeret import sandbox
+known = sandbox._DENIED[os.uname().machine]
+sandbox._DENIED[os.uname().machine] = (known[0], (sandbox._LANDLOCK_CREATE_RULESET,))
+assert sandbox._prctl(sandbox._PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) and sandbox._deny_syscalls().passed
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 
 
 class Shell:
@@ -44,6 +57,10 @@ class Shell:
         argv = self.command(*words)
         if state_dir is not None:
             argv[argv.index("--state-dir") + 1] = str(state_dir)
+        return subprocess.run(argv, capture_output=True, text=True, timeout=170, check=False)
+
+    def run_without_landlock(self, *words: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-c", WITHOUT_LANDLOCK, *self.command(*words)[1:]]
         return subprocess.run(argv, capture_output=True, text=True, timeout=170, check=False)
 
     def serving(self) -> dict[str, str]:
@@ -77,6 +94,33 @@ def everything_of(state_dir: Path) -> list[psutil.Process]:
     return found
 
 
+def sandbox_of_this_system(directory: Path) -> list[ValidationCheck]:
+    """Give what a process of its own finds that this system enforces."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from esper.contracts.wire import serialize\n"
+        "from esper.services.tezzeret.config import WorkerLimits\n"
+        "from esper.services.tezzeret.sandbox import enter\n"
+        "print(*(serialize(row).hex() for row in enter(WorkerLimits(), Path(sys.argv[1]))))\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code, directory], capture_output=True, text=True, check=True)
+    return [parse(bytes.fromhex(row), ValidationCheck) for row in found.stdout.split()]
+
+
+@pytest.mark.timeout(600)
+def test_what_the_system_cannot_enforce_stands_in_the_status(shell: Shell) -> None:
+    up = shell.run_without_landlock("up")
+    assert up.returncode == 0, up.stderr
+    assert shell.serving() == dict.fromkeys(SERVICES, "SERVING") | {"nats": "RUNNING"}
+    why = "NOT ENFORCED: this kernel has no Landlock"
+    for printed in (up.stdout, shell.run("status").stdout):
+        assert f"compile workers: files: {why}" in printed
+        assert f"compile workers: scope: {why}" in printed
+    [tezzeret] = [row for row in json.loads(shell.run("status", "--json").stdout) if row["service"] == "tezzeret"]
+    assert {door.partition(":")[0] for door in tezzeret["not_enforced"]} == {"files", "scope"}
+
+
 @pytest.mark.timeout(600)
 def test_the_mesh_comes_up_heals_goes_down_and_comes_up_again(shell: Shell) -> None:
     up = shell.run("up")
@@ -91,6 +135,11 @@ def test_the_mesh_comes_up_heals_goes_down_and_comes_up_again(shell: Shell) -> N
     other = shell.run("up", state_dir=shell.state_dir.parent / "other")
     assert other.returncode == 1
     assert "is in use by another process" in other.stderr
+
+    lacking = [row.name for row in sandbox_of_this_system(shell.state_dir) if not row.passed]
+    said = {row["service"]: row["not_enforced"] for row in json.loads(shell.run("status", "--json").stdout)}
+    assert [door.partition(":")[0] for door in said.pop("tezzeret")] == lacking
+    assert set(said.values()) == {None}
 
     karn = read_state(shell.state_dir).find("karn")
     assert karn is not None

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from esper.client.paging import decoded
 from esper.client.transport import AsyncTransport
-from esper.contracts.kernel import CompileJob, CompileSpec, JobPhase, JobPriority
+from esper.contracts.kernel import CompileJob, CompileSpec, JobPhase, JobPriority, ValidationCheck
 from esper.contracts.wire import enum_to_wire, from_wire, to_message
 from esper.v1 import tezzeret_service_pb2
 
@@ -93,3 +93,15 @@ class AsyncTezzeretClient:
         """
         request = tezzeret_service_pb2.CancelJobRequest(job_id=job_id)
         return from_wire((await self._transport.call("tezzeret", "CancelJob", request)).job, CompileJob)
+
+    async def get_sandbox(self) -> tuple[ValidationCheck, ...]:
+        """Give a row for each protection of the compile workers; one that did not pass is not enforced there.
+
+        Of several replicas it is the one that answers.
+
+        Raises:
+            UnavailableError: No worker has come up yet.
+        """
+        request = tezzeret_service_pb2.GetSandboxRequest()
+        response = await self._transport.call("tezzeret", "GetSandbox", request)
+        return tuple(decoded(response.protections, ValidationCheck))

@@ -151,3 +151,19 @@ async def test_bad_requests_are_answered_with_their_reason(stub: Any, spec: Comp
         _ = [change async for change in stub.WatchJob(pb.WatchJobRequest(job_id="j123"))]
     with pytest.raises(InvalidInputError, match="job_id must match"):
         await stub.GetJob(pb.GetJobRequest(job_id="../j"))
+
+
+async def test_what_does_not_hold_the_workers_is_told_to_who_asks(mill: Mill, stub: Any) -> None:
+    """Inline workers are held by nothing, which is a row of its own."""
+    [row] = (await stub.GetSandbox(pb.GetSandboxRequest())).protections
+    assert (row.name, row.passed) == ("sandbox", False)
+    assert row.detail == mill.pool.sandbox[0].detail == "NOT ENFORCED: inline workers are threads of this process"
+
+
+async def test_no_worker_no_word_on_what_holds_it(mill: Mill) -> None:
+    channel = InProcessChannel()
+    mill.pool = type(mill.pool)()
+    channel.add_servicer(REGISTRAR, TezzeretServicer(mill.make_service()))
+    with pytest.raises(UnavailableError, match="must have come up to say what holds it, none has: they are warming up"):
+        await TezzeretServiceStub(channel).GetSandbox(pb.GetSandboxRequest())
+    await channel.close()
