@@ -47,6 +47,7 @@ from esper.services.urza.rest_models import (
     SweepBody,
     SweptAnswer,
 )
+from esper.services.urza.rest_reports import report_routes
 from esper.services.urza.rest_uploads import UPLOADS, upload_routes
 from esper.services.urza.rules import PageRequest, person
 from esper.services.urza.store import UrzaStore
@@ -90,6 +91,7 @@ def build_app(
     app.include_router(_writing_routes(store), dependencies=[Depends(_writer(write_token))])
     app.include_router(_kernel_routes(store))
     app.include_router(upload_routes(store, uploads or UploadBudget(_UPLOAD_BYTES), _writer(write_token)))
+    app.include_router(report_routes(store), dependencies=[Depends(_writer(write_token))])
     app.include_router(_care_routes(store), dependencies=[Depends(_writer(write_token))])
     return app
 

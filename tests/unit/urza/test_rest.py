@@ -282,6 +282,7 @@ async def test_the_description_names_every_path_and_the_problem(client: httpx.As
         "/v1/blueprints/{reference}",
         "/v1/blueprints/{reference}/lineage",
         "/v1/blueprints/{reference}/state",
+        "/v1/field-reports",
         "/v1/kernels",
         "/v1/kernels/by-content-key/{content_key}",
         "/v1/kernels/uploads/{sha256}",
