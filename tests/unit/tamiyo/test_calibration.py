@@ -130,13 +130,14 @@ def test_what_never_ran_and_what_nobody_promised_teach_nothing(make_report, teac
     assert calibrator.confidence(FRESH) == Calibrator().confidence(FRESH)
 
 
-def test_settings_are_promised_as_the_curve_says_until_cases_come(teach):
-    asked = Asked(kind=Kind.TUNE, raw=0.8)
+def test_settings_are_promised_in_one_case_of_two_where_the_curve_is_sure_until_cases_come(teach):
+    asked = Asked(kind=Kind.TUNE, raw=0.9)
     calibrator = Calibrator()
-    assert calibrator.confidence(asked) == pytest.approx(0.8, abs=0.05)
+    assert calibrator.confidence(asked) == pytest.approx(0.5, abs=0.02)
+    assert calibrator.confidence(replace(asked, raw=0.6)) < 0.45
     for run in range(15):
         teach(calibrator, [CULLED], run_id=f"run-{run}", kind=AdaptationType.OPTIMIZE_PARAMETERS)
-    assert calibrator.confidence(asked) < 0.4
+    assert calibrator.confidence(asked) < 0.25
     assert calibrator.confidence(FRESH) == Calibrator().confidence(FRESH), "seeds are another matter"
 
 
@@ -182,3 +183,10 @@ def test_growth_goes_on_after_fruitless_races_with_less_confidence(flattening, m
 def test_settings_that_break_their_rule_are_refused(settings, message):
     with pytest.raises(InvalidInputError, match=message):
         CalibrationConfig(**settings)
+
+
+def test_a_first_race_is_promised_and_one_after_a_race_that_had_something_is_not():
+    calibrator = Calibrator()
+    assert calibrator.confidence(FRESH) > 0.93, "51 of 51 in experiment 0014"
+    assert calibrator.confidence(replace(FRESH, helped=1)) < 0.4, "one of seven"
+    assert calibrator.confidence(replace(FRESH, helped=1, fruitless=1)) < 0.2, "none of six"
