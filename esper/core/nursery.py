@@ -61,6 +61,7 @@ class Nursery:
         incubator = self._incubators.pop(adaptation_id, None)
         if incubator is not None:
             incubator.close()
+            self._trials.clear()  # they hold on to the seeds that shared a pass with it
 
     def release_all(self) -> None:
         """Let none learn alone any more; idempotent."""

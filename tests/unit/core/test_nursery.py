@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -228,3 +230,13 @@ def test_beside_a_host_that_cannot_be_tried_a_seed_learns_from_its_site(
     assert seed.isolated_steps >= 10
     said = [record.layer for record in caplog.records if record.msg == "trial_impossible"]
     assert said == (["first"] if layer == "first" else []), "once, and where the part lies behind the seed"
+
+
+def test_nothing_holds_on_to_a_rival_that_is_gone(race: Any) -> None:
+    running = race()
+    running.step(8)
+    seeds = [weakref.ref(running.model.kasmina_layer(layer).require_seed(place)) for _, layer, place in FIELD]
+    for adaptation in running.adaptations():
+        running.session.orchestrator._fail(adaptation, "a test")
+    gc.collect()
+    assert [seed() for seed in seeds] == [None] * 4
