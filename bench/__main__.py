@@ -25,6 +25,7 @@ MEASURES: Final = {
     "c4_tiers": "which cache tier has the kernels of growing runs, how fast, and without the second",
     "incubation": "ways in which a seed learns alone: quality and cost of each",
     "g2_counterfactual": "the effects of eight rivals in fused passes, over one configuration after the other",
+    "g2_selection": "whether what a race measures tells which candidate is worth growing: each is trained out",
     "g3_memory": "how much less is tried by a run whose mesh has seen another of its kind",
     "g4_without_trace": "bits that differ, after seeds have gone, from a run that never grew",
     "g5_cost": "what growing takes by phase, in FLOPs and time, and how long it holds a step up",
@@ -32,7 +33,7 @@ MEASURES: Final = {
 }
 """Every measure, and what it tells; each is a module of this package with ``measure(quick)``."""
 
-_SHORT: Final = {name.split("_", maxsplit=1)[0]: name for name in MEASURES}
+_SHORT: Final = {name.split("_", maxsplit=1)[0]: name for name in reversed(MEASURES)}
 
 
 class Measure(Protocol):
