@@ -7,6 +7,7 @@ what they are. Every arm of every seed is written down when it ends, so a run th
     python -m bench growth --quick                       perceptrons on digits and mnist1d, 3 seeds
     python -m bench.growth --task digits --host cnn --seeds 5 --workers 1
     python -m bench.growth --task mnist1d --host mlp --kinds dense
+    python -m bench.growth --task digits --host mlp --first-seed 10      seeds on which no rule was chosen
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Final, TypeVar
 import torch
 from rich.console import Console
 
-from bench.growth_arms import ARMS, KINDS, Kind, Option, choose, options, run_arm
+from bench.growth_arms import ARMS, FIRST_TUNING_SEED, KINDS, Kind, Option, choose, options, run_arm
 from bench.growth_figures import CellRuns, arm_table, figures_of, notes_of, write_arms
 from bench.growth_hosts import BLUEPRINT_KINDS, FAMILIES, Cell, FamilyName, make_cell
 from bench.growth_log import RunLog, Versions, versions_here
@@ -49,10 +50,17 @@ class Extent:
     """Seeds of each."""
     num_tuning_seeds: int
     """Seeds on which controls choose."""
+    first_seed: int = 0
+    """First of the seeds, which follow each other."""
     workers: int = 1
     """Processes side by side."""
     directory: Path = RUNS_DIR
     """Where lines and plots go."""
+
+    @property
+    def seeds(self) -> range:
+        """What every arm is run with."""
+        return range(self.first_seed, self.first_seed + self.num_seeds)
 
     @property
     def log_path(self) -> Path:
@@ -83,10 +91,14 @@ def measure_extent(extent: Extent) -> Result:
     log = RunLog(extent.log_path, versions=versions)
     log.repair()
     _each(_choose_unit, [(extent, versions, cell, kind) for cell in extent.cells for kind in KINDS], extent.workers)
-    seeds = [(extent, versions, cell, seed) for seed in range(extent.num_seeds) for cell in extent.cells]
+    seeds = [(extent, versions, cell, seed) for seed in extent.seeds for cell in extent.cells]
     _each(_seed_unit, seeds, extent.workers)
     runs = [
-        CellRuns(cell=cell, seeds=tuple(log.outcomes(cell, seed) for seed in range(extent.num_seeds)))
+        CellRuns(
+            cell=cell,
+            seeds=tuple(log.outcomes(cell, seed) for seed in extent.seeds),
+            first_seed=extent.first_seed,
+        )
         for cell in extent.cells
     ]
     files = [write_arms(runs, extent.directory), *(path for one in runs for path in plot_cell(one, extent.directory))]
@@ -171,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", action="append", choices=FAMILIES, help="may be given several times; all without it")
     parser.add_argument("--kinds", choices=BLUEPRINT_KINDS, default="all", help="kinds of blueprint that may grow; all")
     parser.add_argument("--seeds", type=int, help="seeds of each cell; 10, or 3 with --quick")
+    parser.add_argument("--first-seed", type=int, default=0, help="first of them; 0. Rules were chosen on 0 to 9")
     parser.add_argument("--workers", type=int, help="processes side by side; as many as there are cores")
     parser.add_argument("--quick", action="store_true", help="3 seeds, one seed for choosing, perceptrons if no --host")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -180,12 +193,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
     whole = extent_of(quick=asked.quick)
+    end = asked.first_seed + (asked.seeds or whole.num_seeds)
+    if asked.first_seed < 0 or end > FIRST_TUNING_SEED:
+        rule = f"--first-seed must be >= 0, and all seeds below {FIRST_TUNING_SEED}, with which controls choose"
+        parser.error(f"{rule}, got {asked.first_seed} to {end - 1}")
     tasks: Sequence[TaskName] = asked.task or ([task for task, _ in QUICK_CELLS] if asked.quick else TASKS)
     families: Sequence[FamilyName] = asked.host or (["mlp"] if asked.quick else FAMILIES)
     extent = Extent(
         cells=tuple(make_cell(task, family, asked.kinds) for task in tasks for family in families),
         num_seeds=asked.seeds or whole.num_seeds,
         num_tuning_seeds=whole.num_tuning_seeds,
+        first_seed=asked.first_seed,
         workers=asked.workers or whole.workers,
     )
     try:

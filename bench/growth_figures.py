@@ -39,6 +39,8 @@ class CellRuns:
     """Task and host."""
     seeds: tuple[dict[str, Outcome], ...]
     """Outcomes by arm, one entry a seed."""
+    first_seed: int = 0
+    """The first of the seeds, which follow each other."""
 
     @property
     def arms(self) -> list[str]:
@@ -306,14 +308,15 @@ def write_arms(runs: Sequence[CellRuns], directory: Path) -> Path:
 def notes_of(runs: Sequence[CellRuns], num_tuning_seeds: int, files: Sequence[Path]) -> tuple[str, ...]:
     """Say what a reader must know."""
     cells, notes = [one.cell for one in runs], []
-    for cell in cells:
+    for one in runs:
+        cell = one.cell
         task, settings = load(cell.task), cell.settings
         notes.append(
             f"{cell.name}: {len(task.train)} train, {len(task.control)} control, {len(task.sealed)} sealed; host "
             f"{cell.host}, at most {cell.max_parameters:,} parameters; {settings.epochs} epochs of "
             f"{len(task.epoch_of_train)} examples, AdamW at "
             f"{settings.learning_rate:g}{' (fixed)' if cell.rate_is_fixed else ''}, decay {settings.weight_decay:g}, "
-            f"batch {settings.batch_size}; seeds 0 to {len(runs[0].seeds) - 1}."
+            f"batch {settings.batch_size}; seeds {one.first_seed} to {one.first_seed + len(one.seeds) - 1}."
         )
         if cell.kinds != "all":
             notes.append(f"{cell.name}: what grows, under Esper and at random, is {cell.kinds} blueprints alone.")

@@ -321,11 +321,14 @@ def test_extents_are_those_of_the_design() -> None:
 
 
 def test_the_command_line_refuses_what_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    for line in (["--task", "cifar"], ["--host", "rnn"], ["--seeds", "0"]):
+    for line in (["--task", "cifar"], ["--host", "rnn"], ["--seeds", "0"], ["--first-seed", "-3"]):
         with pytest.raises(SystemExit) as ended:
             main(line)
         assert ended.value.code == 2
         assert line[-1] in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--first-seed", "8995", "--seeds", "6"])
+    assert "all seeds below 9000, with which controls choose, got 8995 to 9000" in capsys.readouterr().err
 
 
 def test_a_measure_writes_its_arms_and_its_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,6 +342,17 @@ def test_a_measure_writes_its_arms_and_its_plots(tmp_path: Path, monkeypatch: py
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert named(list(result.figures), "digits/mlp: grown minus host, sealed accuracy").value == 0.0
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2 * len(arms_of(cell)) + len(first_options(cell))
+
+
+def test_a_measure_begins_with_the_seed_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = small_cell()
+    monkeypatch.setattr(growth, "choose", lambda cell, kind, **_: first_options(cell).get(kind))
+    monkeypatch.setattr(growth, "run_arm", lambda *_, **__: outcome(0.9))
+    extent = Extent(cells=(cell,), num_seeds=2, num_tuning_seeds=1, first_seed=10, directory=tmp_path)
+    result = measure_extent(extent)
+    log = RunLog(tmp_path / "runs.jsonl", versions=versions_here())
+    assert [bool(log.outcomes(cell, seed)) for seed in (0, 9, 10, 11, 12)] == [False, False, True, True, False]
+    assert "seeds 10 to 11." in result.notes[0]
 
 
 # ------------------------------------------------------------------ random growth
