@@ -8,6 +8,7 @@ regression of the gradient at the site. All are explained in ``esper.execution.i
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, get_args
@@ -194,12 +195,12 @@ class Incubator:
             self._handles.append(reads)
         self._learns_locally = way.kind == "local"
 
-    def _learns_by_trial(self, inputs: torch.Tensor, targets: torch.Tensor) -> bool:
-        """Take a trial's step; false, and from now on always, where the host cannot be tried: the run goes on."""
-        if self._is_untriable:
+    def _tries(self, work: Callable[[Batch], bool], batch: Batch | None) -> bool:
+        """Do what asks the whole host; false, and from now on always, where it cannot be asked: the run goes on."""
+        if batch is None or self._is_untriable:
             return False
         try:
-            self.learn(inputs, targets)
+            return work(batch)
         except EsperError:
             raise
         except Exception as error:  # noqa: BLE001 - the host's own step has just done as much
@@ -207,7 +208,7 @@ class Incubator:
             self._is_untriable = True
             extra = {"layer": self._ref.layer, "seed_index": self._ref.seed_index, "error": str(error)}
             log.warning("trial_impossible", extra=extra)
-        return not self._is_untriable
+            return False
 
     @property
     def ref(self) -> SeedRef:
@@ -223,20 +224,27 @@ class Incubator:
             return self._learn_by_its_way(batch)
 
     def _learn_by_its_way(self, batch: Batch | None) -> bool:
-        wants_trial = batch is not None and (self._way.kind == "trial" or self._is_damped(batch))
-        if batch is not None and wants_trial and self._learns_by_trial(*batch):
+        return self._tries(self._learn_by_trial, batch) or self.learn_from_site()
+
+    def _learn_by_trial(self, batch: Batch) -> bool:
+        if self._way.kind == "trial" or self._is_damped(batch):
+            self.learn(*batch)
             return True
-        if batch is not None and self._is_reach_due():
+        if self._is_reach_due():
             self._measure_reach(batch)
-        return self.learn_from_site()
+        return False
 
     def prepare(self, batch: Batch | None) -> None:
         """Do what a trial's first step does before it learns, so that the seed can begin beside others; once.
 
         A seed that learns from its site does this when it has seen it.
         """
-        if batch is not None and (self._way.kind == "trial" or self._is_damped(batch)):
+        self._tries(self._prepare, batch)
+
+    def _prepare(self, batch: Batch) -> bool:
+        if self._way.kind == "trial" or self._is_damped(batch):
             self._fit_once(batch[0])
+        return False
 
     def terms_beside_others(self, batch: Batch | None) -> TrialTerms | None:
         """Give on what terms the seed can learn in one pass with others; ``None`` where it has to learn by itself."""

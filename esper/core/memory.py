@@ -90,6 +90,7 @@ class RunMemory:
     def capture(self) -> TrainingState:
         """Give the whole training state; the tensors are the live ones."""
         self._orchestrator.end_failed_fades()
+        self._orchestrator.bear_due(every=True)
         context, clock = self._context, self._context.clock
         tolaria = {
             "run_id": context.run_id,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from esper.contracts.errors import EsperError
 from esper.contracts.run import GrowthPhase
 from esper.core import optimizers
 from esper.core.adaptation import Adaptation
@@ -15,6 +17,8 @@ from esper.core.context import RunContext
 from esper.core.incubator import Incubator, TrialTerms, affordable_way, trial_precision
 from esper.execution.joint_trials import JointTrials
 
+log = logging.getLogger(__name__)
+
 
 class Nursery:
     """Lets the seeds that it has taken in take a step each. Training thread only."""
@@ -22,7 +26,8 @@ class Nursery:
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._incubators: dict[str, Incubator] = {}
-        self._trials: dict[tuple[Incubator, ...], JointTrials] = {}
+        self._trials: dict[tuple[Incubator, ...], JointTrials | None] = {}
+        """By company; ``None`` where it could not share a pass."""
 
     @property
     def is_empty(self) -> bool:
@@ -105,19 +110,30 @@ class Nursery:
         return shared
 
     def _has_learnt(self, company: tuple[Incubator, ...], terms: TrialTerms, batch: Batch) -> bool:
+        """Let a company take a step in one pass; false where each has to learn by itself."""
+        if company not in self._trials:
+            refs = [one.ref for one in company]
+            self._trials[company] = JointTrials(self._context.model, refs, norms=terms.norms)
+        trials = self._trials[company]
+        try:
+            if trials is None or not self._run(trials, terms, batch):
+                return False
+        except EsperError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whoever cannot learn by itself either finds that out alone
+            self._trials[company] = None
+            log.info("shared_pass_impossible", extra={"seeds": len(company), "error": str(error)})
+            return False
+        for incubator in company:
+            incubator.take_shared_step()
+        return True
+
+    def _run(self, trials: JointTrials, terms: TrialTerms, batch: Batch) -> bool:
         inputs, targets = (terms.turn.part(value) for value in batch)
         damping, loss_fn = 1.0 - terms.host_share, self._context.loss_fn
 
         def loss(output: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
             return loss_fn(output - damping * host if damping else output, targets)
 
-        trials = self._trials.get(company)
-        if trials is None:
-            trials = JointTrials(self._context.model, [one.ref for one in company], norms=terms.norms)
-            self._trials[company] = trials
         with trial_precision(terms.autocast, inputs.device):
-            if not trials.backward(inputs, loss):
-                return False
-        for incubator in company:
-            incubator.take_shared_step()
-        return True
+            return trials.backward(inputs, loss)

@@ -130,9 +130,10 @@ class SeedOrchestrator:
         else:
             self._bear(arrival)
 
-    def bear_due(self) -> None:
-        """Let rivals be born whose kernels are at hand, one a step, so that none holds training up for all."""
-        for _ in range(self._shelf.num_due(self._context.clock.steps_per_epoch)):
+    def bear_due(self, *, every: bool = False) -> None:
+        """Let rivals be born whose kernels are at hand, one a step; ``every`` before a state is saved without them."""
+        shelf = self._shelf
+        for _ in range(len(shelf.waiting) if every else shelf.num_due(self._context.clock.steps_per_epoch)):
             self._bear_next()
 
     def tick(self, batch: tuple[torch.Tensor, torch.Tensor] | None) -> None:
@@ -154,8 +155,7 @@ class SeedOrchestrator:
     def end_epoch(self) -> None:
         """Move every adaptation on that has come to a gate; call after the clock has counted the epoch."""
         self._clear_failed()
-        while self._bear_next():  # an epoch of few steps: what is at hand is born before its state is saved
-            pass
+        self.bear_due(every=True)
         for adaptation in self._each_open():
             pricing.charge(self._context, adaptation)
             if adaptation.decision.adaptation_type is AdaptationType.OPTIMIZE_PARAMETERS:
@@ -183,7 +183,7 @@ class SeedOrchestrator:
                 self._close(adaptation, AdaptationOutcome.CULLED, reason)
             elif adaptation.state is State.EVALUATING:
                 self._look(adaptation, self._blended(), run_ends=True)
-            elif adaptation.state is State.ACTIVE:
+            elif adaptation.state is State.ACTIVE or adaptation.id in self._shelf.waiting:
                 self._remove(adaptation, AdaptationOutcome.CULLED, "the run ended before it was grafted")
             else:
                 self._fail(adaptation, "the run ended before its kernel came")
@@ -407,13 +407,12 @@ class SeedOrchestrator:
         ready = [item for item in alone if item.decision.group not in unborn]
         self._nursery.step(ready, [item for item in alone if item not in ready], batch)
 
-    def _bear_next(self) -> bool:
+    def _bear_next(self) -> None:
         """Let the next rival be born whose kernel is at hand; in order of decisions, so that equal runs do the same."""
         arrival = self._shelf.take_next(item.id for item in self.ongoing() if item.state is State.LOADING)
         if arrival is not None:
             with self._context.costs.phase(GrowthPhase.BIRTH):
                 self._bear(arrival)
-        return arrival is not None
 
     def _bear(self, arrival: KernelArrival) -> None:
         adaptation = self.adaptations[arrival.ready.adaptation_id]

@@ -106,7 +106,12 @@ class EpochMean:
             for name, live, mean in zip(cohort.names, cohort.live, cohort.means, strict=True):
                 if found.get(name) is live:
                     means[name], steps[name] = mean, cohort.steps
-        return {"steps": max(steps.values(), default=0), "means": means, "steps_of": steps}
+        return {
+            "steps": max(steps.values(), default=0),
+            "means": means,
+            "steps_of": steps,
+            "has_joiners": self._has_joiners,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave of what the model has; the model holds its seeds already."""
@@ -118,7 +123,7 @@ class EpochMean:
             live = {name: found[name] for name in names if steps[name] == count}
             copies = [means[name].detach().to(one.device, _mean_dtype(one), copy=True) for name, one in live.items()]
             self._cohorts.append(_Cohort(list(live), list(live.values()), copies, count))
-        self._has_joiners = not self._cohorts
+        self._has_joiners = bool(state.get("has_joiners", not self._cohorts))
 
     @torch.no_grad()
     def _put(self, values: Sequence[list[Tensor]]) -> None:

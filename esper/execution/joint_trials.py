@@ -10,14 +10,15 @@ gradient that it gets is that of its loss alone. Alone they cost a pass each, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from esper.execution.fused import FusedPasses
 from esper.execution.incubation import Norms, add_gradients, learning_alone
-from esper.execution.overrides import GrowingModel, SeedRef
+from esper.execution.overrides import GrowingModel, SeedRef, find_seed
 
 TrialLoss = Callable[[Tensor, Tensor], Tensor]
 """Takes the model's output with a seed and without any, and gives the loss as a scalar."""
@@ -30,6 +31,7 @@ class JointTrials:
         self._model = model
         self._seeds = tuple(seeds)
         self._norms: Norms = norms
+        self._is_sound = False
         self._passes = FusedPasses(model, [*({seed: 1.0} for seed in self._seeds), {}])
 
     def backward(self, inputs: Tensor, loss: TrialLoss) -> bool:
@@ -42,10 +44,28 @@ class JointTrials:
             As :func:`esper.execution.incubation.trial_forward`.
         """
         with learning_alone(self._model, self._seeds, norms=self._norms) as parameters, torch.enable_grad():
-            outputs = self._passes.outputs(inputs)
+            with self._failures_of_its_own():
+                outputs = self._passes.outputs(inputs)
+                self._is_sound = outputs is not None
             if outputs is None:
                 return False
             *with_seed, without = outputs.unbind()
             host = without.detach()
             add_gradients(torch.stack([loss(output, host) for output in with_seed]).sum(), parameters)
         return True
+
+    @contextmanager
+    def _failures_of_its_own(self) -> Iterator[None]:
+        """Until a pass has been sound, take back what failures it counted, if it is given up: each seed tries again."""
+        if self._is_sound:
+            yield
+            return
+        seeds = [find_seed(self._model, ref) for ref in self._seeds]
+        before = [(seed.breaker.failures_in_row, seed.breaker.last_failure, seed.failures.clone()) for seed in seeds]
+        try:
+            yield
+        finally:
+            if not self._is_sound:
+                for seed, (in_row, last, counted) in zip(seeds, before, strict=True):
+                    seed.breaker.failures_in_row, seed.breaker.last_failure = in_row, last
+                    seed.failures.copy_(counted)

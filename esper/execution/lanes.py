@@ -186,13 +186,18 @@ class LayerSeeds:
         if self.layer._kasmina.terms is not self.terms:  # at first, and after a seed was cut off
             self.layer.set_terms(self.terms)
         for seed, alpha in zip(self.seeds, setting, strict=True):
-            mode, is_silent = self.standing[seed] if alpha is None else (BlendMode.TRIAL, alpha == 0.0)
+            mode, is_silent = self.standing[seed] if alpha is None else (_mode_at(alpha), alpha == 0.0)
             if seed.mode is not mode:  # a module's attributes are slow to write
                 seed.mode = mode
             if seed.is_silent is not is_silent:
                 seed.is_silent = is_silent
-            if alpha:
+            if alpha and mode is BlendMode.TRIAL:
                 seed.trial_alpha.fill_(alpha)
+
+
+def _mode_at(alpha: float) -> BlendMode:
+    """Give how a seed takes part at an alpha: whole at 1, and then nothing is written that a graph may hold on to."""
+    return BlendMode.WHOLE if alpha == 1.0 else BlendMode.TRIAL
 
 
 class LayerLanes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import esper
 from esper.contracts.lifecycle import SeedLifecycleState as State
 from esper.contracts.run import AdaptationOutcome, GrowthPhase
+from esper.core.capture import cloned
 from esper.execution.fused import FusedPasses
 from tests.unit.core.test_session import grow, train
 
@@ -200,6 +202,85 @@ def test_every_rival_is_measured_at_its_mean_whenever_in_the_epoch_it_was_born(r
     with mean.applied():
         averaged = running.weights()
     assert not any(torch.equal(a, b) for a, b in zip(last, averaged, strict=True) if a.abs().max() > 0)
+
+
+class Clamped(Counted):
+    """Writes to a parameter of its own in every pass."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.temperature.clamp_(0.01, 100.0)
+        return super().forward(x) * self.temperature
+
+
+def test_beside_a_host_whose_passes_cannot_be_shared_each_learns_by_itself(
+    race: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(3)
+    running = race(Clamped())
+    with caplog.at_level("INFO", logger="esper.core.nursery"):
+        running.step(10)
+    assert running.learnt() == [6] * 4
+    said = [record for record in caplog.records if record.msg == "shared_pass_impossible"]
+    assert [record.seeds for record in said] == [3, 4], "once a company: the last born takes its first step by itself"
+
+
+def test_a_loss_that_writes_to_the_output_is_taken_seed_by_seed(
+    large_task: Any, line: Any, open_session: Any, decide: Any, kernel_for: Any
+) -> None:
+    def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output.mul_(2.0), targets)
+
+    growth = replace(LONG, incubation_way="trial")
+    session = open_session(esper.wrap(host()), control=large_task.control, growth=growth, loss_fn=loss_fn)
+    train(session, large_task, 1)
+    settings = {"race_id": RACE, "race_size": 2}
+    rivals = [decide(session._context.model, "0", "gated_mlp", seed_index=place, **settings) for place in range(2)]
+    line.incoming += [*rivals, *map(kernel_for, rivals)]
+    inputs, targets = next(iter(large_task.train))
+    for _ in range(8):
+        loss = loss_fn(session._context.model(inputs), targets)
+        loss.backward()
+        session.step(loss, batch=(inputs, targets))
+    assert [session.orchestrator.adaptations[one.adaptation_id].isolated_steps for one in rivals] == [6, 6]
+
+
+def test_a_state_saved_amid_births_holds_every_rival(race: Any) -> None:
+    running = race()
+    running.step(2)
+    state = cloned(running.session._memory.capture())
+    running.step(5)
+    running.session._memory.restore(state)
+    assert running.states() == [State.ACTIVE] * 4
+    assert not running.session.orchestrator.awaits_kernel
+    learnt = running.learnt()
+    running.step(3)
+    assert [now - before for now, before in zip(running.learnt(), learnt, strict=True)] == [3] * 4
+
+
+def test_a_restored_run_averages_what_the_run_would_have(race: Any) -> None:
+    running = race()
+    running.step(4)  # the last was born after the step: it is averaged from the next one on
+    mean = running.session.orchestrator._mean
+    state = cloned(running.session._memory.capture())
+    sizes = []
+    for _ in range(2):
+        running.step(3)
+        sizes.append(sum(len(cohort.live) for cohort in mean._cohorts))
+        running.session._memory.restore(state)
+    assert sizes[0] == sizes[1] == sum(value.requires_grad for value in running.model.parameters())
+
+
+def test_a_run_that_ends_amid_births_fails_none(race: Any) -> None:
+    running = race()
+    running.step(2)
+    running.session.finish()
+    ends = {(item.outcome, item.reason) for item in running.adaptations()}
+    assert ends == {(AdaptationOutcome.CULLED, "the run ended before it was grafted")}
 
 
 class CheckpointedInTheOldWay(nn.Module):

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from esper.blueprints import default_registry
 from esper.core.wrap import wrap
 from esper.execution.counterfactual import evaluate_configurations
+from esper.execution.fused import FusedPasses
 from esper.execution.incubation import output_without, trial_backward
 from esper.execution.joint_trials import JointTrials
 from esper.execution.overrides import SeedRef
@@ -54,6 +55,15 @@ class Normed(Plain):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.norm(x))
+
+
+class Twice(Plain):
+    """Runs a layer twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_passes += 1
+        middle = torch.tanh(self.second(torch.tanh(self.first(x))))
+        return self.head(torch.tanh(self.second(middle)))
 
 
 class Dropping(Plain):
@@ -136,13 +146,28 @@ def one_by_one(model: Any) -> list[Tensor | None]:
     return found
 
 
-@pytest.mark.parametrize("host", [Plain, Residual, Normed])
+@pytest.mark.parametrize("host", [Plain, Residual, Normed, Twice])
 def test_every_seed_gets_the_gradient_of_its_own_trial(host: type[Any]) -> None:
     model = grown(host)
     alone = one_by_one(model)
     assert all(value is not None and value.abs().max() > 0 for value in alone)
     assert JointTrials(model, REFS).backward(X, damped)
     torch.testing.assert_close(gradients(model), alone, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("host", [Plain, Residual, Normed, Twice])
+@pytest.mark.parametrize("width", [2, 3])
+def test_so_it_does_where_a_pass_has_room_for_a_few_alone(
+    host: type[Any], width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FusedPasses, "_width", lambda *_: width)
+    model = grown(host)
+    alone = one_by_one(model)
+    trials = JointTrials(model, REFS)
+    for _ in range(2):
+        model.zero_grad()
+        assert trials.backward(X, damped)
+        torch.testing.assert_close(gradients(model), alone, rtol=1e-4, atol=1e-6)
 
 
 def test_a_skip_seed_reads_the_rows_of_its_own_lane() -> None:
@@ -225,6 +250,20 @@ def test_a_kernel_that_fails_gets_no_gradient_and_the_others_theirs() -> None:
     last = sum(counts[:3])
     theirs = [value.grad for value in broken.kasmina_layer("head").seed_parameters(0)]
     torch.testing.assert_close(theirs, whole[last:], rtol=1e-4, atol=1e-6)
+
+
+def test_a_pass_that_is_given_up_counts_no_failure() -> None:
+    kernel = Scale()
+    model = grown(Dropping, second=kernel)
+    kernel.factor = 0.0
+    assert not JointTrials(model, REFS).backward(X, damped)
+    breaker = model.kasmina_layer("second").require_seed(0).breaker
+    assert (breaker.failures_in_row, breaker.last_failure) == (0, "")
+    kernel = Scale()
+    sound = grown(Plain, second=kernel)
+    kernel.factor = 0.0
+    assert JointTrials(sound, REFS).backward(X, damped)
+    assert sound.kasmina_layer("second").require_seed(0).breaker.failures_in_row == 1
 
 
 def test_a_loss_that_is_no_number_is_that_of_one_seed_alone() -> None:
