@@ -35,7 +35,7 @@ class Nursery:
         return not self._incubators
 
     @property
-    def inmates(self) -> list[str]:
+    def adaptation_ids(self) -> list[str]:
         """Adaptations whose seed learns alone, oldest first."""
         return list(self._incubators)
 
@@ -70,7 +70,7 @@ class Nursery:
 
     def release_all(self) -> None:
         """Let none learn alone any more; idempotent."""
-        for adaptation_id in self.inmates:
+        for adaptation_id in self.adaptation_ids:
             self.release(adaptation_id)
 
     def state_dict(self) -> dict[str, Any]:

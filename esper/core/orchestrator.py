@@ -402,7 +402,7 @@ class SeedOrchestrator:
     def _let_learn(self, batch: tuple[torch.Tensor, torch.Tensor] | None, *, besides: AbstractSet[str]) -> None:
         """Let seeds learn alone, but for these groups; those of a race begin when all that are at hand are born."""
         unborn = {self.adaptations[key].decision.group for key in self._shelf.waiting}
-        alone = [self.adaptations[key] for key in self._nursery.inmates]
+        alone = [self.adaptations[key] for key in self._nursery.adaptation_ids]
         alone = [item for item in alone if not self._tripped(item) and item.decision.group not in besides]
         ready = [item for item in alone if item.decision.group not in unborn]
         self._nursery.step(ready, [item for item in alone if item not in ready], batch)
